@@ -1,0 +1,3 @@
+from educe.cli.main import main
+
+main()

@@ -1,0 +1,208 @@
+"""`educe`: eight verbs, and the rest under "more". Only click is imported before a verb is chosen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from educe import __version__
+from educe.errors import EduceError, UsageError
+
+if TYPE_CHECKING:
+    from educe.recipes.run import Run
+
+MAIN = ("init", "check", "inspect", "train", "eval", "report", "chat", "export")
+RECIPE = click.Path(path_type=Path)
+
+
+class Verbs(click.Group):
+    """Lists the main verbs in the order of a job, then the others."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*MAIN, *sorted(c for c in self.commands if c not in MAIN)]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        for title, group in (("The job, in order", names[: len(MAIN)]), ("More", names[len(MAIN) :])):
+            with formatter.section(title):
+                formatter.write_dl([(n, self.commands[n].get_short_help_str(90)) for n in group])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="educe")
+def cli() -> None:
+    """From a pre-trained model and a file of examples to an assistant you can serve, with proof of what tuning did.
+
+    Start: educe quickstart, or educe init --data your.jsonl. Verbs that take RUN use the latest run when none is named.
+    """
+
+
+@cli.command()
+@click.option("--data", type=RECIPE, required=True, help="Training rows: JSONL, a JSON array or Parquet.")
+@click.option("--dev", type=RECIPE, help="Rows that choices are made on (default: a share of the data).")
+@click.option("--test", type=RECIPE, help="Rows answered once, at the end (default: a share of the data).")
+@click.option("--model", help="A directory or a Hub id (default: what fits this machine, said with the reason).")
+@click.option("--out", type=RECIPE, default=Path("recipe.yaml"), show_default=True, help="The recipe to write.")
+@click.option("--name", default="", help="Name of the run (default: the data file's).")
+def init(data: Path, dev: Path | None, test: Path | None, model: str | None, out: Path, name: str) -> None:
+    """Write a commented recipe for your data, each default with its reason."""
+    from educe.cli.screens import say
+    from educe.recipes.run import init as run_init
+
+    path = run_init(data, model=model, out=out, dev=dev, test=test, name=name, say=say)
+    click.echo(path.read_text(encoding="utf-8"))
+    click.echo(f"Written to {path}. Next: educe check {path}")
+
+
+@cli.command()
+@click.argument("recipe", type=RECIPE)
+def check(recipe: Path) -> None:
+    """Say what a run will do, cost and need before anything is spent."""
+    from educe.cli.screens import say, show_check
+    from educe.recipes.run import check as run_check
+
+    found = run_check(recipe, say=say)
+    show_check(found, recipe)
+    sys.exit(0 if found.ready else 2)
+
+
+@cli.command()
+@click.argument("recipe", type=RECIPE)
+@click.option("--row", type=int, default=1, show_default=True, help="Line of the row in the training file.")
+@click.option("--html", type=RECIPE, help="Write a page instead of showing the row here.")
+def inspect(recipe: Path, row: int, html: Path | None) -> None:
+    """Show the tokens of a row: what is trained, what is context, what is a control token."""
+    from educe.cli.inspection import show_inspection, write_inspection
+    from educe.cli.screens import say
+    from educe.recipes.run import inspect as run_inspect
+
+    found = run_inspect(recipe, row, say=say)
+    if html is not None and found.refusal is None:
+        write_inspection(found, html)
+        click.echo(f"Written to {html}")
+    else:
+        show_inspection(found)
+    sys.exit(0 if found.refusal is None else 2)
+
+
+@cli.command()
+@click.argument("recipe", type=RECIPE)
+def train(recipe: Path) -> None:
+    """Train. Ctrl-C saves; the same command goes on."""
+    from educe.cli.screens import TrainScreen, say
+    from educe.recipes.run import train as run_train
+
+    with TrainScreen() as screen:
+        run = run_train(recipe, say=say, screen=screen)
+    click.echo(f"Trained: {run.path}. Next: educe eval {run.path}")
+
+
+@cli.command("eval")
+@click.argument("run", type=RECIPE, required=False)
+@click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
+def evaluate(run: Path | None, regrade: bool) -> None:
+    """Answer the test rows before and after tuning, with error bars."""
+    from educe.cli.screens import say, show_scores
+
+    found = _run(run)
+    show_scores(found.eval(regrade=regrade, say=say))
+    click.echo(f"Next: educe report {found.path}")
+
+
+@cli.command()
+@click.argument("run", type=RECIPE, required=False)
+def report(run: Path | None) -> None:
+    """Write the run's report: one HTML page that needs no network."""
+    click.echo(f"Report: {_run(run).report()}")
+
+
+@cli.command()
+@click.argument("run", type=RECIPE, required=False)
+@click.option("--base", is_flag=True, help="Show the untouched model's answer beside.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
+def chat(run: Path | None, base: bool, max_new_tokens: int) -> None:
+    """Talk to the tuned model in the terminal."""
+    from educe.cli.talk import talk
+
+    talk(_run(run).dir, base=base, max_new_tokens=max_new_tokens)
+
+
+@cli.command()
+@click.argument("places", type=RECIPE, nargs=-1, required=True, metavar="[RUN] DIR")
+def export(places: tuple[Path, ...]) -> None:
+    """Write the tuned model to DIR for transformers and vLLM, read back and compared."""
+    from educe.cli.screens import say
+
+    if len(places) > 2:
+        raise UsageError(101, "export", f"takes RUN and DIR, not {len(places)} paths.", "educe export [RUN] DIR")
+    run = _run(places[0] if len(places) == 2 else None)
+    target = run.export(places[-1], say=say)
+    click.echo(f"Exported to {target}. Serve it: vllm serve {target}   or: transformers serve {target}")
+
+
+@cli.command()
+@click.argument("recipe", type=RECIPE)
+def prepare(recipe: Path) -> None:
+    """The data part of `train` alone, for a machine without a GPU."""
+    from educe.cli.screens import say
+    from educe.recipes.run import prepare as run_prepare
+
+    made = run_prepare(recipe, say=say)
+    s = made.summary
+    click.echo(f"Prepared: {made.path} ({s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained)")
+
+
+@cli.command()
+@click.option("--dir", "place", type=RECIPE, default=Path("quickstart"), show_default=True, help="Where to work.")
+def quickstart(place: Path) -> None:
+    """The whole job on a small model and our own data, in minutes, on a CPU."""
+    from educe.cli.tour import tour
+
+    tour(place)
+
+
+def _run(path: Path | None) -> Run:
+    from educe.recipes.run import Run
+
+    return Run(path)
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Entry point: user errors are told on stderr with exit code 2, an interrupted run exits 130 or 143."""
+    try:
+        result = cli.main(args=args, prog_name="educe", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except EduceError as e:
+        _tell(e)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except Exception as e:
+        stopped = _stopped(e)
+        if stopped is None:
+            raise
+        click.echo(f"Saved after step {stopped[1]}. The same command goes on from there.", err=True)
+        sys.exit(128 + stopped[0])
+
+
+def _stopped(e: Exception) -> tuple[int, int] | None:
+    """(signal, step) of a training run that was asked to stop; anything else is a defect and keeps its traceback."""
+    module = sys.modules.get("educe.recipes.train")
+    if module is not None and isinstance(e, module.Interrupted):
+        return int(e.args[0]), int(e.args[1])
+    return None
+
+
+def _tell(e: EduceError) -> None:
+    click.echo(click.style(f"{e.code} ", fg="red", bold=True, reset=True) + f"{e.where}", err=True)
+    click.echo(f"  {e.found}", err=True)
+    click.echo(click.style("  → ", fg="green") + e.fix, err=True)

@@ -1,0 +1,191 @@
+"""What the terminal shows: progress, tables, verdicts. Plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from educe.recipes.check import Check
+    from educe.training.state import StepReport
+
+console = Console(highlight=False)
+_PLAIN_EVERY_S = 10.0
+_COLOURS = {"trained": "black on green", "content": "default", "template": "dim"}
+
+
+def say(line: str) -> None:
+    """One line about what is going on."""
+    console.print(f"[dim]·[/dim] {escape(line)}", soft_wrap=True)
+
+
+def minutes(seconds: float) -> str:
+    """40 s, 4 min 10 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
+class TrainScreen:
+    """Progress of training: one live line on a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last = 0.0
+
+    def __enter__(self) -> TrainScreen:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, report: StepReport) -> None:
+        left = (report.total_steps - report.step) * report.tokens / report.tokens_per_s
+        shown = (
+            f"loss {report.loss:.3f}  {report.tokens_per_s:.0f} tokens/s  {minutes(left)} left  "
+            f"{gigabytes(report.peak_memory_bytes)}"
+        )
+        if console.is_terminal:
+            if self._bar is None:
+                columns = (
+                    TextColumn("step {task.completed}/{task.total}"),
+                    BarColumn(24),
+                    TextColumn("{task.fields[shown]}"),
+                )
+                self._bar = Progress(*columns, console=console)
+                self._task = self._bar.add_task("", total=report.total_steps, shown="")
+                self._bar.start()
+            assert self._task is not None
+            self._bar.update(self._task, completed=report.step, shown=shown)
+        elif time.monotonic() - self._last > _PLAIN_EVERY_S or report.step == report.total_steps:
+            self._last = time.monotonic()
+            console.print(f"step {report.step}/{report.total_steps}  {shown}", soft_wrap=True)
+
+    def dev(self, step: int, loss: float) -> None:
+        console.print(f"held-out loss after step {step}: [bold]{loss:.3f}[/bold] nats per token")
+
+    def samples(self, step: int, lines: list[dict[str, Any]]) -> None:
+        when = "the untouched model answers" if step == 0 else f"the same questions after step {step}"
+        console.print(f"[bold]Held-out questions: {when}[/bold]")
+        for line in lines:
+            right = line["answer"].strip() == line["expected"].strip()
+            if step == 0:
+                console.print(
+                    f"  [cyan]?[/cyan] {escape(_one_line(line['prompt'][-1]['content'], 160))}", soft_wrap=True
+                )
+            mark = "[green]=[/green]" if right else "[yellow]>[/yellow]"
+            console.print(f"  {mark} {escape(_one_line(line['answer'], 160))}", soft_wrap=True)
+        if step == 0:
+            for line in lines:
+                console.print(f"  [dim]expected: {escape(_one_line(line['expected'], 160))}[/dim]", soft_wrap=True)
+
+
+def _one_line(text: str, most: int) -> str:
+    flat = text.replace("\n", "↵")
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
+def show_check(c: Check, recipe: Path) -> None:
+    """The verdict first, then what it rests on."""
+    s = c.prepared.summary
+    unused = s["dropped"] + s["refused"]
+    if c.ready:
+        cost = f"{minutes(c.estimate.training_s)}, {gigabytes(c.estimate.memory_bytes)}, {unused} rows dropped"
+        console.print(f"[bold green]Ready:[/bold green] {cost}")
+    else:
+        console.print("[bold red]Not ready:[/bold red]")
+        for line in c.blockers:
+            console.print(f"  {escape(line)}", soft_wrap=True)
+    for line in c.warnings:
+        console.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
+    console.print()
+    kept = s["rows"]
+    how = "measured on this machine" if c.estimate.measured else "estimated from the matmul speed"
+    trained = s["trained_tokens"]
+    rows = [
+        (
+            "rows",
+            f"{s['rows_in']} in = {kept['train']} train + {kept['dev']} dev + {kept['test']} test + {unused} not used",
+        ),
+        ("tokens", f"{s['tokens']:,} an epoch, {trained:,} trained ({trained / s['tokens']:.0%})"),
+        (
+            "row length",
+            f"median {s['length']['median']}, 95 % under {s['length']['p95'] + 1}, longest {s['length']['max']} tokens",
+        ),
+        (
+            "steps",
+            f"{c.plan.num_steps} of about {c.recipe.train.batch_tokens} tokens; packs {c.plan.fill:.0%} full, no padding",
+        ),
+        ("model", f"{c.facts.name}, {c.facts.num_parameters / 1e6:.0f}M parameters, {c.recipe.tuning.kind}"),
+        ("device", f"{c.device}; {c.device_why}"),
+        ("speed", f"{c.estimate.tokens_per_s:.0f} tokens/s, {how}"),
+        ("memory", f"{gigabytes(c.estimate.memory_bytes)} needed, {gigabytes(c.memory_bytes)} available"),
+        ("disk", f"{gigabytes(c.estimate.disk_bytes)} at most, {gigabytes(c.free_disk_bytes)} free"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    console.print(table)
+    _show_reasons(c)
+    console.print("\n[bold]What is trained[/bold] (three rows; only the highlighted text carries loss)")
+    for preview in c.prepared.previews():
+        console.print(f"[dim]{escape(preview['row'])}[/dim]")
+        console.print("".join(_run_markup(r) for r in preview["runs"]), soft_wrap=True)
+    console.print(f"\nNext: educe train {escape(str(recipe))}" if c.ready else "")
+
+
+def _show_reasons(c: Check) -> None:
+    for reason in c.reasons:
+        console.print(f"\n[yellow]{reason['code']}[/yellow] {reason['count']} rows")
+        for line in reason["first"]:
+            console.print(f"  {escape(line['where'])} {escape(line['reason'])}", soft_wrap=True)
+
+
+def _run_markup(run: dict[str, Any]) -> str:
+    text = escape(str(run["text"]).replace("\n", "↵"))
+    style = "bold magenta" if run["control"] and run["kind"] != "trained" else _COLOURS[str(run["kind"])]
+    return f"[{style}]{text}[/{style}]"
+
+
+def show_scores(scores: dict[str, Any]) -> None:
+    """The verdict, each system with its interval, the paired tests."""
+    console.print(f"[bold]{escape(scores['verdict'])}[/bold]\n", soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title, side in (
+        ("system", "left"),
+        ("right", "right"),
+        ("%", "right"),
+        ("95 % interval", "left"),
+        ("time", "right"),
+    ):
+        table.add_column(title, justify="right" if side == "right" else "left")
+    names = {"untouched": "untouched", "few_shot": "untouched + examples in the prompt", "tuned": "tuned"}
+    for name, s in scores["systems"].items():
+        took = minutes(s["seconds"]) if s["seconds"] is not None else ""
+        right = f"{s['correct']}/{scores['num_rows']}"
+        table.add_row(names[name], right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took)
+    console.print(table)
+    for c in scores["comparisons"]:
+        p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.2g}"
+        d = c["difference"]
+        console.print(
+            f"{names[c['before']]} → tuned: {c['won']} rows won, {c['lost']} lost (McNemar {p}); "
+            f"difference {d['value']:+.1%}, 95 % interval {d['low']:+.1%} to {d['high']:+.1%}",
+            soft_wrap=True,
+        )

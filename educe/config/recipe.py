@@ -1,0 +1,140 @@
+"""The recipe: every knob, its default and its bounds. Frozen; unknown keys are errors; a choice is a tagged union."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Knobs(BaseModel):
+    """Base of every block: strict types (no "4" for 4, no true for 1), frozen, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FileSplit(Knobs):
+    """Held-out rows from a file of their own."""
+
+    kind: Literal["file"]
+    file: str = Field(description="the file")
+
+
+class ShareSplit(Knobs):
+    """Held-out rows taken from the training file by a hash of the prompt (equal prompts stay together)."""
+
+    kind: Literal["share"]
+    share: Share = Field(description="fraction of the rows")
+
+
+Split = Annotated[FileSplit | ShareSplit, Field(discriminator="kind")]
+
+
+class Data(Knobs):
+    """Where the rows come from and which of their tokens are trained."""
+
+    train: str = Field(description="the training file")
+    dev: Split = Field(default=ShareSplit(kind="share", share=0.05), description="rows that choices are made on")
+    test: Split = Field(
+        default=ShareSplit(kind="share", share=0.1), description="rows that are answered once, at the end"
+    )
+    system: str | None = Field(default=None, description="system prompt for rows that have none")
+    train_on: Literal["all", "last"] = Field(default="all", description="which assistant turns are trained")
+    max_tokens: int = Field(default=2048, ge=8, le=1_048_576, description="longer rows are dropped, never cut")
+
+
+class Full(Knobs):
+    """Every weight is trained."""
+
+    kind: Literal["full"]
+
+
+class Lora(Knobs):
+    """Low-rank adapters on all linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    kind: Literal["lora"]
+    rank: int = Field(default=16, ge=1, le=1024, description="rank of the adapters")
+    alpha: float = Field(default=32.0, gt=0, description="their scale is alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on their input")
+
+
+Tuning = Annotated[Full | Lora, Field(discriminator="kind")]
+
+
+class Train(Knobs):
+    """One optimizer run."""
+
+    epochs: float = Field(default=2.0, gt=0, le=100, description="passes over the training rows; fractions allowed")
+    batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
+    micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens in memory at once; changes no result")
+    learning_rate: float = Field(default=2e-5, gt=0, lt=1, description="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="decay after the warm-up")
+    warmup_share: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's second moment")
+    clip_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, a third slower"
+    )
+    checkpoint_every_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="checkpoints kept while training")
+    sample_every_share: Share = Field(default=0.34, description="answer the sample prompts and measure dev this often")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="everything random follows from it")
+
+
+class Metric(Knobs):
+    """How an answer is graded against the expected one."""
+
+    kind: Literal["exact", "json", "label", "sql", "text"] = Field(
+        description="same text, equal JSON values, same label, same SQL statement, or free text (held-out loss decides)"
+    )
+
+
+class Evaluation(Knobs):
+    """The before/after test."""
+
+    metric: Metric = Field(default=Metric(kind="text"), description="how answers are graded")
+    max_new_tokens: int = Field(default=256, ge=1, le=100_000, description="an answer is cut here")
+    few_shot: int = Field(
+        default=5, ge=0, le=64, description="examples in the untouched model's few-shot prompt; 0 skips it"
+    )
+    max_rows: int = Field(default=1000, ge=1, description="at most this many test rows are answered")
+
+
+class Recipe(Knobs):
+    """A whole job: one model, one data set, one run directory."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(description="name of the run")
+    model: str = Field(min_length=1, description="a directory or a Hub id")
+    runs: str = Field(default="runs", description="directory that holds the run directories")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        default="auto", description="auto: the fastest, by a timed matmul"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="arithmetic; weights are kept in fp32"
+    )
+    data: Data
+    tuning: Tuning = Field(default=Full(kind="full"), description="what is trained")
+    train: Train = Field(default=Train(), description="the optimizer run")
+    evaluation: Evaluation = Field(default=Evaluation(), description="the before/after test")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        if self.train.micro_batch_tokens > self.train.batch_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) exceeds "
+                f"train.batch_tokens ({self.train.batch_tokens}); lower the one or raise the other"
+            )
+        if self.data.max_tokens > self.train.micro_batch_tokens:
+            raise ValueError(
+                f"data.max_tokens ({self.data.max_tokens}) exceeds train.micro_batch_tokens "
+                f"({self.train.micro_batch_tokens}): the longest row must fit a micro-batch; lower the one or raise the other"
+            )
+        return self
+
+    def run_path(self) -> Path:
+        return Path(self.runs) / self.name

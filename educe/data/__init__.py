@@ -1,0 +1,1 @@
+"""Bytes → conversations: sources, formats, held-out splits."""

@@ -1,0 +1,1 @@
+"""Answers → scores with error bars. A grader has no default: what it cannot read is wrong, with the reason."""

@@ -1,0 +1,125 @@
+"""Stored answers → scores.json: each system with its interval, paired tests, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from educe.evaluate.metrics import METRICS
+from educe.stats import mcnemar, paired_difference, wilson
+from educe.types import Answer
+
+SYSTEMS = ("untouched", "few_shot", "tuned")
+_SHOWN = {
+    "untouched": "the untouched model",
+    "few_shot": "the untouched model with examples in its prompt",
+    "tuned": "tuned",
+}
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A test row: where it is, what is asked (messages before the answer), what is expected."""
+
+    row: str
+    prompt: tuple[dict[str, str], ...]
+    expected: str
+
+
+def grade(questions: Sequence[Question], answers: Sequence[Answer], metric: str) -> list[dict[str, Any]]:
+    """Lines of answers/NAME.jsonl: question, answer and verdict of each row."""
+    lines = []
+    for q, a in zip(questions, answers, strict=True):
+        verdict = METRICS[metric](a.text, q.expected)
+        lines.append(
+            {
+                "row": q.row,
+                "prompt": list(q.prompt),
+                "expected": q.expected,
+                "answer": a.text,
+                "num_tokens": a.num_tokens,
+                "stopped": a.stopped,
+                "correct": verdict.correct,
+                "reason": verdict.reason,
+            }
+        )
+    return lines
+
+
+def regrade(lines: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The same stored answers under the metric as it is now; no model is asked."""
+    verdicts = [METRICS[metric](line["answer"], line["expected"]) for line in lines]
+    return [{**line, "correct": v.correct, "reason": v.reason} for line, v in zip(lines, verdicts, strict=True)]
+
+
+def score(
+    graded: dict[str, list[dict[str, Any]]],
+    metric: str,
+    seconds: dict[str, float | None],
+    dev_loss: tuple[float, float] | None,
+) -> dict[str, Any]:
+    """scores.json from the graded lines of each system, all over the same rows in the same order.
+
+    `dev_loss`: held-out loss before and after, in nats per token, where it was measured.
+    """
+    systems, right = {}, {}
+    for name, lines in graded.items():
+        right[name] = [bool(line["correct"]) for line in lines]
+        interval = wilson(sum(right[name]), len(lines))
+        systems[name] = {
+            "correct": sum(right[name]),
+            **asdict(interval),
+            "seconds": seconds.get(name),
+            "stopped": sum(bool(line["stopped"]) for line in lines) / len(lines),
+            "mean_tokens": sum(int(line["num_tokens"]) for line in lines) / len(lines),
+        }
+    comparisons = []
+    for before in ("untouched", "few_shot"):
+        if before in right and "tuned" in right:
+            won, lost, p = mcnemar(right[before], right["tuned"])
+            difference = asdict(paired_difference(right[before], right["tuned"]))
+            comparisons.append(
+                {"before": before, "after": "tuned", "won": won, "lost": lost, "p": p, "difference": difference}
+            )
+    verdict = _verdict(systems, comparisons)
+    if metric == "text" and dev_loss is not None:
+        verdict = _loss_verdict(dev_loss)
+    return {
+        "metric": metric,
+        "num_rows": len(next(iter(right.values()))),
+        "verdict": verdict,
+        "dev_loss": list(dev_loss) if dev_loss is not None else None,
+        "systems": systems,
+        "comparisons": comparisons,
+    }
+
+
+def _verdict(systems: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]]) -> str:
+    """Was tuning worth it? Against the best that the untouched model reaches, and only as surely as the paired test allows."""
+    if "tuned" not in systems or not comparisons:
+        return "Nothing to compare yet."
+    best = max(comparisons, key=lambda c: float(systems[c["before"]]["value"]))
+    before, after = systems[best["before"]], systems["tuned"]
+    shown = f"{_percent(before)} → {_percent(after)} of the test rows right"
+    against = f"against {_SHOWN[best['before']]}" if best["before"] == "few_shot" else "before and after"
+    chance = "p < 0.001" if best["p"] < 0.001 else f"p = {best['p']:.2g}"
+    if best["p"] < _ALPHA and best["won"] > best["lost"]:
+        other = ", which is the best the untouched model does" if best["before"] == "few_shot" else ""
+        return f"Tuning helped: {shown} ({against}; {chance}){other}."
+    if best["p"] < _ALPHA:
+        return f"Tuning did harm: {shown} ({against}; {chance}). Keep the untouched model."
+    return f"No difference shown: {shown} ({against}; {chance}). A prompt may do; or give more test rows."
+
+
+def _loss_verdict(dev_loss: tuple[float, float]) -> str:
+    """Free text has many right answers: what can be said without a judge is how likely the expected ones became."""
+    before, after = dev_loss
+    change = "fell" if after < before else "rose"
+    advice = "Read the answers side by side." if after < before else "Tuning did harm, or went on too long."
+    return f"Held-out loss {change} from {before:.2f} to {after:.2f} nats per token; free text has no exact score. {advice}"
+
+
+def _percent(system: dict[str, Any]) -> str:
+    return f"{100 * float(system['value']):.0f} %"

@@ -1,0 +1,1 @@
+"""Bytes on disk: strict JSONL, atomic directories, hashes, the run directory."""

@@ -1,0 +1,120 @@
+"""Writing so that a reader sees the old state or the new one, never something between (Pillai et al., OSDI 2014)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from educe.errors import MachineError
+from educe.files.hashes import hash_file
+
+MANIFEST = "manifest.json"
+
+
+def sync(path: Path) -> None:
+    """Flush a file or directory to the device. Directories cannot be opened for that on Windows: there it does nothing."""
+    if path.is_dir() and os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn what a file system refuses (full, read-only, forbidden) into one teaching message."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise MachineError(
+                2, str(path), "the disk is full.", "Free some space and run the same command again."
+            ) from e
+        if isinstance(e, (PermissionError, NotADirectoryError, FileExistsError)) or e.errno == errno.EROFS:
+            fix = "Choose a directory you may write to."
+            raise MachineError(4, str(path), f"cannot be written: {e.strerror}.", fix) from e
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically."""
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(text, encoding="utf-8", newline="\n")
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically, indented for people."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
+    """Build a directory in a temporary place beside `path`, then move it there whole, manifest last.
+
+    The manifest holds `about` and each file's size and SHA-256; every file and both directories are flushed before and after
+    the rename. On any error nothing is left and an older `path` stays as it was.
+    """
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            files = sorted(p for p in part.rglob("*") if p.is_file())
+            listed = {
+                p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files
+            }
+            manifest = part / MANIFEST
+            manifest.write_text(json.dumps({**about, "files": listed}, indent=2) + "\n", encoding="utf-8")
+            for p in [*files, manifest, *[d for d in part.rglob("*") if d.is_dir()], part]:
+                sync(p)
+            if path.exists():
+                shutil.rmtree(path)
+            part.replace(path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def verify(path: Path) -> dict[str, Any] | str:
+    """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        listed = manifest["files"]
+    except (OSError, ValueError, KeyError) as e:
+        return f"its manifest cannot be read ({type(e).__name__})."
+    for name, expected in listed.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing."
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}."
+        if hash_file(file) != expected["sha256"]:
+            return f"{name} differs from its SHA-256."
+    return manifest
+
+
+def need_space(path: Path, needed_bytes: int, what: str) -> None:
+    """Refuse before the work, not in the middle of it, when `path`'s disk has too little room."""
+    probe = path
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed_bytes:
+        found = f"{what} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free."
+        raise MachineError(2, str(path), found, "Free some space or choose another place with `runs:` in the recipe.")

@@ -1,0 +1,135 @@
+"""Strict, line-accurate JSON: what the standard parser lets pass silently is refused here, with line and column."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from educe.errors import Refusal
+
+MAX_DEPTH = 100
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class _Duplicate(ValueError):
+    pass
+
+
+class _NotJson(ValueError):
+    pass
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise _Duplicate(key)
+        made[key] = value
+    return made
+
+
+def _constant(name: str) -> Any:
+    raise _NotJson(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _NotJson(f"the number {text[:20]} is too large for a float")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 300:
+        raise _NotJson(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _too_deep(text: str) -> bool:
+    """Depth of nesting, counted before parsing: the C parser would exhaust the stack. Brackets in strings do not count."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for char in re.sub(r'"(?:[^"\\]|\\.)*"', "", text):
+        depth += (char in "[{") - (char in "]}")
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
+def parse_json(text: str, place: str) -> Any | Refusal:
+    """`text` as JSON, or why not. `place` is `file:line`; the column is added where it is known."""
+    if _too_deep(text):
+        return Refusal(
+            code="E-DATA-102", where=place, found=f"JSON nested deeper than {MAX_DEPTH}.", fix="Flatten the row."
+        )
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite, parse_int=_integer
+        )
+    except _Duplicate as e:
+        return Refusal(code="E-DATA-103", where=place, found=f"key {str(e)!r} appears twice.", fix="Keep one of them.")
+    except _NotJson as e:
+        return Refusal(code="E-DATA-104", where=place, found=f"{e}.", fix="Use null or a string instead.")
+    except json.JSONDecodeError as e:
+        fix = "Write one JSON object per line, without comments or trailing commas."
+        return Refusal(code="E-DATA-102", where=f"{place}:{e.colno}", found=f"not JSON: {e.msg}.", fix=fix)
+    if _SURROGATE.search(text) or (("\\u" in text or "\\U" in text) and _has_surrogate(value)):
+        found = "a lone surrogate (half of a character)."
+        return Refusal(code="E-DATA-104", where=place, found=found, fix="Write the text out again as UTF-8.")
+    if "\\u0000" in text or "\x00" in text:
+        return Refusal(code="E-DATA-104", where=place, found="a NUL character.", fix="Remove it.")
+    return value
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(_SURROGATE.search(value))
+    if isinstance(value, dict):
+        return any(_has_surrogate(k) or _has_surrogate(v) for k, v in value.items())
+    return isinstance(value, list) and any(_has_surrogate(v) for v in value)
+
+
+def read_lines(path: Path, shown: str) -> Iterator[tuple[int, str | Refusal]]:
+    """Lines of a UTF-8 file, split on \\n only (U+2028 inside a string is text), numbered from 1; blank lines are skipped.
+
+    A byte order mark and \\r\\n are tolerated. `shown` is the file's name in messages.
+    """
+    with path.open("rb") as f:
+        for number, raw in enumerate(f, 1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            line = line.rstrip(b"\r\n")
+            if not line.strip():
+                continue
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError as e:
+                column = len(line[: e.start].decode("utf-8", "replace")) + 1
+                found = f"byte 0x{line[e.start]:02x} is not UTF-8."
+                fix = "Convert the file: iconv -f latin1 -t utf-8."
+                yield number, Refusal(code="E-DATA-101", where=f"{shown}:{number}:{column}", found=found, fix=fix)
+
+
+def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
+    """One compact object per line; NaN is refused (a reader could not read it)."""
+    with path.open("w", encoding="utf-8", newline="\n") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that educe wrote. A torn last line (a run that was killed while writing) is left out."""
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number != len(lines) - 1:
+                raise
+    return rows

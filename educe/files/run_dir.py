@@ -1,0 +1,98 @@
+"""The run directory: what is in it, who may write to it, and which one is the latest.
+
+recipe.yaml            as given
+recipe.resolved.json   every setting with its value; absolute paths
+provenance.json        versions, machine, hashes of model, template and data
+ledger.jsonl           what happened to every input row
+metrics.jsonl          one line a step, one a held-out measurement
+samples.jsonl          held-out prompts answered before, during and after training
+checkpoints/step-N/    atomic, with a manifest
+answers/NAME.jsonl     stored answers, re-gradable
+scores.json            what they scored
+report.html            one page, no network
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from educe.errors import RunError
+from educe.files.atomic import told
+from educe.files.jsonl import read_jsonl
+
+
+class RunDir:
+    """Paths of one run. Making the object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.resolved = path / "recipe.resolved.json"
+        self.provenance = path / "provenance.json"
+        self.ledger = path / "ledger.jsonl"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.answers = path / "answers"
+        self.scores = path / "scores.json"
+        self.report = path / "report.html"
+
+    def load(self, file: Path) -> Any:
+        """A JSON or JSONL file of this run; `RunError` when it is not there yet."""
+        try:
+            return read_jsonl(file) if file.suffix == ".jsonl" else json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise RunError(
+                2, str(file), "is not there yet.", f"Run `educe train {self.recipe}` to its end first."
+            ) from e
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process may train in a run. The lock dies with its process, however that ends."""
+        with told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("a+b")
+        try:
+            if not _take(handle.fileno()):
+                raise RunError(
+                    202, str(self.path), "another process is training here.", "Wait for it, or stop it first."
+                )
+            yield
+        finally:
+            handle.close()
+
+
+def _take(fd: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def find_run(given: Path | None, runs: Path) -> RunDir:
+    """The run at `given`, or the latest one under `runs` (by its last write of settings or metrics)."""
+    if given is not None:
+        if not (given / "recipe.resolved.json").is_file():
+            raise RunError(1, str(given), "is not a run directory.", "Give a directory that `educe train` made.")
+        return RunDir(given)
+    found = [p.parent for p in runs.glob("*/recipe.resolved.json")]
+    if not found:
+        raise RunError(1, str(runs), "holds no run.", "Train one with `educe train RECIPE`, or name its directory.")
+    return RunDir(max(found, key=_last_touched))
+
+
+def _last_touched(run: Path) -> float:
+    return max((run / n).stat().st_mtime for n in ("recipe.resolved.json", "metrics.jsonl") if (run / n).exists())

@@ -1,0 +1,1 @@
+"""Token-weighted losses from hidden states, without full logits."""

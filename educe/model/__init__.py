@@ -1,0 +1,1 @@
+"""Models: find, describe, load, adapt, prove, export."""

@@ -1,0 +1,148 @@
+"""What a model directory says about itself, read without loading it and without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from educe.errors import ModelError
+
+_MAX_HEADER_BYTES = 100 * 2**20
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Sizes of a causal language model. `num_parameters` counts each stored tensor once (a tied head is not stored)."""
+
+    directory: Path
+    model_type: str
+    architecture: str
+    num_parameters: int
+    num_embedding_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    vocab_size: int
+    max_positions: int
+    licence: str
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+
+def describe_model(directory: Path) -> ModelFacts:
+    """Read config.json and the headers of the safetensors files. Refuses code, pickles and damaged files."""
+    refuse_unsafe(directory)
+    config = _read_config(directory)
+    text = config.get("text_config", config)
+    tensors = _tensor_shapes(directory)
+    embedding = max((math.prod(s) for n, s in tensors.items() if "embed" in n), default=0)
+    hidden = int(text.get("hidden_size", text.get("n_embd", text.get("d_model", 0))))
+    if not hidden or not tensors:
+        raise ModelError(
+            2, str(directory / "config.json"), "describes no language model.", "Give a causal language model."
+        )
+    return ModelFacts(
+        directory=directory,
+        model_type=str(config.get("model_type", "unknown")),
+        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        num_parameters=sum(math.prod(s) for s in tensors.values()),
+        num_embedding_parameters=embedding,
+        hidden_size=hidden,
+        intermediate_size=int(text.get("intermediate_size") or 4 * hidden),
+        num_layers=int(text.get("num_hidden_layers", text.get("n_layer", 1))),
+        vocab_size=int(text.get("vocab_size", 0)),
+        max_positions=int(text.get("max_position_embeddings", text.get("n_positions", 2**31))),
+        licence=_licence(directory),
+    )
+
+
+def refuse_unsafe(directory: Path) -> None:
+    """Only safetensors and JSON are loaded: a directory with code to run or pickles alone is refused."""
+    if not directory.is_dir():
+        raise ModelError(
+            1, str(directory), "is not a directory.", "Give a model directory or a Hub id such as ORG/NAME."
+        )
+    config = _read_config(directory)
+    if "auto_map" in config:
+        found = "wants to run its own code (auto_map)."
+        raise ModelError(102, str(directory / "config.json"), found, "Use a model that transformers supports itself.")
+    if not any(directory.glob("*.safetensors")):
+        pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
+        found = f"has no safetensors, only {', '.join(sorted(pickles)[:3])}." if pickles else "has no weights."
+        raise ModelError(
+            101, str(directory), found, "Convert it once with transformers' save_pretrained, or use another copy."
+        )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ModelError(1, str(file), "does not exist.", "Give the directory that holds config.json.") from e
+    except (ValueError, OSError) as e:
+        raise ModelError(2, str(file), f"cannot be read: {e}.", "Download the model again.") from e
+    if not isinstance(config, dict):
+        raise ModelError(2, str(file), "is not an object.", "Download the model again.")
+    return config
+
+
+def _tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(2, str(index), f"points outside the directory: {name!r}.", "Do not use this model.")
+            if not (directory / name).is_file():
+                raise ModelError(2, str(directory / name), "is missing.", "Download the model again.")
+        files = [directory / n for n in sorted(names)]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        shapes |= _header(file)
+    return shapes
+
+
+def _header(file: Path) -> dict[str, list[int]]:
+    """Tensor shapes of one safetensors file, its size checked against its header."""
+    again = "Download the model again."
+    with file.open("rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise ModelError(2, str(file), "is not a safetensors file.", again)
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            shapes = {n: [int(x) for x in t["shape"]] for n, t in header.items()}
+            end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ModelError(2, str(file), "has a damaged header.", again) from e
+    if file.stat().st_size != 8 + length + end:
+        found = f"has {file.stat().st_size} bytes, its header says {8 + length + end}: it is cut off or damaged."
+        raise ModelError(2, str(file), found, again)
+    for name, t in header.items():
+        if t["dtype"] in _DTYPE_BYTES:
+            low, high = t["data_offsets"]
+            if high - low != math.prod(t["shape"]) * _DTYPE_BYTES[t["dtype"]]:
+                raise ModelError(2, str(file), f"tensor {name} has the wrong size.", again)
+    return shapes
+
+
+def _licence(directory: Path) -> str:
+    """The licence the model card's front matter names, or 'unknown'."""
+    card = directory / "README.md"
+    if card.is_file():
+        for line in card.read_text(encoding="utf-8", errors="replace").split("\n")[:60]:
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip()
+    return "unknown"

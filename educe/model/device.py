@@ -1,0 +1,95 @@
+"""Which device and arithmetic: decided by a timed matmul, not by a table, and said."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from educe.errors import MachineError
+
+_SIZE = 1024
+_PROBE_S = 0.25
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What to compute on. `flops` is what the probe reached (multiply and add counted as two), `why` says so in words."""
+
+    kind: str
+    dtype: str
+    name: str
+    flops: float
+    why: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
+    """The fastest device there is and the faster arithmetic on it; either can be fixed. Takes about a second."""
+    present = [k for k, there in (("cuda", torch.cuda.is_available()), ("mps", _mps()), ("cpu", True)) if there]
+    if device != "auto" and device not in present:
+        found = f"{device} is not available; here: {', '.join(present)}."
+        raise MachineError(5, "device", found, "Set device: auto, or install the torch build for it.")
+    kind = device if device != "auto" else present[0]
+    if kind == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    rates = {d: _rate(kind, DTYPES[d]) for d in (DTYPES if dtype == "auto" else [dtype])}
+    chosen = max(rates, key=lambda d: rates[d])
+    shown = ", ".join(f"{d} {r / 1e12:.2f} TFLOP/s" for d, r in rates.items())
+    return Device(kind=kind, dtype=chosen, name=_name(kind), flops=rates[chosen], why=f"timed matmul: {shown}")
+
+
+def _mps() -> bool:
+    return bool(torch.backends.mps.is_available())
+
+
+def _rate(kind: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matmul; 0 where the device cannot do the arithmetic."""
+    size = _SIZE if kind == "cpu" else 4 * _SIZE
+    try:
+        a = torch.randn(size, size, device=kind).to(dtype)
+        _wait(a @ a, kind)
+        rounds, started = 0, time.perf_counter()
+        while time.perf_counter() - started < _PROBE_S:
+            _wait(a @ a, kind)
+            rounds += 1
+        return 2.0 * size**3 * rounds / (time.perf_counter() - started)
+    except (RuntimeError, TypeError):
+        return 0.0
+
+
+def _wait(result: torch.Tensor, kind: str) -> None:
+    if kind == "cuda":
+        torch.cuda.synchronize()
+    elif kind == "mps":
+        torch.mps.synchronize()
+    else:
+        result[0, 0].item()
+
+
+def _name(kind: str) -> str:
+    if kind == "cuda":
+        return str(torch.cuda.get_device_name())
+    return f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else "Apple GPU"
+
+
+def peak_memory_bytes(kind: str) -> int:
+    """The most memory this process has held: on the GPU where there is one, else resident memory."""
+    if kind == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+        import sys
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024
+    except ImportError:  # Windows keeps the peak in psutil
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))

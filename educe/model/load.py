@@ -1,0 +1,154 @@
+"""Load a causal language model for training or answering, and the few things about it that the engine needs.
+
+Shape legend: P tokens of a packed row, N trained positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from educe.config import Full, Lora
+from educe.errors import MachineError, ModelError
+from educe.model import attention
+from educe.model.describe import refuse_unsafe
+from educe.model.device import Device
+from educe.types import Batch
+
+
+class CausalLM:
+    """A loaded model: `network` is what transformers (and peft) made; weights are in the device's arithmetic."""
+
+    def __init__(self, network: Any, device: Device, *, adapted: bool) -> None:
+        self.network = network
+        self.device = device
+        self.base = network.get_base_model() if adapted else network
+        self._decoder: nn.Module = self.base.get_decoder()
+
+    @property
+    def device_kind(self) -> str:
+        return self.device.kind
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.base.get_output_embeddings().weight.shape[0])
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained, by name; a tied parameter once."""
+        return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+
+    def hidden_states(self, batch: Batch) -> Float[Tensor, "p d"]:
+        """Last hidden states of a packed row; its documents do not see each other."""
+        out = self._decoder(
+            input_ids=self.tensor(batch.ids_P)[None],
+            position_ids=self.tensor(batch.positions_P)[None],
+            document_lengths=batch.lengths_D.tolist(),
+            use_cache=False,
+        )
+        states: Tensor = out.last_hidden_state[0]
+        return states
+
+    def head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Logits as the model computes them: scale and soft cap of its config included."""
+        config = self.base.config.get_text_config()
+        logits: Tensor = self.base.get_output_embeddings()(hidden_ND)
+        if scale := getattr(config, "logit_scale", None):
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def tensor(self, array: Any) -> Tensor:
+        return torch.as_tensor(array, device=self.device.kind)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Evaluation mode with cached, padded attention, for the time of the block."""
+        was_training, before = self.network.training, self.base.config._attn_implementation
+        self.network.eval()
+        self.base.set_attn_implementation("sdpa")
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            self.base.set_attn_implementation(before)
+            self.network.train(was_training)
+
+
+def load_model(
+    directory: Path, device: Device, tuning: Full | Lora | None = None, *, checkpointing: bool = False
+) -> CausalLM:
+    """Load in the device's arithmetic. With `tuning`, ready to train packed rows; without, ready to answer.
+
+    Nothing in the directory is executed. With LoRA the adapters are on every linear layer and the rest is frozen.
+    """
+    refuse_unsafe(directory)
+    attention.register()
+    way = attention.NAME if tuning is not None else "sdpa"
+    with _quiet():
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=device.torch_dtype,
+                attn_implementation=way,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (ValueError, OSError, RuntimeError, KeyError) as e:
+            if "out of memory" in str(e):
+                fix = "Choose a smaller model or another device."
+                raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e
+            first = str(e).strip().splitlines()[0][:200]
+            raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
+    network.to(device.kind)
+    if isinstance(tuning, Lora):
+        network = _with_adapters(network, tuning)
+    model = CausalLM(network, device, adapted=isinstance(tuning, Lora))
+    if tuning is None:
+        network.eval()
+        return model
+    network.train()
+    if checkpointing:
+        network.enable_input_require_grads()
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _with_adapters(network: Any, tuning: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    # Adapters in the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
+    return get_peft_model(network, config, autocast_adapter_dtype=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or advice from transformers on the terminal; errors still raise."""
+    level = logging.getLogger("transformers").level
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)

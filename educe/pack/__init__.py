@@ -1,0 +1,1 @@
+"""Lengths → plan → batches: which examples make a step, and how they share rows. Pure numpy."""

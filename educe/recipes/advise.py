@@ -1,0 +1,159 @@
+"""Settings derived from what the data and the model are, and the commented recipe that says why."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from educe.files.jsonl import parse_json
+from educe.model.describe import ModelFacts
+from educe.stats import percentile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """What was seen in the data: lengths in tokens of whole rows and answers, the answers, how many rows there are."""
+
+    rows: int
+    lengths: list[int]
+    answers: list[str]
+    answer_tokens: list[int]
+
+
+def metric_of(answers: Sequence[str]) -> tuple[str, str]:
+    """The metric that fits the form of the answers, and why."""
+    parsed = [parse_json(a, "") for a in answers]
+    if all(isinstance(p, (dict, list)) for p in parsed):
+        return "json", "every answer is JSON"
+    if len(set(answers)) <= max(2, len(answers) // 20) and max(map(len, answers)) <= 60:
+        return "label", f"{len(set(answers))} different short answers"
+    starts = re.compile(r"\s*(select|insert|update|delete|with|create)\b", re.I)
+    if all(starts.match(a) for a in answers):
+        return "sql", "every answer starts like an SQL statement"
+    if percentile([len(a) for a in answers], 0.9) <= 40:
+        return "exact", "short answers"
+    return "text", "free text: held-out loss decides, answers are shown side by side"
+
+
+def full_rate(hidden_size: int) -> float:
+    """Learning rate for full tuning by model width: 5e-5 (2000 / hidden)^0.781 (tinker-cookbook `get_lr`, Llama fit)."""
+    return float(5e-5 * (2000 / hidden_size) ** 0.781)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """Derived settings with their reasons."""
+
+    max_tokens: int
+    why_length: str
+    lora: bool
+    why_tuning: str
+    epochs: float
+    why_epochs: str
+    batch_tokens: int
+    micro_batch_tokens: int
+    rows_per_step: int
+    rate: float
+    why_rate: str
+
+
+def advise(looked: Looked, facts: ModelFacts, memory_bytes: float) -> Advice:
+    """Defaults for this data on this model, as a careful practitioner would choose them."""
+    longest = max(looked.lengths)
+    p99 = percentile(looked.lengths, 0.995)
+    cut = longest > 4096 and p99 < longest
+    max_tokens = min(facts.max_positions, 16 * math.ceil((p99 if cut else longest) / 16))
+    why_length = f"the longest row has {longest} tokens" + (f"; the 0.5 % above {p99} are dropped" if cut else "")
+    lora = facts.num_parameters * 18 > 0.6 * memory_bytes or facts.num_parameters > 1e9
+    size = facts.num_parameters / 1e6
+    tuned = "LoRA" if lora else "all weights"
+    why_tuning = f"{tuned}: full tuning of {size:.0f}M parameters needs about {facts.num_parameters * 18 / 1e9:.1f} GB"
+    epochs = 3.0 if looked.rows < 500 else 2.0 if looked.rows < 1000 else 1.0 if looked.rows > 100_000 else 2.0
+    mean = sum(looked.lengths) / len(looked.lengths)
+    # A step holds enough rows for a steady gradient, few enough for at least 150 steps, and at most 128 rows.
+    rows_per_step = max(4, min(128, round(looked.rows * epochs / 150)))
+    batch = max(max_tokens, 64 * math.ceil(rows_per_step * mean / 64))
+    micro = min(batch, max(max_tokens, 512 if memory_bytes < 64e9 else 8192))
+    rate = full_rate(facts.hidden_size) * (10 if lora else 1)
+    return Advice(
+        max_tokens=max_tokens,
+        why_length=why_length,
+        lora=lora,
+        why_tuning=why_tuning,
+        epochs=epochs,
+        why_epochs=f"{looked.rows} rows; small sets bear 2 to 5 passes, large ones need one",
+        batch_tokens=batch,
+        micro_batch_tokens=micro,
+        rows_per_step=rows_per_step,
+        rate=float(f"{rate:.1e}"),
+        why_rate=f"{'10 x ' if lora else ''}5e-5 x (2000 / {facts.hidden_size})^0.781: narrower models bear more",
+    )
+
+
+def recipe_text(
+    looked: Looked,
+    facts: ModelFacts,
+    memory_bytes: float,
+    *,
+    name: str,
+    model: tuple[str, str],
+    train: str,
+    dev: str | None,
+    test: str | None,
+) -> str:
+    """The recipe as YAML with a reason behind each choice."""
+    a = advise(looked, facts, memory_bytes)
+    metric, why_metric = metric_of(looked.answers)
+    longest_answer = max(looked.answer_tokens)
+    new_tokens = 8 * math.ceil(1.5 * longest_answer / 8)
+    share = 0.1 if looked.rows >= 500 else 0.2
+
+    def split(file: str | None, part: float, why: str) -> str:
+        if file is not None:
+            return f"{{kind: file, file: {_quoted(file)}}}"
+        return f"{{kind: share, share: {part}}}  # {why}"
+
+    tuning = "{kind: lora, rank: 16, alpha: 32.0}" if a.lora else "{kind: full}"
+    lines = f"""\
+# Written by `educe init`. Every value may be changed; `educe check` says what it means before anything is spent.
+name: {name}
+model: {_quoted(model[0])}  # {model[1]}
+runs: runs  # run directories are made in here
+
+data:
+  train: {_quoted(train)}
+  dev: {split(dev, 0.05, "choices are made on these rows")}
+  test: {split(test, share, "answered once, at the end")}
+  train_on: all  # every assistant turn is trained; `last` trains the last one only
+  max_tokens: {a.max_tokens}  # {a.why_length}; longer rows are dropped, never cut
+
+tuning: {tuning}  # {a.why_tuning}
+
+train:
+  epochs: {a.epochs}  # {a.why_epochs}
+  batch_tokens: {a.batch_tokens}  # about {a.rows_per_step} rows a step
+  micro_batch_tokens: {a.micro_batch_tokens}  # held in memory at once; changes no result
+  learning_rate: {_yaml_float(a.rate)}  # {a.why_rate}
+  schedule: linear  # down to 0 after a warm-up of 5 % of the steps
+  seed: 0
+
+evaluation:
+  metric: {{kind: {metric}}}  # {why_metric}
+  max_new_tokens: {new_tokens}  # the longest answer has {longest_answer} tokens
+  few_shot: 5  # examples given to the untouched model: is tuning needed at all?
+"""
+    return lines
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar; quoted only where it has to be."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _yaml_float(value: float) -> str:
+    """A float that YAML 1.2 reads as one: 1.3e-4 has its dot."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

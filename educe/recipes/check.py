@@ -1,0 +1,92 @@
+"""`educe check`: everything that can be known before spending, and a verdict. Loads no model."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from educe.config import Recipe
+from educe.files.jsonl import read_jsonl
+from educe.model.describe import ModelFacts, describe_model
+from educe.model.source import Say
+from educe.pack.plan import PackPlan
+from educe.recipes.estimate import Estimate, estimate_run
+from educe.recipes.plan import plan_run, warnings_of
+from educe.recipes.prepare import Prepared, prepare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What a run would be. `blockers` are reasons it would fail; with none it is ready."""
+
+    recipe: Recipe
+    facts: ModelFacts
+    prepared: Prepared
+    plan: PackPlan
+    estimate: Estimate
+    device: str
+    device_why: str
+    memory_bytes: int
+    free_disk_bytes: int
+    reasons: list[dict[str, Any]]
+    warnings: list[str]
+    blockers: list[str]
+
+    @property
+    def ready(self) -> bool:
+        return not self.blockers
+
+
+def check(recipe: Recipe, say: Say) -> Check:
+    """Prepare the data, plan the run, estimate its cost, compare with the machine."""
+    from educe.recipes.machine import device_of, memory_of
+
+    prepared = prepare(recipe, say)
+    facts = describe_model(prepared.model_dir)
+    plan = plan_run(recipe, prepared, facts)
+    device = device_of(recipe)
+    share = prepared.summary["trained_tokens"] / prepared.summary["tokens"]
+    estimate = estimate_run(facts, recipe, plan, share, device.flops, device.kind, device.dtype)
+    memory = memory_of(device.kind)
+    free = shutil.disk_usage(_existing(Path(recipe.runs))).free
+    blockers = []
+    if estimate.memory_bytes > memory:
+        blockers.append(
+            f"needs {estimate.memory_bytes / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are there: lower "
+            "train.micro_batch_tokens, set tuning.kind: lora, or train.activation_checkpointing: true"
+        )
+    if estimate.disk_bytes > free:
+        blockers.append(f"needs {estimate.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
+    return Check(
+        recipe=recipe,
+        facts=facts,
+        prepared=prepared,
+        plan=plan,
+        estimate=estimate,
+        device=f"{device.kind} ({device.name}), {device.dtype}",
+        device_why=device.why,
+        memory_bytes=memory,
+        free_disk_bytes=free,
+        reasons=_reasons(prepared),
+        warnings=warnings_of(recipe, prepared, plan),
+        blockers=blockers,
+    )
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _reasons(prepared: Prepared) -> list[dict[str, Any]]:
+    """Rows that are not used, by code: count and the first five places with what was found."""
+    unused = [line for line in read_jsonl(prepared.path / "ledger.jsonl") if line["code"]]
+    counts = Counter(line["code"] for line in unused)
+    return [
+        {"code": code, "count": n, "first": [line for line in unused if line["code"] == code][:5]}
+        for code, n in counts.most_common()
+    ]

@@ -1,0 +1,76 @@
+"""`educe export`: the tuned model as a directory for transformers and vLLM, and proof that it answers the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from educe.errors import ModelError, RunError
+from educe.files.atomic import directory, need_space
+from educe.files.run_dir import RunDir
+from educe.model.describe import describe_model
+from educe.model.export import merged, write_model
+from educe.model.load import load_model
+from educe.model.proof import random_batch
+from educe.model.source import Say, find_model
+from educe.recipes.eval import final_weights, recipe_of
+from educe.recipes.machine import device_of
+
+
+def export(run: RunDir, target: Path, say: Say) -> Path:
+    """Write `target` (new or empty), load it back, compare logits to the bit."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(203, str(target), "is not an empty directory.", "Give a directory that does not exist yet.")
+    recipe = recipe_of(run)
+    weights = final_weights(run, say)
+    base = find_model(recipe.model, say)
+    facts = describe_model(base)
+    device = device_of(recipe)
+    need_space(target, 2 * facts.num_parameters * (2 if device.dtype == "bfloat16" else 4), "the exported model")
+    model = merged(base, weights, recipe.tuning, device)
+    provenance = run.load(run.provenance)
+    scores = run.load(run.scores) if run.scores.is_file() else None
+    with directory(target, about={"stage": "export", "run": run.path.name}) as part:
+        write_model(model, base, _card(recipe.name, provenance, scores), part)
+    again = load_model(target, device)
+    batch = random_batch(model.vocabulary)
+    with torch.no_grad():
+        ids = model.tensor(batch.ids_P)[None]
+        one, two = (m.network(input_ids=ids, use_cache=False).logits for m in (model, again))
+    if not torch.equal(one, two):
+        apart = float((one - two).abs().max())
+        raise ModelError(2, str(target), f"read back, its logits differ by {apart:.3g}.", "Do not use it; report this.")
+    say(f"read back: logits are the same to the bit on {np.size(batch.ids_P)} tokens ({device.dtype})")
+    return target
+
+
+def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None) -> str:
+    base = provenance["model"]
+    lines = [
+        "---",
+        f"base_model: {base['name']}",
+        f"license: {base['licence']}",
+        "library_name: transformers",
+        "tags: [sft, educe]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{base['name']} tuned with educe {provenance['educe']} ({provenance['steps']} steps).",
+    ]
+    if scores is not None:
+        lines += ["", f"**{scores['verdict']}**", "", "| system | right | 95 % interval |", "|---|---|---|"]
+        for system, s in scores["systems"].items():
+            lines.append(f"| {system} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
+    lines += [
+        "",
+        "```json",
+        json.dumps({k: provenance[k] for k in ("data", "packages", "device")}, indent=1),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

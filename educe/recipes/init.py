@@ -1,0 +1,130 @@
+"""`educe init`: a data file to a commented recipe, each default derived from the data, the model and the machine, with the reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from educe.chat.tokens import ChatTokenizer, load_tokenizer
+from educe.chat.weights import build_examples
+from educe.config import parse_recipe
+from educe.data.formats import to_conversation
+from educe.data.sources import read_rows
+from educe.errors import DataError, Refusal, UsageError
+from educe.files.atomic import write_text
+from educe.model.describe import describe_model
+from educe.model.source import DEFAULT_MODEL, Say, find_model
+from educe.recipes.advise import Looked, recipe_text
+from educe.seeds import permute
+from educe.types import Conversation
+
+# Rows that are looked at: enough for lengths and forms, quick for a file of any size.
+SAMPLE_ROWS = 5000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suited:
+    """A model of the table below: what full tuning or LoRA of it needs."""
+
+    model: str
+    memory_gb: float
+    why: str
+
+
+# Largest that fits wins. Sizes: LoRA in bf16 holds 2 bytes a parameter and some room for activations; on a CPU time decides.
+_GPU_MODELS = (
+    Suited(model="Qwen/Qwen3-8B", memory_gb=40, why="8B parameters with LoRA"),
+    Suited(model="Qwen/Qwen3-4B", memory_gb=20, why="4B parameters with LoRA"),
+    Suited(model="Qwen/Qwen3-1.7B", memory_gb=10, why="1.7B parameters with LoRA"),
+    Suited(model="Qwen/Qwen3-0.6B", memory_gb=6, why="0.6B parameters with LoRA"),
+)
+
+
+def init(
+    data: Path,
+    model: str | None,
+    out: Path,
+    say: Say,
+    dev: Path | None = None,
+    test: Path | None = None,
+    name: str = "",
+) -> Path:
+    """Write a recipe beside nothing that exists: an existing file is never overwritten. Returns its path."""
+    if out.exists():
+        raise UsageError(101, str(out), "exists.", "Give another --out, or delete it.")
+    chosen, why_model = (model, "as asked") if model else suit_model()
+    say(f"model: {chosen} ({why_model})")
+    model_dir = find_model(chosen, say)
+    facts = describe_model(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    looked = _look(data, tokenizer, facts.max_positions)
+    run_name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", data.stem).strip("-.") or "run"
+    memory = _gpu_memory_gb() * 1e9 or psutil.virtual_memory().available
+    text = recipe_text(
+        looked,
+        facts,
+        memory,
+        name=run_name,
+        model=(chosen, why_model),
+        train=_from(out, data),
+        dev=_from(out, dev) if dev is not None else None,
+        test=_from(out, test) if test is not None else None,
+    )
+    parse_recipe(text, str(out))
+    write_text(out, text)
+    return out
+
+
+def suit_model() -> tuple[str, str]:
+    """The model that fits this machine's memory and a sensible time, and why."""
+    gpu_gb = _gpu_memory_gb()
+    for s in _GPU_MODELS:
+        if gpu_gb >= s.memory_gb:
+            return s.model, f"{s.why} fits the GPU's {gpu_gb:.0f} GB"
+    memory = psutil.virtual_memory().total / 1e9
+    return (
+        DEFAULT_MODEL,
+        f"no GPU of 6 GB or more here, {memory:.0f} GB of memory: 135M parameters train in minutes on a CPU",
+    )
+
+
+def _gpu_memory_gb() -> float:
+    try:
+        import torch
+    except ImportError:
+        return 0.0
+    return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def _from(out: Path, file: Path) -> str:
+    """`file` as the recipe should name it: relative to the recipe where it lies below it."""
+    file, base = file.resolve(), out.resolve().parent
+    return str(file.relative_to(base)) if file.is_relative_to(base) else str(file)
+
+
+def _look(data: Path, tokenizer: ChatTokenizer, positions: int) -> Looked:
+    rows = 0
+    kept: list[Conversation] = []
+    first: Refusal | None = None
+    for source, row in read_rows(data):
+        rows += 1
+        made = row if isinstance(row, Refusal) else to_conversation(row, source)
+        if isinstance(made, Refusal):
+            first = first or made
+        else:
+            kept.append(made)
+    lengths, answers, answer_tokens = [], [], []
+    for i in permute(len(kept), 0)[:SAMPLE_ROWS].tolist():
+        built = build_examples(kept[i], tokenizer, only_last=False, max_tokens=positions)
+        if isinstance(built, Refusal):
+            first = first or built
+            continue
+        lengths += [int(e.ids_T.size) for e in built]
+        answers.append(next(m.content for m in reversed(kept[i].messages) if m.role == "assistant"))
+        answer_tokens.append(int((built[-1].weights_T > 0).sum()))
+    if not lengths:
+        raise DataError(5, str(data), f"has no usable row; the first is refused: {first}", "Mend the rows.")
+    return Looked(rows=rows, lengths=lengths, answers=answers, answer_tokens=answer_tokens)

@@ -1,0 +1,49 @@
+"""The device a recipe will run on, found once per process, and what it has."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import psutil
+
+from educe.config import Recipe
+from educe.errors import MachineError
+
+if TYPE_CHECKING:
+    from educe.model.device import Device
+
+
+def need_torch() -> None:
+    """Raise a teaching error where the heavy half is not installed."""
+    try:
+        import peft
+        import safetensors
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as e:
+        fix = "pip install 'educe[train]'; for a CPU-only torch see the README."
+        raise MachineError(1, str(e.name), "is not installed.", fix) from e
+    del peft, safetensors, torch
+
+
+@functools.cache
+def _device(device: str, dtype: str) -> Device:
+    need_torch()
+    from educe.model.device import choose_device
+
+    return choose_device(device, dtype)
+
+
+def device_of(recipe: Recipe) -> Device:
+    """The recipe's device and arithmetic, timed once."""
+    return _device(recipe.device, recipe.dtype)
+
+
+def memory_of(kind: str) -> int:
+    """Bytes that a run may use: the GPU's memory, or what the system has available now."""
+    if kind == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,53 @@
+"""What `check` and `train` both need: the prepared data, the pack plan, and the warnings that follow from them."""
+
+from __future__ import annotations
+
+from educe.config import Lora, Recipe
+from educe.errors import ModelError, TrainError
+from educe.model.describe import ModelFacts
+from educe.pack.plan import PackPlan, plan_packs
+from educe.recipes.prepare import Prepared
+
+
+def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, *, packed: bool = True) -> PackPlan:
+    """The run's plan; refuses what could only fail later."""
+    store = prepared.store("train")
+    if recipe.data.max_tokens > facts.max_positions:
+        found = f"data.max_tokens is {recipe.data.max_tokens}, {facts.name} has {facts.max_positions} positions."
+        raise ModelError(201, "data.max_tokens", found, "Lower it.")
+    if store.max_id >= facts.vocab_size:
+        found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
+        raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
+    plan = plan_packs(
+        store.lengths,
+        epochs=recipe.train.epochs,
+        batch_tokens=recipe.train.batch_tokens,
+        capacity_tokens=recipe.train.micro_batch_tokens if packed else int(store.lengths.max()),
+        seed=recipe.train.seed,
+        packed=packed,
+    )
+    if plan.num_steps < 1:
+        raise TrainError(201, "train.epochs", "gives no step.", "Raise it.")
+    return plan
+
+
+def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]:
+    """What may be right but is worth a look."""
+    s, said = prepared.summary, []
+    if s["duplicates"]:
+        said.append(f"{s['duplicates']} training rows are exact copies of others")
+    for split, count in s["leaks"].items():
+        if count:
+            said.append(f"{count} prompts of the {split} rows are also in the training rows: its score will flatter")
+    if s["rows"]["test"] == 0:
+        said.append("no test rows: nothing will tell whether tuning helped")
+    elif s["rows"]["test"] < 100:
+        said.append(f"only {s['rows']['test']} test rows: intervals will be wide (100 or more are better)")
+    if s["refused"] + s["dropped"] > 0.01 * s["rows_in"]:
+        said.append(f"{s['refused'] + s['dropped']} of {s['rows_in']} rows are not used")
+    if plan.num_steps < 20:
+        said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
+    low, high = (1e-5, 5e-3) if isinstance(recipe.tuning, Lora) else (5e-7, 1e-3)
+    if not low <= recipe.train.learning_rate <= high:
+        said.append(f"train.learning_rate {recipe.train.learning_rate:g} is outside the usual {low:g} to {high:g}")
+    return said

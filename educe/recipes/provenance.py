@@ -1,0 +1,156 @@
+"""What made a run: the settings that must not change under it, and where everything came from."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from educe.config import Recipe
+from educe.errors import RunError
+from educe.files.atomic import told, write_json, write_text
+from educe.files.hashes import hash_file, hash_json
+from educe.files.jsonl import read_jsonl
+from educe.files.run_dir import RunDir
+from educe.model.describe import ModelFacts
+from educe.model.device import Device
+from educe.model.source import Say
+from educe.pack.plan import PLAN_VERSION, PackPlan
+from educe.recipes.prepare import Prepared
+from educe.training.checkpoint import newest_checkpoint
+from educe.training.state import State
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
+# Bump when the same settings and data would train other weights.
+TRAIN_VERSION = 1
+
+
+def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[str, Any]:
+    """Everything that decides the trained weights, flat: two runs with equal settings are the same run."""
+    tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump().items()}
+    skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
+    steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
+    data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
+    return {
+        "model": _weights_hash(facts.directory),
+        "prepared data": prepared.key,
+        **data,
+        **tuning,
+        **steps,
+        "device": recipe.device,
+        "dtype": recipe.dtype,
+        "code version": [PLAN_VERSION, TRAIN_VERSION],
+    }
+
+
+def claim(
+    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, prepared: Prepared, say: Say
+) -> tuple[Path, dict[str, Any]] | None:
+    """Make the run directory ours: the newest good checkpoint to go on from, or None. Refuses a directory of other settings."""
+    if run.resolved.is_file():
+        old = run.load(run.resolved).get("settings", {})
+        changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        if changed:
+            first = changed[0]
+            found = (
+                f"was made with other settings: {first} was {_brief(old.get(first))}, now {_brief(settings.get(first))}"
+            )
+            more = f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."
+            raise RunError(
+                201, str(run.path), found + more, "Give the recipe another `name:`, or delete that directory."
+            )
+    with told(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(run.recipe, text)
+        write_json(run.resolved, {"recipe": recipe.model_dump(), "settings": settings})
+        shutil.copyfile(prepared.path / "ledger.jsonl", run.ledger)
+        shutil.copyfile(prepared.path / "preview.json", run.path / "preview.json")
+    return newest_checkpoint(run.checkpoints, say)
+
+
+def provenance_of(
+    recipe: Recipe,
+    prepared: Prepared,
+    facts: ModelFacts,
+    device: Device,
+    state: State,
+    plan: PackPlan,
+    packed: bool,
+) -> dict[str, Any]:
+    """provenance.json as it is while the run goes on."""
+    hashes = _data_hashes(recipe)
+    return {
+        "educe": _version("educe"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: _version(p) for p in _PACKAGES},
+        "device": {"kind": device.kind, "dtype": device.dtype, "name": device.name, "why": device.why},
+        "model": {
+            "name": recipe.model,
+            "directory": str(facts.directory),
+            "architecture": facts.architecture,
+            "parameters": facts.num_parameters,
+            "licence": facts.licence,
+            "sha256": _weights_hash(facts.directory),
+        },
+        "template_sha256": prepared.tokenizer.template_hash,
+        "tokenizer_sha256": prepared.tokenizer.tokenizer_hash,
+        "data": {name: {"file": file, "sha256": hashes[name]} for name, file in _data_files(recipe).items()},
+        "prepared": prepared.key,
+        "plan_sha256": plan.hash,
+        "packed": packed,
+        "trainable_parameters": sum(m.numel() for m in state.optimizer.masters.values()),
+        "steps": plan.num_steps,
+        "started": _now(),
+        "finished": None,
+    }
+
+
+def finished(provenance: dict[str, Any], run: RunDir, *, wall_s: float) -> dict[str, Any]:
+    """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run."""
+    steps = [line for line in read_jsonl(run.metrics) if line["kind"] == "step"]
+    training_s = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
+    return {
+        **provenance,
+        "finished": _now(),
+        "training_s": training_s,
+        "wall_s": wall_s,
+        "tokens_per_s": sum(line["tokens"] for line in steps) / training_s,
+        "peak_memory_bytes": max(int(line["peak_memory_bytes"]) for line in steps),
+    }
+
+
+def _data_files(recipe: Recipe) -> dict[str, str]:
+    splits = {"dev": recipe.data.dev, "test": recipe.data.test}
+    return {"train": recipe.data.train, **{n: s.file for n, s in splits.items() if s.kind == "file"}}
+
+
+def _data_hashes(recipe: Recipe) -> dict[str, str]:
+    return {name: hash_file(Path(file)) for name, file in _data_files(recipe).items()}
+
+
+def _weights_hash(directory: Path) -> str:
+    """Hash of the model's weight files. Files of gigabytes are hashed by size and time, small models by content."""
+    files = sorted(directory.glob("*.safetensors"))
+    if sum(f.stat().st_size for f in files) <= 2**30:
+        return hash_json([hash_file(f) for f in files])
+    return "stat:" + hash_json([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else text[:21] + "..."

@@ -1,0 +1,127 @@
+"""The Python API: what the verbs do, as functions and a `Run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from educe.config import Recipe, load_recipe
+from educe.files.run_dir import RunDir, find_run
+from educe.recipes.machine import need_torch
+
+if TYPE_CHECKING:
+    from educe.recipes.check import Check
+    from educe.recipes.inspect import Inspection
+    from educe.recipes.prepare import Prepared
+    from educe.training.state import StepReport
+
+Say = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+class Silent:
+    """A screen that shows nothing."""
+
+    def step(self, report: StepReport) -> None: ...
+
+    def dev(self, step: int, loss: float) -> None: ...
+
+    def samples(self, step: int, lines: list[dict[str, Any]]) -> None: ...
+
+
+class Run:
+    """A run directory and what can be done with it. Without a path: the latest run under ./runs."""
+
+    def __init__(self, path: str | Path | None = None, *, runs: str | Path = "runs") -> None:
+        self.dir: RunDir = find_run(Path(path) if path is not None else None, Path(runs))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.dir.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        return self.dir.path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return Recipe.model_validate(self.dir.load(self.dir.resolved)["recipe"])
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl."""
+        lines: list[dict[str, Any]] = self.dir.load(self.dir.metrics)
+        return lines
+
+    def eval(self, *, regrade: bool = False, say: Say = quiet) -> dict[str, Any]:
+        """Answer the test rows before and after, or grade stored answers again; returns scores.json."""
+        need_torch()
+        from educe.recipes.eval import evaluate
+
+        return evaluate(self.dir, say, lambda name, done, total: None, regrade_only=regrade)
+
+    def report(self) -> Path:
+        """Write report.html and return its path."""
+        from educe.recipes.report import report
+
+        return report(self.dir)
+
+    def export(self, directory: str | Path, *, say: Say = quiet) -> Path:
+        """Write the tuned model for transformers and vLLM; reads it back to compare."""
+        need_torch()
+        from educe.recipes.export import export
+
+        return export(self.dir, Path(directory), say)
+
+
+def init(
+    data: str | Path,
+    *,
+    model: str | None = None,
+    out: str | Path = "recipe.yaml",
+    dev: str | Path | None = None,
+    test: str | Path | None = None,
+    name: str = "",
+    say: Say = quiet,
+) -> Path:
+    """Write a commented recipe for a data file; returns its path."""
+    from educe.recipes.init import init as run_init
+
+    held = [Path(p) if p is not None else None for p in (dev, test)]
+    return run_init(Path(data), model, Path(out), say, held[0], held[1], name)
+
+
+def check(recipe: str | Path, *, say: Say = quiet) -> Check:
+    """Everything that can be known before training."""
+    from educe.recipes.check import check as run_check
+
+    return run_check(load_recipe(Path(recipe)), say)
+
+
+def inspect(recipe: str | Path, row: int = 1, *, say: Say = quiet) -> Inspection:
+    """Tokens of one training row as they will be trained."""
+    from educe.recipes.inspect import inspect as run_inspect
+
+    return run_inspect(load_recipe(Path(recipe)), row, say)
+
+
+def prepare(recipe: str | Path, *, say: Say = quiet) -> Prepared:
+    """The data part alone."""
+    from educe.recipes.prepare import prepare as run_prepare
+
+    return run_prepare(load_recipe(Path(recipe)), say)
+
+
+def train(recipe: str | Path, *, say: Say = quiet, screen: Any = None) -> Run:
+    """Train, or go on with a run that was stopped; returns the run."""
+    need_torch()
+    from educe.recipes.train import train as run_train
+
+    path = Path(recipe)
+    loaded = load_recipe(path)
+    run = run_train(loaded, path.read_text(encoding="utf-8"), say, screen if screen is not None else Silent())
+    return Run(run.path)

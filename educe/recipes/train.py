@@ -1,0 +1,136 @@
+"""`educe train`: a recipe to a run directory. The same command again goes on where it stopped, or says that it is done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from educe.config import Recipe
+from educe.files.atomic import need_space, write_json
+from educe.files.run_dir import RunDir
+from educe.model.describe import ModelFacts, describe_model
+from educe.model.load import load_model
+from educe.model.proof import packs_are_blind, prove_head
+from educe.model.source import Say
+from educe.pack.batch import build_batch
+from educe.recipes.estimate import remember_speed, speed_key
+from educe.recipes.machine import device_of
+from educe.recipes.plan import plan_run
+from educe.recipes.prepare import Prepared, prepare
+from educe.recipes.provenance import claim, finished, provenance_of, settings_of
+from educe.recipes.watch import Screen, Watch
+from educe.training.checkpoint import load_checkpoint
+from educe.training.loop import LoopConfig
+from educe.training.loop import train as run_loop
+from educe.training.optim import MasterAdamW
+from educe.training.sft import sft_loss
+from educe.training.state import State, StepReport
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and saved first: (signal number, step)."""
+
+
+def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
+    """Run the recipe; `text` is the recipe as given. Raises `Interrupted` when a signal ended it early, after saving."""
+    run = RunDir(recipe.run_path())
+    prepared = prepare(recipe, say)
+    facts = describe_model(prepared.model_dir)
+    with run.lock():
+        settings = settings_of(recipe, prepared, facts)
+        found = claim(run, recipe, settings, text, prepared, say)
+        if found is not None and found[1]["finished"]:
+            say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
+        else:
+            _train(recipe, run, prepared, facts, settings, found, say, screen)
+    return run
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    prepared: Prepared,
+    facts: ModelFacts,
+    settings: dict[str, Any],
+    found: tuple[Path, dict[str, Any]] | None,
+    say: Say,
+    screen: Screen,
+) -> None:
+    device = device_of(recipe)
+    say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
+    model = load_model(prepared.model_dir, device, recipe.tuning, checkpointing=recipe.train.activation_checkpointing)
+    prove_head(model)
+    packed = packs_are_blind(model)
+    if not packed:
+        say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
+    plan = plan_run(recipe, prepared, facts, packed=packed)
+    betas = (recipe.train.beta1, recipe.train.beta2)
+    optimizer = MasterAdamW(model.trainable(), betas=betas, weight_decay=recipe.train.weight_decay)
+    state = State(model=model, optimizer=optimizer)
+    if found is not None:
+        load_checkpoint(*found, state)
+        say(f"going on after step {state.step} of {plan.num_steps}")
+    need_space(run.path, 14 * sum(m.numel() for m in optimizer.masters.values()), "training")
+    provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed)
+    write_json(run.provenance, provenance)
+
+    store = prepared.store("train")
+    watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed)
+    watch.begin()
+    began = time.perf_counter()
+    with _signals() as asked:
+
+        def stop(state: State, report: StepReport) -> bool:
+            return bool(asked)
+
+        run_loop(
+            state,
+            lambda step: [build_batch([store[i] for i in group]) for group in plan.steps[step]],
+            sft_loss,
+            [watch.on_step, stop],
+            LoopConfig(
+                total_steps=plan.num_steps,
+                learning_rate=recipe.train.learning_rate,
+                warmup_share=recipe.train.warmup_share,
+                schedule=recipe.train.schedule,
+                clip_norm=recipe.train.clip_norm,
+                seed=recipe.train.seed,
+            ),
+        )
+        if state.step < plan.num_steps:
+            say(f"stopping: saving after step {state.step} of {plan.num_steps}")
+            watch.save(done=False)
+            raise Interrupted(asked[0], state.step)
+    watch.end()
+    provenance = finished(provenance, run, wall_s=time.perf_counter() - began)
+    write_json(run.provenance, provenance)
+    remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), provenance["tokens_per_s"])
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end training after the current step; a second one ends the process at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: object) -> None:
+        asked.append(number)
+        for n in old:
+            signal.signal(n, old[n])
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    old = {n: signal.getsignal(n) for n in numbers}
+    for n in numbers:
+        signal.signal(n, note)
+    try:
+        yield asked
+    finally:
+        for n in numbers:
+            signal.signal(n, old[n])

@@ -1,0 +1,132 @@
+"""What happens beside the steps: metrics, held-out loss, the three sample answers, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from educe.chat.render import render_prompt
+from educe.config import Recipe
+from educe.files.atomic import told
+from educe.files.jsonl import read_jsonl, write_jsonl
+from educe.files.run_dir import RunDir
+from educe.pack.batch import build_batch
+from educe.pack.plan import PackPlan, plan_once
+from educe.recipes.prepare import Prepared
+from educe.sample.local import LocalSampler
+from educe.training.checkpoint import save_checkpoint
+from educe.training.sft import held_out_loss
+from educe.training.state import State, StepReport
+from educe.types import Batch
+
+NUM_SAMPLES = 3
+
+
+class Screen(Protocol):
+    """Where progress is shown: a terminal, plain lines, or nothing."""
+
+    def step(self, report: StepReport) -> None: ...
+
+    def dev(self, step: int, loss: float) -> None: ...
+
+    def samples(self, step: int, lines: list[dict[str, Any]]) -> None: ...
+
+
+class Watch:
+    """The hook of an SFT run. Metrics of steps that a resumed run will repeat are cut off when it begins."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        prepared: Prepared,
+        state: State,
+        plan: PackPlan,
+        settings: dict[str, Any],
+        screen: Screen,
+        *,
+        packed: bool,
+    ) -> None:
+        self._recipe, self._run, self._state, self._plan, self._settings = recipe, run, state, plan, settings
+        self._screen, self._packed = screen, packed
+        self._dev = prepared.store("dev")
+        every = recipe.train.sample_every_share
+        self._looks = {round(plan.num_steps * every * k) for k in range(1, int(1 / every) + 1)}
+        self._tokenizer = prepared.tokenizer
+        rows = (prepared.conversations("dev") or prepared.conversations("test"))[:NUM_SAMPLES]
+        self._questions = [(c, max(i for i, m in enumerate(c.messages) if m.role == "assistant")) for c in rows]
+
+    def begin(self) -> None:
+        """Before the first step of this process."""
+        for file in (self._run.metrics, self._run.samples):
+            lines = read_jsonl(file) if file.exists() else []
+            with told(file):
+                write_jsonl(file, [line for line in lines if line["step"] <= self._state.step])
+        if self._state.step == 0:
+            self._answer()
+            self._measure()
+
+    def on_step(self, state: State, report: StepReport) -> None:
+        line = asdict(report)
+        del line["total_steps"]
+        _append(self._run.metrics, {"kind": "step", **line})
+        self._screen.step(report)
+        if report.step == self._plan.num_steps:
+            return
+        if report.step in self._looks:
+            self._measure()
+            self._answer()
+        if report.step % self._recipe.train.checkpoint_every_steps == 0:
+            self.save(done=False)
+
+    def end(self) -> None:
+        """After the last step: held-out loss, answers, the final weights."""
+        self._measure()
+        self._answer()
+        self.save(done=True)
+
+    def save(self, *, done: bool) -> None:
+        keep = 1 if done else self._recipe.train.keep_checkpoints
+        about = {"settings": self._settings, "plan": self._plan.hash}
+        save_checkpoint(self._run.checkpoints, self._state, about, finished=done, keep=keep)
+
+    def _measure(self) -> None:
+        if len(self._dev):
+            loss = held_out_loss(self._state.model, self._dev_batches())
+            _append(self._run.metrics, {"kind": "dev", "step": self._state.step, "loss": loss})
+            self._screen.dev(self._state.step, loss)
+
+    def _dev_batches(self) -> Iterator[Batch]:
+        lengths = self._dev.lengths
+        capacity = self._recipe.train.micro_batch_tokens if self._packed else 1
+        for group in plan_once(lengths, capacity_tokens=capacity):
+            yield build_batch([self._dev[i] for i in group])
+
+    def _answer(self) -> None:
+        if not self._questions:
+            return
+        prompts = [render_prompt(c.messages[:i], self._tokenizer) for c, i in self._questions]
+        sampler = LocalSampler(self._state.model, self._tokenizer)
+        answers = sampler.answer(prompts, self._recipe.evaluation.max_new_tokens)
+        lines = [
+            {
+                "step": self._state.step,
+                "row": f"{Path(c.source.file).name}:{c.source.line}",
+                "prompt": [{"role": m.role, "content": m.content} for m in c.messages[:i]],
+                "expected": c.messages[i].content,
+                "answer": a.text,
+                "stopped": a.stopped,
+            }
+            for (c, i), a in zip(self._questions, answers, strict=True)
+        ]
+        for line in lines:
+            _append(self._run.samples, line)
+        self._screen.samples(self._state.step, lines)
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with told(file), file.open("a", encoding="utf-8", newline="\n") as f:
+        f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")

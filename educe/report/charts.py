@@ -1,0 +1,236 @@
+"""SVG from numbers: pure functions, no data text in them, colours left to the style sheet.
+
+Each chart is drawn twice, wide and narrow, and the style sheet shows one: a single drawing scaled to a phone would have
+unreadable labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from educe.report.records import Point
+from educe.report.wording import number
+from educe.types import Interval
+
+MOST_POINTS = 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """Linear map of [low, high] to [start, end]; values outside are put at the nearer end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        if not self.high > self.low:
+            return self.start
+        # Halved, so that the difference of two huge numbers stays finite.
+        share = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
+        return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One system: `kind` picks the colour, `text` is its value in words."""
+
+    label: str
+    kind: str
+    score: Interval
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """What the loss chart shows, and what its caption must say about it."""
+
+    raw: tuple[Point, ...]
+    smooth: tuple[Point, ...]
+    dev: tuple[Point, ...]
+    window: int
+    bucket: int
+
+
+def ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[float]:
+    """At most `most` round numbers (1, 2 or 5 times a power of ten) within [low, high], increasing."""
+    reach = high - low
+    if not (math.isfinite(reach) and reach > 0):
+        return [low]
+    step = 10.0 ** math.floor(math.log10(reach / most))
+    if step == 0 or reach / step > 1e4:  # below what floats can count in
+        return [low]
+    step = next(step * k for k in (1, 2, 5, 10, 20, 50) if reach / (step * k) <= most - 1)
+    if whole:
+        step = max(1.0, math.ceil(step))
+    found = [
+        round(k * step, 12) if step > 1e-9 else k * step
+        for k in range(math.ceil(low / step), math.floor(high / step) + 1)
+    ]
+    inside = sorted({t for t in found if low <= t <= high})
+    return inside or [low]
+
+
+def smooth(points: Sequence[Point], window: int) -> tuple[Point, ...]:
+    """Mean over `window` neighbouring points, centred; near the ends over as many as fit on both sides."""
+    half, last = window // 2, len(points) - 1
+    sums = [0.0]
+    for p in points:
+        sums.append(sums[-1] + p.loss)
+    made = []
+    for i, p in enumerate(points):
+        reach = min(half, i, last - i)
+        made.append(Point(step=p.step, loss=(sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return tuple(made)
+
+
+def thin(points: Sequence[Point], most: int) -> tuple[tuple[Point, ...], int]:
+    """At most `most` points, the lowest and the highest of each bucket, so that no spike is hidden; and the bucket's size."""
+    if len(points) <= most:
+        return tuple(points), 1
+    bucket = math.ceil(2 * len(points) / most)
+    kept: list[Point] = []
+    for i in range(0, len(points), bucket):
+        part = points[i : i + bucket]
+        ends = {id(p): p for p in (min(part, key=lambda p: p.loss), max(part, key=lambda p: p.loss))}
+        kept += sorted(ends.values(), key=lambda p: p.step)
+    return tuple(kept), bucket
+
+
+def plan_curve(train: Sequence[Point], dev: Sequence[Point]) -> Curve:
+    """Decide what to draw: all points or the extremes of buckets, and a mean wide enough to read."""
+    raw, bucket = thin(train, MOST_POINTS)
+    window = max(5, len(train) // 15 | 1)
+    line = smooth(train, window) if len(train) >= 10 else ()
+    every = max(1, math.ceil(len(line) / (MOST_POINTS // 2)))
+    kept = tuple(p for i, p in enumerate(line) if i % every == 0 or i == len(line) - 1)
+    return Curve(raw=raw, smooth=kept, dev=tuple(dev), window=window if line else 0, bucket=bucket)
+
+
+def _svg(name: str, size: tuple[float, float], title: str, desc: str, parts: list[Markup]) -> Markup:
+    kind = "narrow" if name.endswith("narrow") else "wide"
+    return Markup(
+        '<svg class="chart {kind}" viewBox="0 0 {w:g} {h:g}" role="img" aria-labelledby="{n}-title {n}-desc">'
+        '<title id="{n}-title">{title}</title><desc id="{n}-desc">{desc}</desc>{body}</svg>'
+    ).format(kind=kind, w=size[0], h=size[1], n=name, title=title, desc=desc, body=Markup("").join(parts))
+
+
+def _line(css: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return Markup(f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+
+
+def _label(css: str, x: float, y: float, text: str, anchor: str = "start") -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(css, x, y, anchor, text)
+
+
+def _bar(bar: Bar, x: Scale, y: float, thick: float) -> list[Markup]:
+    """Track, bar and whisker; the whisker has a pale rim to stand out on the bar."""
+    zero, end = x.at(0), x.at(bar.score.value)
+    low, high, middle = x.at(bar.score.low), x.at(bar.score.high), y + thick / 2
+    parts = [
+        Markup(f'<rect class="track" x="{zero:.1f}" y="{y:.1f}" width="{x.end - zero:.1f}" height="{thick:g}"/>'),
+        Markup('<rect class="bar {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:g}"/>').format(
+            bar.kind, zero, y, max(0.0, end - zero), thick
+        ),
+    ]
+    for css in ("rim", "whisker"):
+        parts.append(_line(css, low, middle, high, middle))
+        parts += [_line(css, cap, middle - 5, cap, middle + 5) for cap in (low, high)]
+    return parts
+
+
+def draw_bars(bars: Sequence[Bar], narrow: bool = False) -> Markup:
+    """Horizontal bars from 0 to 100 % with their 95 % intervals."""
+    width, thick = (343.0, 18.0) if narrow else (832.0, 22.0)
+    row = 54.0 if narrow else 44.0
+    x = Scale(low=0, high=1, start=10, end=width - 14) if narrow else Scale(low=0, high=1, start=210, end=width - 190)
+    bottom = 6 + row * len(bars)
+    parts: list[Markup] = []
+    for t in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(_line("grid", x.at(t), 4, x.at(t), bottom))
+        parts.append(_label("tick", x.at(t), bottom + 18, f"{100 * t:.0f}\u202f%", "middle"))
+    for i, bar in enumerate(bars):
+        top = 6 + row * i
+        if narrow:
+            parts.append(_label("name", x.start, top + 15, bar.label))
+            parts.append(_label("value", x.end, top + 15, bar.text, "end"))
+            parts += _bar(bar, x, top + 23, thick)
+        else:
+            parts.append(_label("name", x.start - 14, top + 26, bar.label, "end"))
+            parts.append(_label("value", x.end + 16, top + 26, bar.text))
+            parts += _bar(bar, x, top + 10, thick)
+    desc = "; ".join(f"{b.label}: {b.text}" for b in bars)
+    name = "bars-narrow" if narrow else "bars-wide"
+    return _svg(name, (width, bottom + 26), "Share of right answers with 95 % intervals", desc, parts)
+
+
+def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
+    """SVG path data through the points."""
+    return " ".join(f"{'L' if i else 'M'}{x.at(p.step):.1f} {y.at(p.loss):.1f}" for i, p in enumerate(points))
+
+
+def _describe(curve: Curve) -> str:
+    said = []
+    for name, points in (("Training loss", curve.raw), ("Held-out loss", curve.dev)):
+        if points:
+            first, last = points[0], points[-1]
+            said.append(f"{name}: {number(first.loss)} at step {first.step}, {number(last.loss)} at step {last.step}.")
+    return " ".join(said)
+
+
+def _axes(x: Scale, y: Scale, narrow: bool) -> list[Markup]:
+    parts: list[Markup] = []
+    for t in ticks(y.low, y.high, 5):
+        parts.append(_line("grid" if t > y.low else "axis", x.start, y.at(t), x.end, y.at(t)))
+        parts.append(_label("tick", x.start - 8, y.at(t) + 4.5, number(t), "end"))
+    for t in ticks(x.low, x.high, 5 if narrow else 9, whole=True):
+        parts.append(_line("axis", x.at(t), y.start, x.at(t), y.start + 4))
+        # The last number would leave the picture if it were centred on the right edge.
+        parts.append(
+            _label("tick", x.at(t), y.start + 20, f"{t:,.0f}", "end" if x.at(t) > x.end - 6 and t > 0 else "middle")
+        )
+    parts.append(_label("tick", 0, 13, "loss per trained token"))
+    parts.append(_label("tick", x.end, y.start + 38, "step", "end"))
+    return parts
+
+
+def _measured(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
+    """Held-out points, joined, with their values where there are few."""
+    parts = []
+    if len(curve.dev) > 1:
+        parts.append(Markup(f'<path class="dev-line" d="{path(curve.dev, x, y)}"/>'))
+    for p in curve.dev:
+        parts.append(Markup(f'<circle class="dev" cx="{x.at(p.step):.1f}" cy="{y.at(p.loss):.1f}" r="4.5"/>'))
+        if len(curve.dev) <= 6:
+            px, right = x.at(p.step), x.end - 20
+            anchor, dx = ("start", 8) if px < x.start + 20 else ("end", 2) if px > right else ("middle", 0)
+            parts.append(_label("dev-value", px + dx, y.at(p.loss) - 10, number(p.loss), anchor))
+    return parts
+
+
+def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
+    """Training loss, thin as measured and bold as a mean, with the held-out measurements."""
+    width, height = (343.0, 270.0) if narrow else (832.0, 350.0)
+    shown = [*curve.raw, *curve.dev]
+    top = max((p.loss for p in shown), default=1.0)
+    floor = min(0.0, min((p.loss for p in shown), default=0.0))
+    last = max((p.step for p in shown), default=1)
+    x = Scale(low=0, high=max(1, last), start=44, end=width - 8)
+    y = Scale(low=floor, high=top * 1.05 if top > 0 else 1.0, start=height - 46, end=28)
+    parts = _axes(x, y, narrow)
+    if len(curve.raw) == 1:
+        only = curve.raw[0]
+        parts.append(Markup(f'<circle class="only" cx="{x.at(only.step):.1f}" cy="{y.at(only.loss):.1f}" r="3.5"/>'))
+    elif curve.raw:
+        css = "raw" if curve.smooth else "raw alone"
+        parts.append(Markup(f'<path class="{css}" d="{path(curve.raw, x, y)}"/>'))
+    if curve.smooth:
+        parts.append(Markup(f'<path class="smooth" d="{path(curve.smooth, x, y)}"/>'))
+    parts += _measured(curve, x, y)
+    name = "loss-narrow" if narrow else "loss-wide"
+    return _svg(name, (width, height), "Loss during training", _describe(curve), parts)

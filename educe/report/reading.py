@@ -1,0 +1,292 @@
+"""Files of a run directory → records. Missing files and fields become None or empty; a page about a run must not fail on it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from educe.errors import RunError
+from educe.files.run_dir import RunDir
+from educe.report.records import (
+    Answered,
+    Comparison,
+    Field,
+    LedgerRow,
+    MaskRow,
+    MaskRun,
+    Point,
+    Provenance,
+    RunFiles,
+    Sample,
+    Scores,
+    Settings,
+    Step,
+    System,
+)
+from educe.types import Interval
+
+SYSTEMS = ("untouched", "few_shot", "tuned")
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+def _dict(value: Any) -> Row:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(row: Row, key: str) -> str:
+    """The text at `key`; other values as JSON would show them, nothing as ''."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _real(row: Row, key: str) -> float | None:
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer too large for a float
+        return None
+
+
+def _whole(row: Row, key: str) -> int | None:
+    value = _real(row, key)
+    return None if value is None else int(value)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[Field]:
+    """Every leaf of nested settings under its dotted name."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield Field(key=prefix, value=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _settings(loaded: Any) -> Settings:
+    recipe = _dict(_dict(loaded).get("recipe"))
+    tuning, evaluation = _dict(recipe.get("tuning")), _dict(recipe.get("evaluation"))
+    words = {"full": "all weights tuned", "lora": f"LoRA adapters of rank {_whole(tuning, 'rank') or '?'}"}
+    return Settings(
+        name=_text(recipe, "name"),
+        model=_text(recipe, "model"),
+        tuning=words.get(_text(tuning, "kind"), ""),
+        metric=_text(_dict(evaluation.get("metric")), "kind"),
+        few_shot=_whole(evaluation, "few_shot"),
+        rows=tuple(_flat(recipe)),
+    )
+
+
+def _hashes(row: Row, model: Row) -> Iterator[Field]:
+    yield Field(key="model weights", value=_text(model, "sha256"))
+    yield Field(key="chat template", value=_text(row, "template_sha256"))
+    yield Field(key="tokenizer", value=_text(row, "tokenizer_sha256"))
+    for name, entry in _dict(row.get("data")).items():
+        yield Field(key=f"{name} data, {_text(_dict(entry), 'file')}", value=_text(_dict(entry), "sha256"))
+    yield Field(key="prepared data", value=_text(row, "prepared"))
+    yield Field(key="order of training", value=_text(row, "plan_sha256"))
+
+
+def _versions(row: Row) -> Iterator[Field]:
+    for key in ("educe", "python", "platform"):
+        yield Field(key=key, value=_text(row, key))
+    packages = _dict(row.get("packages"))
+    for key in packages:
+        yield Field(key=str(key), value=_text(packages, key))
+
+
+def _provenance(loaded: Any) -> Provenance:
+    row = _dict(loaded)
+    device, model = _dict(row.get("device")), _dict(row.get("model"))
+    packed = row.get("packed")
+    return Provenance(
+        device=_text(device, "name") or _text(device, "kind"),
+        device_why=_text(device, "why"),
+        dtype=_text(device, "dtype"),
+        model=_text(model, "name"),
+        architecture=_text(model, "architecture"),
+        parameters=_whole(model, "parameters"),
+        trainable=_whole(row, "trainable_parameters"),
+        licence=_text(model, "licence"),
+        directory=_text(model, "directory"),
+        planned_steps=_whole(row, "steps"),
+        started=_text(row, "started"),
+        finished=_text(row, "finished"),
+        training_s=_real(row, "training_s"),
+        evaluation_s=_real(row, "evaluation_s"),
+        peak_memory_bytes=_real(row, "peak_memory_bytes"),
+        packed=packed if isinstance(packed, bool) else None,
+        versions=tuple(f for f in _versions(row) if f.value),
+        hashes=tuple(f for f in _hashes(row, model) if f.value),
+    )
+
+
+def _ledger(row: Row) -> LedgerRow:
+    return LedgerRow(
+        place=f"{_text(row, 'file')}:{_text(row, 'line')}",
+        status=_text(row, "status"),
+        code=_text(row, "code"),
+        reason=_text(row, "reason"),
+        tokens=_whole(row, "tokens") or 0,
+        trained_tokens=_whole(row, "trained_tokens") or 0,
+    )
+
+
+def _step(row: Row) -> Step:
+    return Step(
+        step=_whole(row, "step") or 0,
+        loss=_real(row, "loss"),
+        learning_rate=_real(row, "learning_rate"),
+        grad_norm=_real(row, "grad_norm"),
+        tokens=_whole(row, "tokens") or 0,
+        trained_tokens=_whole(row, "trained_tokens") or 0,
+        tokens_per_s=_real(row, "tokens_per_s"),
+        elapsed_s=_real(row, "elapsed_s"),
+        peak_memory_bytes=_real(row, "peak_memory_bytes"),
+    )
+
+
+def _steps(rows: list[Row]) -> tuple[Step, ...]:
+    """In order; where a resumed run wrote a step twice, the later line counts."""
+    by_step = {s.step: s for s in (_step(r) for r in rows if r.get("kind") == "step")}
+    return tuple(by_step[i] for i in sorted(by_step))
+
+
+def _dev(rows: list[Row]) -> tuple[Point, ...]:
+    measured = {_whole(r, "step") or 0: _real(r, "loss") for r in rows if r.get("kind") == "dev"}
+    return tuple(Point(step=i, loss=loss) for i, loss in sorted(measured.items()) if loss is not None)
+
+
+def _asked(row: Row) -> str:
+    """The last user message of a prompt (the last message when no user spoke)."""
+    messages = [_dict(m) for m in _list(row.get("prompt"))]
+    users = [m for m in messages if m.get("role") == "user"] or messages
+    return _text(users[-1], "content") if users else ""
+
+
+def _sample(row: Row) -> Sample:
+    return Sample(
+        step=_whole(row, "step") or 0,
+        row=_text(row, "row"),
+        asked=_asked(row),
+        expected=_text(row, "expected"),
+        answer=_text(row, "answer"),
+        stopped=bool(row.get("stopped")),
+    )
+
+
+def _answered(row: Row) -> Answered:
+    return Answered(
+        row=_text(row, "row"),
+        asked=_asked(row),
+        expected=_text(row, "expected"),
+        answer=_text(row, "answer"),
+        stopped=bool(row.get("stopped")),
+        correct=bool(row.get("correct")),
+        reason=_text(row, "reason"),
+    )
+
+
+def _mask(row: Row) -> MaskRow:
+    runs = [_dict(r) for r in _list(row.get("runs"))]
+    return MaskRow(
+        row=_text(row, "row"),
+        runs=tuple(
+            MaskRun(
+                text=_text(r, "text"),
+                kind=_text(r, "kind"),
+                control=bool(r.get("control")),
+                tokens=_whole(r, "tokens") or 0,
+            )
+            for r in runs
+        ),
+    )
+
+
+def _interval(row: Row) -> Interval:
+    value = _real(row, "value") or 0.0
+    low, high = _real(row, "low"), _real(row, "high")
+    return Interval(value=value, low=value if low is None else low, high=value if high is None else high)
+
+
+def _system(name: str, row: Row) -> System:
+    return System(
+        name=name,
+        correct=_whole(row, "correct") or 0,
+        score=_interval(row),
+        seconds=_real(row, "seconds"),
+        stopped=_real(row, "stopped"),
+        mean_tokens=_real(row, "mean_tokens"),
+    )
+
+
+def _comparison(row: Row) -> Comparison:
+    p = _real(row, "p")
+    return Comparison(
+        before=_text(row, "before"),
+        after=_text(row, "after"),
+        won=_whole(row, "won") or 0,
+        lost=_whole(row, "lost") or 0,
+        p=1.0 if p is None else p,
+        difference=_interval(_dict(row.get("difference"))),
+    )
+
+
+def _scores(loaded: Any) -> Scores:
+    row = _dict(loaded)
+    systems = _dict(row.get("systems"))
+    return Scores(
+        metric=_text(row, "metric"),
+        num_rows=_whole(row, "num_rows") or 0,
+        verdict=_text(row, "verdict"),
+        systems=tuple(_system(n, _dict(systems[n])) for n in SYSTEMS if n in systems),
+        comparisons=tuple(_comparison(_dict(c)) for c in _list(row.get("comparisons"))),
+    )
+
+
+def read_run(run: RunDir) -> RunFiles:
+    """Everything the page needs. Files that are not there are not an error; files that are not JSON are named."""
+    unreadable: list[str] = []
+
+    def load(file: Path) -> Any:
+        try:
+            return run.load(file)
+        except RunError:
+            return None
+        except (ValueError, OSError):
+            unreadable.append(file.relative_to(run.path).as_posix())
+            return None
+
+    def rows(file: Path) -> list[Row]:
+        return [r for r in _list(load(file)) if isinstance(r, dict)]
+
+    def one(file: Path, read: Callable[[Any], T]) -> T | None:
+        loaded = load(file)
+        return None if loaded is None else read(loaded)
+
+    metrics = rows(run.metrics)
+    answers = {name: tuple(_answered(r) for r in rows(run.answers / f"{name}.jsonl")) for name in SYSTEMS}
+    return RunFiles(
+        settings=one(run.resolved, _settings),
+        provenance=one(run.provenance, _provenance),
+        ledger=tuple(_ledger(r) for r in rows(run.ledger)),
+        steps=_steps(metrics),
+        dev=_dev(metrics),
+        samples=tuple(_sample(r) for r in rows(run.samples)),
+        masks=tuple(_mask(r) for r in rows(run.path / "preview.json")),
+        untouched=answers["untouched"],
+        few_shot=answers["few_shot"],
+        tuned=answers["tuned"],
+        scores=one(run.scores, _scores),
+        unreadable=tuple(unreadable),
+    )

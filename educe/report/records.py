@@ -1,0 +1,189 @@
+"""What the files of a run say, as frozen values. None or an empty tuple: the run has not measured it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from educe.types import Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """A name and its value, for a table."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The recipe. `rows` is every knob under its dotted name."""
+
+    name: str
+    model: str
+    tuning: str
+    metric: str
+    few_shot: int | None
+    rows: tuple[Field, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the run happened and what exactly it used. `hashes` and `packages` are tables."""
+
+    device: str
+    device_why: str
+    dtype: str
+    model: str
+    architecture: str
+    parameters: int | None
+    trainable: int | None
+    licence: str
+    directory: str
+    planned_steps: int | None
+    started: str
+    finished: str
+    training_s: float | None
+    evaluation_s: float | None
+    peak_memory_bytes: float | None
+    packed: bool | None
+    versions: tuple[Field, ...]
+    hashes: tuple[Field, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRow:
+    """What happened to one input row."""
+
+    place: str
+    status: str
+    code: str
+    reason: str
+    tokens: int
+    trained_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One optimizer step. `loss` is None where it was not a finite number."""
+
+    step: int
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens: int
+    trained_tokens: int
+    tokens_per_s: float | None
+    elapsed_s: float | None
+    peak_memory_bytes: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A loss at a step."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One answer to a sample prompt during training. `asked` is the last user message."""
+
+    step: int
+    row: str
+    asked: str
+    expected: str
+    answer: str
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskRun:
+    """Neighbouring tokens of one kind."""
+
+    text: str
+    kind: str
+    control: bool
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskRow:
+    row: str
+    runs: tuple[MaskRun, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(r.tokens for r in self.runs)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(r.tokens for r in self.runs if r.kind == "trained")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A stored, graded answer to a test row."""
+
+    row: str
+    asked: str
+    expected: str
+    answer: str
+    stopped: bool
+    correct: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """How one system (untouched, few_shot, tuned) scored."""
+
+    name: str
+    correct: int
+    score: Interval
+    seconds: float | None
+    stopped: float | None
+    mean_tokens: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A paired comparison of two systems on the same rows."""
+
+    before: str
+    after: str
+    won: int
+    lost: int
+    p: float
+    difference: Interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    metric: str
+    num_rows: int
+    verdict: str
+    systems: tuple[System, ...]
+    comparisons: tuple[Comparison, ...]
+
+    def system(self, name: str) -> System | None:
+        return next((s for s in self.systems if s.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """All that a run directory holds for the page. `unreadable` names files that are there but are not JSON."""
+
+    settings: Settings | None
+    provenance: Provenance | None
+    ledger: tuple[LedgerRow, ...]
+    steps: tuple[Step, ...]
+    dev: tuple[Point, ...]
+    samples: tuple[Sample, ...]
+    masks: tuple[MaskRow, ...]
+    untouched: tuple[Answered, ...]
+    few_shot: tuple[Answered, ...]
+    tuned: tuple[Answered, ...]
+    scores: Scores | None
+    unreadable: tuple[str, ...]

@@ -1,0 +1,63 @@
+"""Untrusted text made safe to look at: escaped, isolated, clamped, and with nothing invisible left in it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from markupsafe import Markup, escape
+
+_KEPT = "\n\t"
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"})
+# Characters of other categories that draw nothing: fillers, joiners, blank braille.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+
+
+def is_unseen(char: str) -> bool:
+    """True for a character a reader would not see, or that would reorder the text around it."""
+    if char < "\x7f":
+        return char < " " and char not in _KEPT
+    point = ord(char)
+    # U+FE0E and U+FE0F choose between text and emoji and are everywhere; the other selectors only hide things.
+    selector = 0x180B <= point <= 0x180F or 0xFE00 <= point <= 0xFE0D or 0xE0100 <= point <= 0xE01EF
+    return selector or char in _BLANK or unicodedata.category(char) in _UNSEEN
+
+
+def name_of(char: str) -> str:
+    return f"⟨U+{ord(char):04X}⟩"
+
+
+def visible(text: str) -> str:
+    """`text` with every unseen character written out, for attributes and titles."""
+    return "".join(name_of(c) if is_unseen(c) else c for c in text)
+
+
+def clamp(text: str, limit: int) -> tuple[str, int]:
+    """The first `limit` characters, and how many are left out. A few characters more are let pass: the note is as long."""
+    return (text, 0) if len(text) <= limit + 30 else (text[:limit], len(text) - limit)
+
+
+def shown(text: str, limit: int = 600, newlines: bool = False) -> Markup:
+    """`text` as HTML. Unseen characters become labelled chips; with `newlines`, each line end shows as ↵."""
+    kept, num_left = clamp(text, limit)
+    parts: list[Markup] = []
+    for piece in re.split(r"([^ -~])", kept):
+        if piece == "\n" and newlines:
+            parts.append(Markup('<span class="nl">↵</span>\n'))
+        elif len(piece) == 1 and is_unseen(piece):
+            parts.append(Markup('<span class="unseen">{}</span>').format(name_of(piece)))
+        else:
+            parts.append(escape(piece))
+    if num_left:
+        parts.append(Markup('<span class="more">… ({} more characters)</span>').format(f"{num_left:,}"))
+    return Markup("").join(parts)
+
+
+def block(text: str, limit: int = 600) -> Markup:
+    """`text` as HTML for a block of its own; empty text is said to be empty."""
+    return shown(text, limit) if text else Markup('<span class="more">(empty)</span>')
+
+
+def inline(text: str, limit: int = 200) -> Markup:
+    """`text` inside a sentence or a cell, isolated from the direction of what surrounds it."""
+    return Markup("<bdi>{}</bdi>").format(shown(text, limit))

@@ -1,0 +1,161 @@
+"""Greedy answers from a loaded model: batched, left-padded, cached; the ids all prompts begin with are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from educe.chat.tokens import ChatTokenizer
+from educe.types import Answer
+
+# Prompt tokens of one batch: bounds the memory of the cache.
+BATCH_TOKENS = 4096
+
+
+class Sampler(Protocol):
+    """Answers to prompts given as ids, in the same order. `progress` gets the number of prompts answered so far."""
+
+    def answer(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
+    ) -> list[Answer]: ...
+
+
+class Answering(Protocol):
+    """A loaded model that can answer: `network` is called, `base` carries the config, `answering()` holds the right mode."""
+
+    network: Any
+    base: Any
+
+    @property
+    def device_kind(self) -> str: ...
+
+    def answering(self) -> AbstractContextManager[None]: ...
+
+
+class LocalSampler:
+    """Greedy decoding. An answer ends at a stop token (not part of its text) or after `max_new_tokens`."""
+
+    def __init__(self, model: Answering, tokenizer: ChatTokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def answer(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
+    ) -> list[Answer]:
+        made: dict[int, list[int]] = {}
+        shared = _shared_prefix(prompts)
+        with self._model.answering():
+            start = self._prefill(prompts[0][:shared]) if shared else None
+            for batch in _batches(prompts, shared, max_new_tokens):
+                made |= dict(
+                    zip(batch, self._decode([prompts[i] for i in batch], shared, start, max_new_tokens), strict=True)
+                )
+                if progress is not None:
+                    progress(len(made))
+        return [self._as_answer(made[i]) for i in range(len(prompts))]
+
+    def stream(self, prompt: list[int], max_new_tokens: int) -> Iterator[str]:
+        """Text of one answer as it is made; joined it is the answer's text."""
+        ids: list[int] = []
+        shown = ""
+        with self._model.answering():
+            cache: Any = DynamicCache(config=self._model.base.config)
+            step = torch.tensor([prompt], device=self._model.device_kind)
+            while len(ids) < max_new_tokens:
+                out = self._model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                token = int(out.logits[0, -1].argmax())
+                if token in self._tokenizer.stop:
+                    break
+                ids.append(token)
+                step = torch.tensor([[token]], device=self._model.device_kind)
+                text = self._tokenizer.decode(ids)
+                if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+                    yield text[len(shown) :]
+                    shown = text
+        yield self._tokenizer.decode(ids)[len(shown) :]
+
+    def _prefill(self, ids: list[int]) -> DynamicCache:
+        cache: DynamicCache = DynamicCache(config=self._model.base.config)
+        step = torch.tensor([ids], device=self._model.device_kind)
+        self._model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def _decode(
+        self, prompts: list[list[int]], shared: int, start: DynamicCache | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """New ids of each prompt, its stop token included where it came."""
+        device = self._model.device_kind
+        rests = [p[shared:] for p in prompts]
+        width = max(len(r) for r in rests)
+        pad = self._tokenizer.eos
+        step = torch.tensor([[pad] * (width - len(r)) + r for r in rests], device=device)
+        mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests], device=device)
+        cache = self._repeated(start, len(prompts))
+        made: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
+            out = self._model.network(
+                input_ids=step,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            tokens: list[int] = out.logits[:, -1].argmax(-1).tolist()
+            going = []
+            for k, (row, token) in enumerate(zip(active, tokens, strict=True)):
+                made[row].append(token)
+                if token not in self._tokenizer.stop:
+                    going.append(k)
+            if not going:
+                break
+            if len(going) < len(active):  # rows that are done leave the batch
+                kept = torch.tensor(going, device=device)
+                cache.batch_select_indices(kept)
+                mask = mask[kept]
+                active = [active[k] for k in going]
+            step = torch.tensor([[tokens[k]] for k in going], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+        return made
+
+    def _repeated(self, start: DynamicCache | None, times: int) -> DynamicCache:
+        cache: DynamicCache = DynamicCache(config=self._model.base.config)
+        if start is not None:
+            for layer, source in enumerate(start.layers):
+                keys: Tensor = source.keys.expand(times, -1, -1, -1)
+                values: Tensor = source.values.expand(times, -1, -1, -1)
+                cache.update(keys, values, layer)
+        return cache
+
+    def _as_answer(self, ids: list[int]) -> Answer:
+        stopped = bool(ids) and ids[-1] in self._tokenizer.stop
+        text = self._tokenizer.decode(ids[:-1] if stopped else ids)
+        return Answer(text=text, num_tokens=len(ids), stopped=stopped)
+
+
+def _shared_prefix(prompts: Sequence[list[int]]) -> int:
+    """Ids all prompts begin with; each keeps at least one of its own."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)
+    same = next((k for k, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return min(same, min(len(p) for p in prompts) - 1)
+
+
+def _batches(prompts: Sequence[list[int]], shared: int, new: int) -> Iterator[list[int]]:
+    """Prompts of like length together, each batch within the memory bound."""
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        widest = len(prompts[batch[0]]) if batch else len(prompts[i])
+        if batch and (len(batch) + 1) * (widest - shared + new) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,68 @@
+"""Intervals and paired tests, for evaluation and reports alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from educe.types import Interval
+
+_Z95 = 1.959963984540054
+
+
+def wilson(num_correct: int, num_total: int, z: float = _Z95) -> Interval:
+    """Wilson score interval for a proportion (Wilson 1927, JASA 22:209). `num_total` must be positive."""
+    if not 0 <= num_correct <= num_total or num_total <= 0:
+        raise ValueError(f"need 0 <= correct <= total and total > 0, got {num_correct} of {num_total}")
+    p, n = num_correct / num_total, num_total
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:
+    """Exact two-sided McNemar test on paired verdicts: (won, lost, p). Binomial(won + lost, 1/2) (McNemar 1947).
+
+    won: wrong before and right after; lost: the reverse. p is 1.0 when nothing changed.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"paired verdicts differ in number: {len(before)} and {len(after)}")
+    won = sum(1 for b, a in zip(before, after, strict=True) if a and not b)
+    lost = sum(1 for b, a in zip(before, after, strict=True) if b and not a)
+    n, k = won + lost, min(won, lost)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return won, lost, min(1.0, float(2 * tail / 2**n)) if n else 1.0
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = _Z95) -> Interval:
+    """Difference of two paired proportions with a Newcombe hybrid score interval (Newcombe 1998, Stat. Med. 17:2635, method 10)."""
+    n = len(before)
+    if n == 0 or n != len(after):
+        raise ValueError("paired verdicts must be non-empty and of equal number")
+    a = sum(1 for x, y in zip(before, after, strict=True) if x and y)
+    b = sum(1 for x, y in zip(before, after, strict=True) if y and not x)
+    c = sum(1 for x, y in zip(before, after, strict=True) if x and not y)
+    d = n - a - b - c
+    p_after, p_before = wilson(a + b, n, z), wilson(a + c, n, z)
+    product = (a + b) * (c + d) * (a + c) * (b + d)
+    numerator = a * d - b * c
+    if product == 0:
+        phi = 0.0
+    elif numerator > 0:
+        phi = max(numerator - n / 2, 0.0) / math.sqrt(product)
+    else:
+        phi = numerator / math.sqrt(product)
+    lo_a, hi_a = p_after.value - p_after.low, p_after.high - p_after.value
+    lo_b, hi_b = p_before.value - p_before.low, p_before.high - p_before.value
+    low = math.sqrt(max(0.0, lo_a**2 - 2 * phi * lo_a * hi_b + hi_b**2))
+    high = math.sqrt(max(0.0, hi_a**2 - 2 * phi * hi_a * lo_b + lo_b**2))
+    diff = (b - c) / n
+    return Interval(value=diff, low=max(-1.0, diff - low), high=min(1.0, diff + high))
+
+
+def percentile(values: Sequence[int], q: float) -> int:
+    """The smallest value with at least a fraction `q` of the values at or below it."""
+    if not values or not 0 < q <= 1:
+        raise ValueError("need values and 0 < q <= 1")
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]

@@ -1,0 +1,1 @@
+"""Prepared examples on disk, memory-mapped."""

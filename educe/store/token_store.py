@@ -1,0 +1,80 @@
+"""Examples as flat arrays on disk: `ids.npy`, `weights.npy`, `offsets.npy`, read through the page cache, written once.
+
+Shape legend: N examples, T tokens of all examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from educe.errors import StoreError
+from educe.files.atomic import verify
+from educe.types import Example
+
+# Bump when the same rows and settings would be stored differently.
+STORE_VERSION = 1
+
+
+class TokenStore:
+    """N examples, indexed from 0."""
+
+    def __init__(self, ids_T: np.ndarray, weights_T: np.ndarray, offsets: np.ndarray) -> None:
+        self._ids_T, self._weights_T, self._offsets = ids_T, weights_T, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int) -> Example:
+        span = slice(int(self._offsets[i]), int(self._offsets[i + 1]))
+        return Example(ids_T=np.array(self._ids_T[span]), weights_T=np.array(self._weights_T[span]))
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, " n"]:
+        """Tokens of each example."""
+        return np.diff(self._offsets)
+
+    @property
+    def num_trained(self) -> int:
+        return int(np.count_nonzero(self._weights_T))
+
+    @property
+    def max_id(self) -> int:
+        return int(self._ids_T.max()) if self._ids_T.size else 0
+
+
+def write_store(directory: Path, examples: Iterable[Example]) -> None:
+    """Write examples into a directory that is being built (see `files.atomic.directory`)."""
+    kept = list(examples)
+    empty_ids, empty_weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(directory / "ids.npy", np.concatenate([e.ids_T for e in kept]) if kept else empty_ids)
+    np.save(directory / "weights.npy", np.concatenate([e.weights_T for e in kept]) if kept else empty_weights)
+    np.save(directory / "offsets.npy", np.cumsum([0, *(e.ids_T.size for e in kept)], dtype=np.int64))
+
+
+def open_store(directory: Path) -> TokenStore:
+    """Map a store read-only. Whole-directory damage is found by `open_prepared`; here only that the arrays fit together."""
+    try:
+        ids, weights, offsets = (np.load(directory / f"{n}.npy", mmap_mode="r") for n in ("ids", "weights", "offsets"))
+    except (OSError, ValueError) as e:
+        fix = "Delete the directory; the next `educe prepare` makes it again."
+        raise StoreError(1, str(directory), f"cannot be read: {e}.", fix) from e
+    if ids.shape != weights.shape or int(offsets[-1]) != ids.size:
+        raise StoreError(301, str(directory), "has arrays of different lengths.", "Delete it and prepare again.")
+    return TokenStore(ids, weights, offsets)
+
+
+def open_prepared(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a finished prepared directory; None where there is none. A damaged one raises `StoreError`."""
+    if not directory.is_dir():
+        return None
+    found = verify(directory)
+    if isinstance(found, str):
+        fix = "Delete the directory; the next `educe prepare` makes it again."
+        raise StoreError(301, str(directory), found, fix)
+    return found

@@ -1,0 +1,61 @@
+"""Checkpoints: written whole or not at all, verified before they are believed, safetensors and JSON only."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from educe.files.atomic import directory, need_space, verify
+from educe.training.state import State
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+
+
+def save_checkpoint(place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int) -> Path:
+    """Write `place/step-N` and delete all but the newest `keep`.
+
+    `about` (the settings' hashes) goes into the manifest. A finished run keeps its fp32 weights alone: there is nothing left
+    to resume, and two thirds of the space is the optimizer's.
+    """
+    tensors = [*state.optimizer.masters.values(), *([] if finished else state.optimizer.state_tensors().values())]
+    need_space(place, sum(t.numel() * t.element_size() for t in tensors) + 2**20, "this checkpoint")
+    target = place / f"step-{state.step:06d}"
+    with directory(target, about={**about, "step": state.step, "finished": finished}) as part:
+        save_file(_plain(state.optimizer.masters), part / WEIGHTS)
+        if not finished:
+            save_file(_plain(state.optimizer.state_tensors()), part / OPTIMIZER)
+    for old in _newest_first(place)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest_checkpoint(place: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its manifest. A damaged one is moved aside, and said."""
+    for candidate in _newest_first(place):
+        manifest = verify(candidate)
+        if not isinstance(manifest, str):
+            return candidate, manifest
+        aside = candidate.with_name(f"damaged-{candidate.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        candidate.replace(aside)
+        say(f"checkpoint {candidate.name} is damaged: {manifest} Moved to {aside.name}; going back to the one before.")
+    return None
+
+
+def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) -> None:
+    """Put a verified, unfinished checkpoint into `state`: masters, moments, step."""
+    state.optimizer.load(load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER))
+    state.step = int(manifest["step"])
+
+
+def _newest_first(place: Path) -> list[Path]:
+    return sorted((p for p in place.glob("step-*") if p.is_dir()), reverse=True) if place.is_dir() else []
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().contiguous() for n, t in tensors.items()}

@@ -1,0 +1,33 @@
+"""What training is: a model, its optimizer, and how many steps are done. All else follows from the settings and the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from educe.model.load import CausalLM
+from educe.training.optim import MasterAdamW
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """Mutable on purpose: the one thing that changes."""
+
+    model: CausalLM
+    optimizer: MasterAdamW
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One finished step. `loss` is the mean nll per unit of weight, in nats; `elapsed_s` counts this process's steps only."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_s: float
+    elapsed_s: float
+    peak_memory_bytes: int
