@@ -21,7 +21,7 @@ from educe.report.sections import sum_ledger
 from educe.report.visible import shown, visible
 from educe.stats import mcnemar, paired_difference, wilson
 from educe.types import Interval
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ITEMS = [
@@ -40,20 +40,28 @@ INTENTS = ("refund", "exchange", "cancel", "track", "address")
 SYSTEM = "Answer with one JSON object: intent, order, item. Use null for what is not said."
 
 
+def _item(i: int) -> str:
+    return ITEMS[(i + i // 10) % 10]
+
+
+def _intent(i: int) -> int:
+    return (i + i // 5) % 5
+
+
 def _text(i: int) -> str:
-    item, order = ITEMS[i % 10], 2000 + 37 * i
+    item, order = _item(i), 2000 + 37 * i
     ways = (
-        f"Good morning, the {item} from order {order} leaks at the base and I would like my money returned, please. Margaret",
+        f"Good morning, the {item} from order {order} leaks at the base and I want my money returned, please. Margaret",
         f"Order no. {order}: {item} arrived in grey, I need it in sage green instead.",
         f"pls stop order {order}, found a {item} at my dads house, dont send 😅",
         f"Could you tell me when my {item} will get here? The number is {order} and it was due Tuesday.",
         f"Delivery address change for {item}, ord. {order}. New house number: 48, not 84.",
     )
-    return ways[i % 5]
+    return ways[_intent(i)]
 
 
 def _wanted(i: int) -> str:
-    return json.dumps({"intent": INTENTS[i % 5], "order": str(2000 + 37 * i), "item": ITEMS[i % 10]})
+    return json.dumps({"intent": INTENTS[_intent(i)], "order": str(2000 + 37 * i), "item": _item(i)})
 
 
 def _asked(i: int) -> list[dict[str, str]]:
@@ -105,8 +113,8 @@ def _write(path: Path, value: Any) -> None:
 def _recipe() -> dict[str, Any]:
     held = {"kind": "file", "file": "/home/ann/orders/dev.jsonl"}
     return {
-        "name": "orders-135m", "model": "HuggingFaceTB/SmolLM2-135M", "runs": "runs", "device": "auto", "dtype": "auto",
-        "data": {"train": "/home/ann/orders/train.jsonl", "dev": held, "test": {**held, "file": "/home/ann/orders/test.jsonl"},
+        "name": "orders-135m", "model": "HuggingFaceTB/SmolLM2-135M", "runs": "runs", "device": "auto",
+        "data": {"train": "/home/ann/orders/train.jsonl", "dev": held, "test": {"kind": "share", "share": 0.1},
                  "system": SYSTEM, "train_on": "all", "max_tokens": 96},
         "tuning": {"kind": "full"},
         "train": {"epochs": 2.0, "batch_tokens": 1024, "micro_batch_tokens": 512, "learning_rate": 0.0003,
@@ -153,9 +161,9 @@ def _metrics(steps: int) -> list[dict[str, Any]]:
             1.5 * math.exp(-14 * x) + 0.06 * (1 - x) * (1 + 0.8 * math.sin(i * 2.4) + 0.4 * math.sin(i * 7.1)) + 0.004
         )
         rows.append({
-            "kind": "step", "step": i, "loss": loss, "learning_rate": 3e-4 * (1 - x) + 1e-6, "grad_norm": 0.4 + 3 * loss,
-            "tokens": 1010, "trained_tokens": 320, "tokens_per_s": 340 + 8 * math.sin(i), "elapsed_s": 3.0 * i,
-            "peak_memory_bytes": 3_600_000_000,
+            "kind": "step", "step": i, "loss": loss, "learning_rate": 3e-4 * (1 - x) + 1e-6,
+            "grad_norm": 0.4 + 3 * loss, "tokens": 1010, "trained_tokens": 320, "elapsed_s": 3.0 * i,
+            "tokens_per_s": 340 + 8 * math.sin(i), "peak_memory_bytes": 3_600_000_000,
         })  # fmt: skip
         if i in (steps // 3, 2 * steps // 3, steps):
             rows.append({"kind": "dev", "step": i, "loss": 0.11 - 0.03 * x, "elapsed_s": 3.0 * i})
@@ -166,11 +174,11 @@ def _samples(steps: int) -> list[dict[str, Any]]:
     def said(step: int, i: int) -> str:
         if step == 0:
             return "I'm sorry to hear that. Please contact customer service.\n\nI'm sorry to hear that. Please contact"
-        return _wanted(i) if step > steps // 3 else _wanted(i).replace(ITEMS[i], "order")
+        return _wanted(i) if step > steps // 3 else _wanted(i).replace(_item(i), "order")
 
     return [
-        {"step": step, "row": f"dev.jsonl:{i + 1}", "prompt": _asked(i), "expected": _wanted(i), "answer": said(step, i),
-         "stopped": step > 0}
+        {"step": step, "row": f"dev.jsonl:{i + 1}", "prompt": _asked(i), "expected": _wanted(i),
+         "answer": said(step, i), "stopped": step > 0}
         for step in (0, steps // 3, 2 * steps // 3, steps) for i in range(3)
     ]  # fmt: skip
 
@@ -181,8 +189,8 @@ def _preview() -> list[dict[str, Any]]:
 
     def turn(role: str, text: str, kind: str, n: int) -> list[dict[str, Any]]:
         end = "trained" if kind == "trained" else "template"
-        return [run("<|im_start|>", "template", True), run(f"{role}\n", "template", False, 2), run(text, kind, False, n),
-                run("<|im_end|>", end, True), run("\n", "template", False)]  # fmt: skip
+        return [run("<|im_start|>", "template", True), run(f"{role}\n", "template", False, 2),
+                run(text, kind, False, n), run("<|im_end|>", end, True), run("\n", "template", False)]  # fmt: skip
 
     return [
         {"row": f"train.jsonl:{i + 1}",
@@ -199,7 +207,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
         rows, lambda i: i % 60 == 59, lambda i: "Sure! I'd be happy to help you with your order today. " * 3
     )
     shots = _answers(rows, lambda i: i % 3 == 0, lambda i: '{"intent": "refund", "order": "1234", "item": "kettle"}')
-    tuned = _answers(rows, lambda i: i % 5 != 4, lambda i: _wanted(i).replace(ITEMS[i % 10], "parcel"))
+    tuned = _answers(rows, lambda i: i % 5 != 4, lambda i: _wanted(i).replace(_item(i), "parcel"))
     systems = {"untouched": _score(untouched, 20.1)}
     if few_shot:
         systems["few_shot"] = _score(shots, 31.0)
@@ -229,6 +237,7 @@ class Page(HTMLParser):
     """Tags, attribute names and text of a page; complains about elements left open."""
 
     VOID = frozenset({"meta", "br", "line", "rect", "circle", "path"})
+    BLOCK = frozenset({"td", "th", "li", "p", "dt", "dd", "div", "h2", "h3", "br"})
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -241,6 +250,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.shape.append((tag, tuple(name for name, _ in attrs)))
+        if tag in self.BLOCK:
+            self.words.append(" ")
         self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -286,13 +297,13 @@ def test_report_is_the_same_every_time(tmp_path: Path) -> None:
 def test_verdict_and_key_figures_come_first(page: Page) -> None:
     head = page.text[: page.text.index("Before and after")]
     assert "Tuning was worth it: right answers rose from" in head
-    for figure in ("1.67\u202f% → 80\u202f%".replace("\u202f", " "), "5 min 12 s", "3.6 GB", "840"):
+    for figure in ("1.7 % → 80.0 %", "5 min 12 s", "3.6 GB", "840"):
         assert figure in head
 
 
 def test_before_and_after_is_told_in_words(page: Page) -> None:
-    assert "Untouched, 5 examples in prompt" in page.text
-    assert re.search(r"\d+ rows won, \d+ lost; McNemar p < 0.001", page.text)
+    assert "“5-shot prompt” is the untouched model with 5 examples in its prompt" in page.text
+    assert re.search(r"192 rows won, 4 lost, 44 unchanged; McNemar p < 0.001", page.text)
     assert re.search(r"\+78\.3 percentage points 95 % interval \+7\d\.?\d* to \+8\d", page.text)
 
 
@@ -308,7 +319,7 @@ def test_answers_show_each_fate_with_its_number(page: Page) -> None:
 
 def test_mask_shows_line_ends_and_control_tokens(page: Page) -> None:
     assert "Only the highlighted text carries loss." in page.text
-    assert "24 of 77 tokens carry loss" in page.text
+    assert "24 of 81 tokens carry loss" in page.text
     assert "<|im_start|>assistant↵" in page.text
 
 
@@ -332,13 +343,14 @@ def test_a_status_the_page_does_not_know_still_counts(tmp_path: Path) -> None:
 
 
 def test_cost_settings_and_provenance(page: Page) -> None:
-    for said in ("340 tokens/s (median step)", "126,250, 40,000 of them with loss", "2 CPU threads, bfloat16", "timed matmul",
-                 "train.learning_rate 0.0003", "a1a1a1a1a1a1…", "apache-2.0", "135 million", "educe train recipe.yaml"):  # fmt: skip
+    for said in ("340 tokens/s (median step)", "126,250, 40,000 of them with loss", "2 CPU threads, bfloat16",
+                 "timed matmul", "train.learning_rate 0.0003", "a1a1a1a1a1a1…", "apache-2.0", "135 million",
+                 "educe train recipe.yaml"):  # fmt: skip
         assert said in page.text
 
 
-FILES = ("recipe.resolved.json", "provenance.json", "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "preview.json", "scores.json",
-         "answers/untouched.jsonl", "answers/few_shot.jsonl", "answers/tuned.jsonl")  # fmt: skip
+FILES = ("recipe.resolved.json", "provenance.json", "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "preview.json",
+         "scores.json", "answers/untouched.jsonl", "answers/few_shot.jsonl", "answers/tuned.jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -405,16 +417,18 @@ def test_one_test_row_and_no_refusal(tmp_path: Path) -> None:
     _write(run.ledger, [r for r in _ledger() if r["status"] == "train"])
     text = Page(build_report(run)).text
     assert "1 test row," in text
-    assert "1 row won, 0 lost; McNemar p = 1." in text
+    assert "1 row won, 0 lost, 0 unchanged; McNemar p = 1." in text
     assert "No row was dropped or refused." in text
 
 
 def test_losses_that_are_not_numbers_are_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with run.metrics.open("a") as f:
-        f.write('{"kind":"step","step":126,"loss":NaN}\n{"kind":"step","step":127,"loss":null}\n')
+        f.write(
+            '{"kind":"step","step":126,"loss":NaN}\n{"kind":"step","step":127,"loss":null}\n{"kind":"step","step":128,"loss":1e308}\n'
+        )
     html = build_report(run)
-    assert "2 steps without a finite loss left out" in html
+    assert "3 steps without a finite loss (below 1e30) left out" in html
     assert "nan" not in html.lower().replace("provenance", "")
 
 
@@ -459,7 +473,7 @@ _KEPT_WORDS = frozenset({"train", "dev", "test", "dropped", "refused", "full", "
 
 
 def _poison(value: Any, word: str) -> Any:
-    """Every text of a run replaced by `word` and its own hash-free number, apart from the few words the page reads as choices."""
+    """Every text replaced by `word` and a number, apart from the few words that the page reads as choices."""
     counter = itertools.count()
 
     def swap(v: Any, key: str = "") -> Any:
@@ -528,7 +542,7 @@ def test_long_text_is_clamped_and_says_so(tmp_path: Path) -> None:
 
 @given(st.text())
 def test_shown_text_comes_back_whole(text: str) -> None:
-    plain = "".join(Page(f"<p>{shown(text, 10_000)}</p>").words)
+    plain = "".join(Page(f"<b>{shown(text, 10_000)}</b>").words)
     assert plain == visible(text)
 
 
@@ -568,6 +582,8 @@ def _points(losses: list[float]) -> tuple[Point, ...]:
 
 @settings(max_examples=60, deadline=None)
 @given(LOSSES, LOSSES, st.booleans())
+@example([5e-324], [], False)
+@example([1e29] * 20, [0.0], True)
 def test_everything_drawn_lies_in_the_view_box(train: list[float], dev: list[float], narrow: bool) -> None:
     svg = str(draw_loss(plan_curve(_points(train), _points(dev)), narrow))
     box = re.search(r'viewBox="0 0 (\S+) (\S+)"', svg)
@@ -615,13 +631,36 @@ def test_bars_at_the_ends_of_the_scale() -> None:
         (wording.number(0.000012345), "1.23e-5"), (wording.number(343.43), "343"), (wording.number(123_062), "123,000"),
         (wording.number(-0.5), "−0.5"), (wording.number(999.9), "1,000"), (wording.number(0.0003), "0.0003"),
         (wording.number(float("nan")), "–"), (wording.large(134_515_008), "135 million"), (wording.large(12), "12"),
-        (wording.percent(0.7875), "78.8\u202f%"), (wording.percent(2399 / 2400), "> 99.9\u202f%"), (wording.percent(1), "100\u202f%"),
-        (wording.percent(0.0), "0\u202f%"), (wording.p_value(1e-30), "p < 0.001"), (wording.p_value(0.0312), "p = 0.031"),
-        (wording.p_value(0.03), "p = 0.03"), (wording.p_value(1.0), "p = 1"),
-        (wording.points(Interval(value=-0.02, low=-0.05, high=0.01)), "−2 percentage points"),
-        (wording.points_span(Interval(value=-0.02, low=-0.05, high=0.01)), "−5 to +1"),
+        (wording.percent(0.7875), "78.8\u202f%"), (wording.percent(2399 / 2400), "> 99.9\u202f%"),
+        (wording.percent(1), "100\u202f%"),
+        (wording.percent(0.0), "0\u202f%"), (wording.p_value(1e-30), "p\u00a0<\u00a00.001"),
+        (wording.p_value(0.0312), "p\u00a0=\u00a00.031"),
+        (wording.p_value(0.03), "p\u00a0=\u00a00.03"), (wording.p_value(1.0), "p\u00a0=\u00a01"),
+        (wording.points(Interval(value=-0.02, low=-0.05, high=0.01)), "−2.0 percentage points"),
+        (wording.points_span(Interval(value=-0.02, low=-0.05, high=0.01)), "−5.0 to +1.0"),
         (wording.moment("2026-11-22T13:00:00Z"), "2026-11-22 13:00 UTC"), (wording.moment("today"), "today"),
     ],
 )  # fmt: skip
 def test_wording(said: str, expected: str) -> None:
     assert said == expected
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+TEXT_ON = [("ink", "paper"), ("ink", "accent-wash"), ("soft", "paper"), ("soft", "panel"), ("soft", "chip"), ("accent", "paper"),
+           ("held", "paper"), ("right", "paper"), ("wrong", "paper"), ("wrong", "panel"), ("wrong", "accent-wash")]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("text, ground", TEXT_ON)
+def test_text_has_enough_contrast(text: str, ground: str, mode: str) -> None:
+    css = (Path(__file__).parent.parent / "educe" / "report" / "page.css").read_text(encoding="utf-8")
+    light, dark = css.split("prefers-color-scheme", 1)
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", light if mode == "light" else dark))
+    a, b = sorted((_luminance(colours[text]), _luminance(colours[ground])))
+    assert (b + 0.05) / (a + 0.05) >= 4.5

@@ -258,18 +258,11 @@ def _encode(piece: Sequence[Segment], tokenizer: ChatTokenizer) -> list[int]:
 def _owners(ids: list[int], piece: tuple[Segment, ...], first: int, tokenizer: ChatTokenizer) -> list[int]:
     """The segment of each token: the one that holds the first character the token adds to the decoded text."""
     ends = np.cumsum([len(s.text) for s in piece])
-    owners = []
-    written = 0
-    for k, token in enumerate(ids):
+    owners, written = [], 0
+    for text in tokenizer.pieces(ids):
         owners.append(first + min(int(np.searchsorted(ends, written, side="right")), len(piece) - 1))
-        written += len(tokenizer.decode([token])) if token in tokenizer.control.values() else _width(ids, k, tokenizer)
+        written += len(text)
     return owners
-
-
-def _width(ids: list[int], k: int, tokenizer: ChatTokenizer) -> int:
-    """Characters token k adds, seen with its neighbour (a byte of a split character adds none until it is whole)."""
-    before = tokenizer.decode(ids[max(0, k - 4) : k]).rstrip("\ufffd")
-    return len(tokenizer.decode(ids[max(0, k - 4) : k + 1]).rstrip("\ufffd")) - len(before)
 
 
 def _prove_whole(ids: list[int], rendering: Rendering, tokenizer: ChatTokenizer) -> None:

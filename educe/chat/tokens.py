@@ -13,6 +13,8 @@ from educe.chat.template import CHATML, ChatTemplate
 from educe.errors import ChatError, ModelError
 from educe.files.hashes import hash_bytes
 
+_WINDOW = 5  # ids that are decoded together: no character has more bytes
+
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
@@ -43,6 +45,14 @@ class ChatTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return str(self.stock.decode(ids, skip_special_tokens=False))
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text each id adds to what stands before it; a byte of an unfinished character adds none, the last one adds it."""
+        texts = []
+        for k in range(len(ids)):
+            before = self.decode(ids[max(0, k - _WINDOW) : k]).rstrip("\ufffd")
+            texts.append(self.decode(ids[max(0, k - _WINDOW) : k + 1]).rstrip("\ufffd")[len(before) :])
+        return texts
 
     @property
     def num_ids(self) -> int:

@@ -15,7 +15,7 @@ Kind = Literal["template", "content", "trained"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One token as shown: bytes that are no whole character come as ⟨hex⟩ of the token's id."""
+    """One token as shown: the text it adds. Where a character takes several tokens, its last one shows it."""
 
     text: str
     token: int
@@ -28,14 +28,13 @@ def view(rendered: Rendered, tokenizer: ChatTokenizer) -> list[Span]:
     """Every token of a row, in order."""
     control = set(tokenizer.control.values())
     spans = []
-    for token, segment, weight in zip(
-        rendered.ids_T.tolist(), rendered.segment_T.tolist(), weigh(rendered).tolist(), strict=True
+    ids = rendered.ids_T.tolist()
+    for token, segment, weight, text in zip(
+        ids, rendered.segment_T.tolist(), weigh(rendered).tolist(), tokenizer.pieces(ids), strict=True
     ):
         owner = rendered.rendering.segments[segment]
         kind: Kind = "trained" if owner.trained else "content" if owner.from_data else "template"
-        text = tokenizer.decode([token])
-        shown = f"⟨{token}⟩" if "\ufffd" in text else text
-        spans.append(Span(text=shown, token=token, kind=kind, control=token in control, weight=weight))
+        spans.append(Span(text=text, token=token, kind=kind, control=token in control, weight=weight))
     return spans
 
 

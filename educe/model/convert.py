@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from educe.files.atomic import directory
+from educe.model.load import quiet
 
 _CARD = """---
 license: apache-2.0
@@ -24,6 +26,11 @@ def convert_smollm2(gguf: Path, target: Path) -> None:
     (`Digits(individual_digits=True)`), without which numbers become other tokens than the model was trained on.
     """
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    with quiet():
+        _convert(source, target, gguf.name)
+
+
+def _convert(source: dict[str, Any], target: Path, name: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -31,7 +38,7 @@ def convert_smollm2(gguf: Path, target: Path) -> None:
     config.dtype = torch.bfloat16
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
-    with directory(target, about={"stage": "model", "from": gguf.name}) as part:
+    with directory(target, about={"stage": "model", "from": name}) as part:
         model.to(torch.bfloat16).save_pretrained(part)
         AutoTokenizer.from_pretrained(**source).save_pretrained(part)
         file = part / "tokenizer.json"

@@ -25,7 +25,9 @@ def merged(base: Path, weights: Path, tuning: Full | Lora, device: Device) -> Ca
     model = load_model(base, exact if merging else device, tuning)
     put(load_file(weights, device=device.kind), model)
     network = model.network.merge_and_unload() if merging else model.network
-    network.to(device.torch_dtype)
+    with torch.no_grad():
+        for p in network.parameters():  # not `network.to(...)`: that would round the rotary frequencies too
+            p.data = p.data.to(device.torch_dtype)
     network.set_attn_implementation("sdpa")
     network.eval()
     return CausalLM(network, device, adapted=False)

@@ -97,7 +97,7 @@ def load_model(
     refuse_unsafe(directory)
     attention.register()
     way = attention.NAME if tuning is not None else "sdpa"
-    with _quiet():
+    with quiet():
         try:
             network = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -142,7 +142,7 @@ def _with_adapters(network: Any, tuning: Lora) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars or advice from transformers on the terminal; errors still raise."""
     level = logging.getLogger("transformers").level
     transformers.logging.set_verbosity_error()

@@ -57,9 +57,10 @@ def plan_packs(
         raise ValueError("need examples, each of at most capacity_tokens <= batch_tokens")
     stream = np.concatenate([permute(lengths.size, derive(seed, "order", e)) for e in range(math.ceil(epochs))])
     stream = stream[: max(1, round(epochs * lengths.size))]
-    steps = []
-    for step in _cut(stream, lengths, batch_tokens):
-        steps.append(tuple(_best_fit(step, lengths, capacity_tokens)) if packed else tuple((i,) for i in step))
+    steps = [
+        tuple(_best_fit(step, lengths, capacity_tokens)) if packed else tuple((i,) for i in step)
+        for step in _cut(stream, lengths, batch_tokens)
+    ]
     return PackPlan(steps=tuple(steps), num_tokens=int(lengths[stream].sum()), capacity_tokens=capacity_tokens)
 
 

@@ -60,8 +60,27 @@ class Advice:
     why_rate: str
 
 
-def advise(looked: Looked, facts: ModelFacts, memory_bytes: float) -> Advice:
-    """Defaults for this data on this model, as a careful practitioner would choose them."""
+def _epochs(rows: int, mean_tokens: float, tokens_per_s: float | None) -> tuple[float, str]:
+    """Passes over the data: more for small sets, and on a slow machine no more than six minutes' worth (at least one)."""
+    wanted = 3.0 if rows < 500 else 1.0 if rows > 100_000 else 2.0
+    reason = f"{rows} rows: small sets bear 2 or 3 passes, large ones need one"
+    if tokens_per_s is None:
+        return wanted, reason
+    minutes = rows * mean_tokens / tokens_per_s / 60
+    for epochs in (wanted, 1.5, 1.0):
+        if epochs <= wanted and (epochs * minutes <= 6 or epochs == 1.0):
+            break
+    return (
+        epochs,
+        reason if epochs == wanted else f"{wanted:g} would suit {rows} rows; a pass takes about {minutes:.0f} min here",
+    )
+
+
+def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, tokens_per_s: float | None) -> Advice:
+    """Defaults for this data on this model, as a careful practitioner would choose them.
+
+    `tokens_per_s`: the speed to expect where time decides (a CPU), None where it does not.
+    """
     longest = max(looked.lengths)
     p99 = percentile(looked.lengths, 0.995)
     cut = longest > 4096 and p99 < longest
@@ -71,25 +90,26 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float) -> Advice:
     size = facts.num_parameters / 1e6
     tuned = "LoRA" if lora else "all weights"
     why_tuning = f"{tuned}: full tuning of {size:.0f}M parameters needs about {facts.num_parameters * 18 / 1e9:.1f} GB"
-    epochs = 3.0 if looked.rows < 500 else 2.0 if looked.rows < 1000 else 1.0 if looked.rows > 100_000 else 2.0
+    epochs, why_epochs = _epochs(looked.rows, sum(looked.lengths) / len(looked.lengths), tokens_per_s)
     mean = sum(looked.lengths) / len(looked.lengths)
-    # A step holds enough rows for a steady gradient, few enough for at least 150 steps, and at most 128 rows.
-    rows_per_step = max(4, min(128, round(looked.rows * epochs / 150)))
+    # A step holds enough rows for a steady gradient, few enough for 300 steps where there are the rows, and at most 128 rows.
+    rows_per_step = max(4, min(128, round(looked.rows * epochs / 300)))
     batch = max(max_tokens, 64 * math.ceil(rows_per_step * mean / 64))
     micro = min(batch, max(max_tokens, 512 if memory_bytes < 64e9 else 8192))
-    rate = full_rate(facts.hidden_size) * (10 if lora else 1)
+    short = looked.rows * epochs / rows_per_step < 1000
+    rate = full_rate(facts.hidden_size) * (10 if lora else 1) * (2 if short else 1)
     return Advice(
         max_tokens=max_tokens,
         why_length=why_length,
         lora=lora,
         why_tuning=why_tuning,
         epochs=epochs,
-        why_epochs=f"{looked.rows} rows; small sets bear 2 to 5 passes, large ones need one",
+        why_epochs=why_epochs,
         batch_tokens=batch,
         micro_batch_tokens=micro,
         rows_per_step=rows_per_step,
         rate=float(f"{rate:.1e}"),
-        why_rate=f"{'10 x ' if lora else ''}5e-5 x (2000 / {facts.hidden_size})^0.781: narrower models bear more",
+        why_rate=f"5e-5 x (2000 / {facts.hidden_size})^0.781{' x 10, LoRA' if lora else ''}{' x 2, short run' if short else ''}",
     )
 
 
@@ -97,6 +117,7 @@ def recipe_text(
     looked: Looked,
     facts: ModelFacts,
     memory_bytes: float,
+    tokens_per_s: float | None,
     *,
     name: str,
     model: tuple[str, str],
@@ -105,7 +126,7 @@ def recipe_text(
     test: str | None,
 ) -> str:
     """The recipe as YAML with a reason behind each choice."""
-    a = advise(looked, facts, memory_bytes)
+    a = advise(looked, facts, memory_bytes, tokens_per_s)
     metric, why_metric = metric_of(looked.answers)
     longest_answer = max(looked.answer_tokens)
     new_tokens = 8 * math.ceil(1.5 * longest_answer / 8)
@@ -117,7 +138,7 @@ def recipe_text(
         return f"{{kind: share, share: {part}}}  # {why}"
 
     tuning = "{kind: lora, rank: 16, alpha: 32.0}" if a.lora else "{kind: full}"
-    lines = f"""\
+    return f"""\
 # Written by `educe init`. Every value may be changed; `educe check` says what it means before anything is spent.
 name: {name}
 model: {_quoted(model[0])}  # {model[1]}
@@ -145,7 +166,6 @@ evaluation:
   max_new_tokens: {new_tokens}  # the longest answer has {longest_answer} tokens
   few_shot: 5  # examples given to the untouched model: is tuning needed at all?
 """
-    return lines
 
 
 def _quoted(text: str) -> str:

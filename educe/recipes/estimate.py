@@ -13,7 +13,7 @@ from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan
 
 # Share of the probed matmul rate that a training step reaches where nothing was measured yet.
-_EFFICIENCY = {"cpu": 0.35, "mps": 0.3, "cuda": 0.4}
+_EFFICIENCY = {"cpu": 0.7, "mps": 0.3, "cuda": 0.4}
 _PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries
 
 
@@ -31,17 +31,10 @@ class Estimate:
 def estimate_run(
     facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, flops: float, device: str, dtype: str
 ) -> Estimate:
-    """Time from floating-point operations per token, memory from what must be held at once.
-
-    FLOPs per token (Kaplan et al. 2020, arXiv 2001.08361): 6 N for full tuning, 4 N + 6 N_adapter for LoRA, N without
-    embeddings; the output head counts for trained tokens only. Attention adds 12 L d s / 2 per token at the row's length.
-    """
+    """Time from the speed, memory from what must be held at once."""
     lora = isinstance(recipe.tuning, Lora)
-    body = facts.num_parameters - facts.num_embedding_parameters
-    head = facts.num_embedding_parameters
-    per_token = (4 if lora else 6) * body + 6 * head * trained_share + 6 * facts.num_layers * facts.hidden_size * 128
     speed = _known_speeds().get(speed_key(facts.name, recipe, device, dtype))
-    rate = speed if speed else max(flops, 1e9) * _EFFICIENCY[device] / per_token
+    rate = speed if speed else roofline(facts, flops, device, lora=lora, trained_share=trained_share)
     compute = 2 if dtype == "bfloat16" else 4
     trained = (
         num_adapter_parameters(facts, recipe.tuning.rank) if isinstance(recipe.tuning, Lora) else facts.num_parameters
@@ -63,6 +56,17 @@ def estimate_run(
         memory_bytes=state + activations + logits + process,
         disk_bytes=trained * 4 * (3 * recipe.train.keep_checkpoints + 1) + facts.num_parameters * 2,
     )
+
+
+def roofline(facts: ModelFacts, flops: float, device: str, *, lora: bool = False, trained_share: float = 0.3) -> float:
+    """Tokens per second to expect from the probed matmul rate.
+
+    FLOPs per token (Kaplan et al. 2020, arXiv 2001.08361): 6 N for full tuning, 4 N for LoRA, N without embeddings; the
+    output head counts for trained tokens only.
+    """
+    body = facts.num_parameters - facts.num_embedding_parameters
+    per_token = (4 if lora else 6) * body + 6 * facts.num_embedding_parameters * trained_share
+    return max(flops, 1e9) * _EFFICIENCY[device] / per_token
 
 
 def num_adapter_parameters(facts: ModelFacts, rank: int) -> int:

@@ -28,7 +28,8 @@ def need_torch() -> None:
 
 
 @functools.cache
-def _device(device: str, dtype: str) -> Device:
+def chosen_device(device: str, dtype: str) -> Device:
+    """The device and arithmetic for these settings, timed once per process."""
     need_torch()
     from educe.model.device import choose_device
 
@@ -37,7 +38,7 @@ def _device(device: str, dtype: str) -> Device:
 
 def device_of(recipe: Recipe) -> Device:
     """The recipe's device and arithmetic, timed once."""
-    return _device(recipe.device, recipe.dtype)
+    return chosen_device(recipe.device, recipe.dtype)
 
 
 def memory_of(kind: str) -> int:

@@ -17,6 +17,7 @@ from educe.report.wording import number
 from educe.types import Interval
 
 MOST_POINTS = 400
+LARGEST = 1e30  # losses beyond it are not drawn: their sums would overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +30,11 @@ class Scale:
     end: float
 
     def at(self, value: float) -> float:
-        if not self.high > self.low:
-            return self.start
         # Halved, so that the difference of two huge numbers stays finite.
-        share = (value / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
+        half = self.high / 2 - self.low / 2
+        if not half > 0:
+            return self.start
+        share = (value / 2 - self.low / 2) / half
         return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
 
 
@@ -60,11 +62,9 @@ class Curve:
 def ticks(low: float, high: float, most: int = 6, whole: bool = False) -> list[float]:
     """At most `most` round numbers (1, 2 or 5 times a power of ten) within [low, high], increasing."""
     reach = high - low
-    if not (math.isfinite(reach) and reach > 0):
+    if not 1e-300 < reach < math.inf:  # nothing to divide, or below what floats can count in
         return [low]
     step = 10.0 ** math.floor(math.log10(reach / most))
-    if step == 0 or reach / step > 1e4:  # below what floats can count in
-        return [low]
     step = next(step * k for k in (1, 2, 5, 10, 20, 50) if reach / (step * k) <= most - 1)
     if whole:
         step = max(1.0, math.ceil(step))
@@ -90,7 +90,7 @@ def smooth(points: Sequence[Point], window: int) -> tuple[Point, ...]:
 
 
 def thin(points: Sequence[Point], most: int) -> tuple[tuple[Point, ...], int]:
-    """At most `most` points, the lowest and the highest of each bucket, so that no spike is hidden; and the bucket's size."""
+    """About `most` points, the lowest and highest of each bucket, so that no spike is hidden; and the bucket's size."""
     if len(points) <= most:
         return tuple(points), 1
     bucket = math.ceil(2 * len(points) / most)
@@ -148,12 +148,13 @@ def draw_bars(bars: Sequence[Bar], narrow: bool = False) -> Markup:
     """Horizontal bars from 0 to 100 % with their 95 % intervals."""
     width, thick = (343.0, 18.0) if narrow else (832.0, 22.0)
     row = 54.0 if narrow else 44.0
-    x = Scale(low=0, high=1, start=10, end=width - 14) if narrow else Scale(low=0, high=1, start=210, end=width - 190)
+    x = Scale(low=0, high=1, start=1, end=width - 1) if narrow else Scale(low=0, high=1, start=124, end=width - 178)
     bottom = 6 + row * len(bars)
     parts: list[Markup] = []
     for t in (0, 0.25, 0.5, 0.75, 1):
         parts.append(_line("grid", x.at(t), 4, x.at(t), bottom))
-        parts.append(_label("tick", x.at(t), bottom + 18, f"{100 * t:.0f}\u202f%", "middle"))
+        anchor = "middle" if 0 < t < 1 or not narrow else "end" if t else "start"
+        parts.append(_label("tick", x.at(t), bottom + 18, f"{100 * t:.0f}\u202f%", anchor))
     for i, bar in enumerate(bars):
         top = 6 + row * i
         if narrow:
@@ -161,7 +162,7 @@ def draw_bars(bars: Sequence[Bar], narrow: bool = False) -> Markup:
             parts.append(_label("value", x.end, top + 15, bar.text, "end"))
             parts += _bar(bar, x, top + 23, thick)
         else:
-            parts.append(_label("name", x.start - 14, top + 26, bar.label, "end"))
+            parts.append(_label("name", 0, top + 26, bar.label))
             parts.append(_label("value", x.end + 16, top + 26, bar.text))
             parts += _bar(bar, x, top + 10, thick)
     desc = "; ".join(f"{b.label}: {b.text}" for b in bars)
@@ -200,16 +201,15 @@ def _axes(x: Scale, y: Scale, narrow: bool) -> list[Markup]:
 
 
 def _measured(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
-    """Held-out points, joined, with their values where there are few."""
+    """Held-out points, with their values where there are few; not joined, since nothing was measured between them."""
     parts = []
-    if len(curve.dev) > 1:
-        parts.append(Markup(f'<path class="dev-line" d="{path(curve.dev, x, y)}"/>'))
     for p in curve.dev:
         parts.append(Markup(f'<circle class="dev" cx="{x.at(p.step):.1f}" cy="{y.at(p.loss):.1f}" r="4.5"/>'))
         if len(curve.dev) <= 6:
             px, right = x.at(p.step), x.end - 20
             anchor, dx = ("start", 8) if px < x.start + 20 else ("end", 2) if px > right else ("middle", 0)
-            parts.append(_label("dev-value", px + dx, y.at(p.loss) - 10, number(p.loss), anchor))
+            said = number(round(p.loss, 3) if p.loss >= 0.01 else p.loss)
+            parts.append(_label("dev-value", px + dx, y.at(p.loss) - 10, said, anchor))
     return parts
 
 

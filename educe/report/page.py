@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from educe.files.run_dir import RunDir
 from educe.report import sections, wording
-from educe.report.charts import Curve, draw_bars, draw_loss, plan_curve
+from educe.report.charts import LARGEST, Curve, draw_bars, draw_loss, plan_curve
 from educe.report.reading import read_run
 from educe.report.records import Point, RunFiles
 from educe.report.visible import block, inline, shown, visible
@@ -76,10 +76,11 @@ def _headline(verdict: str) -> tuple[str, str]:
 
 
 def _loss(files: RunFiles) -> LossView | None:
-    train = [Point(step=s.step, loss=s.loss) for s in files.steps if s.loss is not None]
-    if not train and not files.dev:
+    train = [Point(step=s.step, loss=s.loss) for s in files.steps if s.loss is not None and abs(s.loss) < LARGEST]
+    dev = [p for p in files.dev if abs(p.loss) < LARGEST]
+    if not train and not dev:
         return None
-    curve = plan_curve(train, files.dev)
+    curve = plan_curve(train, dev)
     table, every = sections.loss_table(files.steps, files.dev)
     return LossView(
         wide=draw_loss(curve),
@@ -94,13 +95,12 @@ def _loss(files: RunFiles) -> LossView | None:
 def _bars(files: RunFiles, names: dict[str, str]) -> BarsView | None:
     if not files.scores or not files.scores.systems:
         return None
-    wide = sections.score_bars(files.scores, names)
-    narrow = sections.score_bars(files.scores, names | {"few_shot": "Untouched, few-shot"})
-    return BarsView(wide=draw_bars(wide), narrow=draw_bars(narrow, narrow=True))
+    bars = sections.score_bars(files.scores, names)
+    return BarsView(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True))
 
 
 def build_report(run: RunDir) -> str:
-    """The page of `run` as HTML. It needs no network and no script; sections without files say which command makes them."""
+    """The page of `run` as HTML, without network or script. A section without files says which command makes them."""
     files = read_run(run)
     names = sections.system_names(files.settings.few_shot if files.settings else None)
     ledger = sections.sum_ledger(files.ledger) if files.ledger else None

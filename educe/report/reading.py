@@ -1,4 +1,4 @@
-"""Files of a run directory → records. Missing files and fields become None or empty; a page about a run must not fail on it."""
+"""Files of a run directory → records. What is missing becomes None or empty: a page about a run must not fail on it."""
 
 from __future__ import annotations
 

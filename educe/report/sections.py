@@ -121,8 +121,9 @@ class TableStep:
 
 
 def system_names(few_shot: int | None) -> dict[str, str]:
-    shots = f"{few_shot} examples" if few_shot and few_shot > 1 else "1 example" if few_shot == 1 else "examples"
-    return {"untouched": "Untouched", "few_shot": f"Untouched, {shots} in prompt", "tuned": "Tuned"}
+    """What the page calls each system."""
+    shots = f"{few_shot}-shot" if few_shot else "Few-shot"
+    return {"untouched": "Untouched", "few_shot": f"{shots} prompt", "tuned": "Tuned"}
 
 
 def graded_as(metric: str) -> str:

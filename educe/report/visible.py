@@ -33,7 +33,7 @@ def visible(text: str) -> str:
 
 
 def clamp(text: str, limit: int) -> tuple[str, int]:
-    """The first `limit` characters, and how many are left out. A few characters more are let pass: the note is as long."""
+    """The first `limit` characters, and how many are left out. A few more are let pass: the note is as long."""
     return (text, 0) if len(text) <= limit + 30 else (text[:limit], len(text) - limit)
 
 

@@ -43,10 +43,14 @@ def large(value: int | None) -> str:
 
 
 def _hundredfold(fraction: float) -> str:
-    # 2,399 of 2,400 is not "100 %".
+    """One decimal, so that columns align; 2,399 of 2,400 is not "100 %", 1 of 3,000 is not "0 %"."""
+    if fraction in (0, 1):
+        return f"{100 * fraction:.0f}"
     if 0.9995 <= fraction < 1:
         return "> 99.9"
-    return number(round(100 * fraction, 2))
+    if 0 < fraction < 0.0005:
+        return "< 0.1"
+    return f"{100 * fraction:.1f}"
 
 
 def percent(fraction: float | None) -> str:
@@ -55,13 +59,13 @@ def percent(fraction: float | None) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """An interval of two fractions: 73.2–83.5 %."""
+    """An interval of two fractions: 73.2–83.5 %. Both ends with one decimal, 0 and 100 apart."""
     return f"{_hundredfold(low)}–{_hundredfold(high)}{_THIN}%"
 
 
 def _signed(points: float) -> str:
-    text = number(round(100 * points, 2))
-    return f"+{text}" if points > 0 and text != "0" else text
+    text = f"{100 * points:+.1f}" if abs(points) < 0.9995 else f"{100 * points:+.0f}"
+    return "0" if text[1:] == "0.0" else text.replace("-", "−")
 
 
 def points(difference: Interval) -> str:
@@ -74,7 +78,8 @@ def points_span(difference: Interval) -> str:
 
 
 def p_value(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    """p < 0.001 or two digits; it does not break over lines."""
+    return ("p < 0.001" if p < 0.001 else f"p = {p:.2g}").replace(" ", "\u00a0")
 
 
 def duration(seconds: float | None) -> str:
