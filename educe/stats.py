@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -65,4 +66,5 @@ def percentile(values: Sequence[int], q: float) -> int:
     if not values or not 0 < q <= 1:
         raise ValueError("need values and 0 < q <= 1")
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+    n = len(ordered)
+    return ordered[bisect.bisect_left(range(1, n + 1), q, key=lambda k: k / n)]  # q * n would round 0.07 * 100 up to 8

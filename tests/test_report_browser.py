@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from educe.report import build_report
 
-from test_report import make_run
+from run_directory import make_run
 
 pytestmark = pytest.mark.browser
 

@@ -69,6 +69,11 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as e:
             fix = "Give a template that parses, as chat_template.jinja in the model's directory."
             raise ChatError(101, f"chat template:{e.lineno}", f"does not parse: {e.message}.", fix) from e
+        except (
+            Exception
+        ) as e:  # nested too deep for jinja's parser or Python's compiler, constants that cannot be folded
+            fix = "Give a simpler template, as chat_template.jinja in the model's directory."
+            raise ChatError(101, "chat template", f"does not compile: {type(e).__name__}: {e}.", fix) from e
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The text a server would send for these messages. Raises `TemplateRefusal`."""
@@ -85,8 +90,12 @@ class ChatTemplate:
                     raise TemplateRefusal("E-CHAT-103", f"it wrote more than {limit} characters")
                 if time.monotonic() - started > MAX_RENDER_S:
                     raise TemplateRefusal("E-CHAT-103", f"it ran longer than {MAX_RENDER_S:.0f} s")
+            text = "".join(parts)
+            text.encode()  # a lone surrogate is no text
+        except TemplateRefusal:
+            raise
         except jinja2.TemplateError as e:
             raise TemplateRefusal("E-CHAT-102", str(e) or type(e).__name__) from e
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, ArithmeticError) as e:
+        except Exception as e:  # foreign code: whatever it raises is its own failure
             raise TemplateRefusal("E-CHAT-102", f"{type(e).__name__}: {e}") from e
-        return "".join(parts)
+        return text

@@ -13,7 +13,7 @@ from educe.chat.template import CHATML, ChatTemplate
 from educe.errors import ChatError, ModelError
 from educe.files.hashes import hash_bytes
 
-_WINDOW = 5  # ids that are decoded together: no character has more bytes
+_LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,21 @@ class ChatTokenizer:
         return str(self.stock.decode(ids, skip_special_tokens=False))
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """The text each id adds to what stands before it; a byte of an unfinished character adds none, the last one adds it."""
+        """The text each id adds to what stands before it; a byte of an unfinished character adds none, the last one adds it.
+
+        Ids since the last finished character are decoded behind those of the step before it, so that a decoder that treats
+        the start of a text differently (SentencePiece's leading space) does not do so here.
+        """
         texts = []
+        context = done = 0
         for k in range(len(ids)):
-            before = self.decode(ids[max(0, k - _WINDOW) : k]).rstrip("\ufffd")
-            texts.append(self.decode(ids[max(0, k - _WINDOW) : k + 1]).rstrip("\ufffd")[len(before) :])
+            before, now = self.decode(ids[context:done]), self.decode(ids[context : k + 1])
+            added = now[len(before) :]
+            if k + 1 < len(ids) and k - done < _LONGEST and (not added or added.endswith("\ufffd")):
+                texts.append("")
+                continue
+            texts.append(added)
+            context, done = done, k + 1
         return texts
 
     @property
@@ -101,13 +111,16 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
 def _template_source(model_dir: Path, settings: dict[str, Any]) -> str | None:
     file = model_dir / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ChatError(1, str(file), f"cannot be read: {e}.", "Save it as UTF-8, readable to you.") from e
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {t["name"]: t["template"] for t in found}
-        if "default" not in named:
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        if not isinstance(named.get("default"), str):
             raise ChatError(
-                1, str(model_dir), f"has templates named {sorted(named)}, none 'default'.", "Name one 'default'."
+                1, str(model_dir), f"has templates named {list(named)}, none 'default'.", "Name one 'default'."
             )
         return str(named["default"])
     return found if isinstance(found, str) else None
@@ -130,6 +143,5 @@ def _token_text(value: Any) -> str | None:
 
 
 def _ids(value: Any) -> set[int]:
-    if isinstance(value, int):
-        return {value}
-    return {int(v) for v in value} if isinstance(value, list) else set()
+    values = value if isinstance(value, list) else [value]
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool)}

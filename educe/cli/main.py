@@ -92,12 +92,12 @@ def inspect(recipe: Path, row: int, html: Path | None) -> None:
 @click.argument("recipe", type=RECIPE)
 def train(recipe: Path) -> None:
     """Train. Ctrl-C saves; the same command goes on."""
-    from educe.cli.screens import TrainScreen, say
+    from educe.cli.screens import TrainScreen, say, shown
     from educe.recipes.run import train as run_train
 
     with TrainScreen() as screen:
         run = run_train(recipe, say=say, screen=screen)
-    click.echo(f"Trained: {run.path}. Next: educe eval {run.path}")
+    click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")
 
 
 @cli.command("eval")
@@ -105,18 +105,22 @@ def train(recipe: Path) -> None:
 @click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
 def evaluate(run: Path | None, regrade: bool) -> None:
     """Answer the test rows before and after tuning, with error bars."""
-    from educe.cli.screens import say, show_scores
+    from educe.cli.screens import AnswerScreen, say, show_scores, shown
 
     found = _run(run)
-    show_scores(found.eval(regrade=regrade, say=say))
-    click.echo(f"Next: educe report {found.path}")
+    with AnswerScreen() as screen:
+        scores = found.eval(regrade=regrade, say=say, progress=screen.progress)
+    show_scores(scores)
+    click.echo(f"Next: educe report {shown(found.path)}")
 
 
 @cli.command()
 @click.argument("run", type=RECIPE, required=False)
 def report(run: Path | None) -> None:
     """Write the run's report: one HTML page that needs no network."""
-    click.echo(f"Report: {_run(run).report()}")
+    from educe.cli.screens import shown
+
+    click.echo(f"Report: {shown(_run(run).report())}")
 
 
 @cli.command()

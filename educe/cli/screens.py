@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 _PLAIN_EVERY_S = 10.0
+NAMES = {"untouched": "untouched", "few_shot": "untouched + examples in the prompt", "tuned": "tuned"}
 _COLOURS = {"trained": "black on green", "content": "default", "template": "dim"}
 
 
@@ -38,6 +39,33 @@ def minutes(seconds: float) -> str:
 
 def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+class AnswerScreen:
+    """Progress of answering: a live line on a terminal, one line per system elsewhere."""
+
+    def __init__(self) -> None:
+        self._status = console.status("")
+
+    def __enter__(self) -> AnswerScreen:
+        if console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._status.stop()
+
+    def progress(self, system: str, done: int, total: int) -> None:
+        if console.is_terminal:
+            self._status.update(f"{NAMES[system]}: {done} of {total} answered")
+        elif done == total:
+            say(f"{NAMES[system]}: {total} answered")
 
 
 class TrainScreen:
@@ -175,17 +203,16 @@ def show_scores(scores: dict[str, Any]) -> None:
         ("time", "right"),
     ):
         table.add_column(title, justify="right" if side == "right" else "left")
-    names = {"untouched": "untouched", "few_shot": "untouched + examples in the prompt", "tuned": "tuned"}
     for name, s in scores["systems"].items():
         took = minutes(s["seconds"]) if s["seconds"] is not None else ""
         right = f"{s['correct']}/{scores['num_rows']}"
-        table.add_row(names[name], right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took)
+        table.add_row(NAMES[name], right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took)
     console.print(table)
     for c in scores["comparisons"]:
         p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.2g}"
         d = c["difference"]
         console.print(
-            f"{names[c['before']]} → tuned: {c['won']} rows won, {c['lost']} lost (McNemar {p}); "
+            f"{NAMES[c['before']]} → tuned: {c['won']} rows won, {c['lost']} lost (McNemar {p}); "
             f"difference {d['value']:+.1%}, 95 % interval {d['low']:+.1%} to {d['high']:+.1%}",
             soft_wrap=True,
         )

@@ -18,6 +18,7 @@ from educe.errors import RecipeError
 
 MAX_BYTES = 1_000_000
 _TAGGED = {"full": Full, "lora": Lora, "file": FileSplit, "share": ShareSplit}
+_UNIONS = ("tuning", "dev", "test")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -31,7 +32,11 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as e:
         fix = "Write one with `educe init --data FILE`."
         raise RecipeError(1, str(path), f"cannot be read: {e.strerror}.", fix) from e
-    return anchored(parse_recipe(text, str(path)), path.resolve().parent)
+    recipe = parse_recipe(text, str(path))
+    try:
+        return anchored(recipe, path.resolve().parent)
+    except (OSError, RuntimeError, ValueError) as e:  # a name too long, ~nobody, a NUL
+        raise RecipeError(103, str(path), f"a path in it cannot be used: {e}.", "Mend model, runs or data.") from e
 
 
 def parse_recipe(text: str, shown: str) -> Recipe:
@@ -40,7 +45,7 @@ def parse_recipe(text: str, shown: str) -> Recipe:
     if not isinstance(tree, Mapping):
         raise RecipeError(101, shown, "is not a mapping of keys.", "Start from `educe init --data FILE`.")
     try:
-        return Recipe.model_validate(_plain(tree, shown))
+        return Recipe.model_validate(_plain(tree))
     except ValidationError as e:
         raise _told(e, tree, shown) from None
 
@@ -66,8 +71,8 @@ def _parse(text: str, shown: str) -> Any:
     yaml = YAML(typ="rt", pure=True)
     yaml.allow_duplicate_keys = False
     try:
-        if "&" in text and any(True for e in yaml.parse(io.StringIO(text)) if getattr(e, "anchor", None)):
-            raise RecipeError(101, shown, "uses YAML anchors or aliases.", "Write the value out where it is used.")
+        for event in yaml.parse(io.StringIO(text)):
+            _refuse_event(event, shown)
         return yaml.load(text)
     except DuplicateKeyError as e:
         mark = e.problem_mark
@@ -79,21 +84,31 @@ def _parse(text: str, shown: str) -> Any:
         raise RecipeError(101, shown, f"{str(e).splitlines()[0]}.", "Mind indentation and quotes.") from None
 
 
+def _refuse_event(event: Any, shown: str) -> None:
+    """What YAML can do and a recipe does not need: anchors, tags, the rules of another YAML version."""
+    found = ""
+    if getattr(event, "anchor", None):
+        found, fix = "uses a YAML anchor or alias.", "Write the value out where it is used."
+    elif getattr(event, "tag", None):
+        found, fix = f"uses the YAML tag {event.tag}.", "Write plain values."
+    elif getattr(event, "version", None) not in (None, (1, 2)):
+        found, fix = "asks for another YAML version.", "Remove the %YAML line: recipes are YAML 1.2."
+    if found:
+        raise RecipeError(101, _at(shown, event.start_mark), found, fix)
+
+
 def _at(shown: str, mark: Any) -> str:
     return f"{shown}:{mark.line + 1}:{mark.column + 1}" if mark is not None else shown
 
 
-def _plain(node: Any, shown: str) -> Any:
-    """ruamel's round-trip values as plain ones. A tag (`!!python/...`) is refused."""
-    tag = getattr(getattr(node, "tag", None), "value", None)
-    if isinstance(tag, str) and not tag.startswith("tag:yaml.org,2002:"):
-        raise RecipeError(101, shown, f"uses the YAML tag {tag}.", "Write plain values.")
+def _plain(node: Any) -> Any:
+    """ruamel's round-trip values as plain ones."""
     if isinstance(node, Mapping):
-        return {str(k): _plain(v, shown) for k, v in node.items()}
+        return {str(k): _plain(v) for k, v in node.items()}
     if isinstance(node, str):
         return str(node)
     if isinstance(node, Sequence):
-        return [_plain(v, shown) for v in node]
+        return [_plain(v) for v in node]
     for kind in (bool, int, float):
         if isinstance(node, kind):
             return kind(node)
@@ -131,8 +146,9 @@ def _keys_at(path: Sequence[str | int], tree: Any) -> list[str]:
 def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
     first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
     path = list(first["loc"])
-    dotted = ".".join(str(p) for p in path if p not in _TAGGED)
-    where = _position(tree, path, shown)
+    written = [p for i, p in enumerate(path) if i == 0 or path[i - 1] not in _UNIONS]  # without pydantic's union tags
+    dotted = ".".join(map(str, written))
+    where = _position(tree, written, shown)
     if first["type"] == "extra_forbidden":
         names = _keys_at(path[:-1], tree)
         near = difflib.get_close_matches(str(path[-1]), names, 1, 0.5)

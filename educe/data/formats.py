@@ -32,12 +32,18 @@ def _messages(row: Row) -> Pairs:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise _Unfit("E-DATA-141", f"messages[{i}] is a {type(turn).__name__}.", "Give {role, content} objects.")
+    _refuse_unsupported(row, turns, "messages")
+    return [(t.get("role"), t.get("content")) for t in turns]
+
+
+def _refuse_unsupported(row: Row, turns: list[Row], key: str) -> None:
+    """What would be left out in silence: the model would learn something else than the row says."""
+    for i, turn in enumerate(turns):
         used = [k for k in _UNSUPPORTED if turn.get(k) is not None]
         if used:
-            raise _Unfit("E-DATA-146", f"messages[{i}] has {used[0]}.", "This version reads role and content only.")
-    if row.get("tools"):
+            raise _Unfit("E-DATA-146", f"{key}[{i}] has {used[0]}.", "This version reads role and content only.")
+    if row.get("tools") and row["tools"] != "[]":
         raise _Unfit("E-DATA-146", "the row has tools.", "This version reads role and content only.")
-    return [(t.get("role"), t.get("content")) for t in turns]
 
 
 def _sharegpt(row: Row) -> Pairs:
@@ -46,7 +52,9 @@ def _sharegpt(row: Row) -> Pairs:
         raise _Unfit("E-DATA-141", "conversations is empty or not a list.", "Give a list of {from, value} objects.")
     if not all(isinstance(t, dict) for t in turns):
         raise _Unfit("E-DATA-141", "conversations holds something that is no object.", "Give {from, value} objects.")
-    pairs = [(_SHAREGPT_ROLES.get(t.get("from"), t.get("from")), t.get("value")) for t in turns]
+    _refuse_unsupported(row, turns, "conversations")
+    named = [(t.get("from"), t.get("value")) for t in turns]
+    pairs = [(_SHAREGPT_ROLES.get(r, r) if isinstance(r, str) else r, value) for r, value in named]
     return [("system", row["system"]), *pairs] if row.get("system") else pairs
 
 
@@ -54,6 +62,8 @@ def _alpaca(row: Row) -> Pairs:
     ask, more = row["instruction"], row.get("input")
     if more is not None and not isinstance(more, str):
         raise _Unfit("E-DATA-143", f"input is a {type(more).__name__}, not text.", "Give text, or leave it out.")
+    if row.get("history"):
+        raise _Unfit("E-DATA-146", "the row has history.", "Write the turns as messages.")
     prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
     pairs: list[tuple[Any, Any]] = [("user", prompt), ("assistant", row["output"])]
     return [("system", row["system"]), *pairs] if row.get("system") else pairs
@@ -78,10 +88,10 @@ def to_conversation(row: Row, source: Source, system: str | None = None) -> Conv
     if len(fits) != 1:
         return _not_one(row, fits, source)
     try:
-        pairs = list(FORMATS[fits[0]][1](row))
-        if system is not None and pairs[0][0] != "system":
-            pairs.insert(0, ("system", system))
-        return Conversation(messages=_checked(pairs), source=source)
+        messages = _checked(FORMATS[fits[0]][1](row))
+        if system is not None and messages[0].role != "system":
+            messages = (Message(role="system", content=system), *messages)
+        return Conversation(messages=messages, source=source)
     except _Unfit as e:
         code, found, fix = e.args
         return Refusal(code=code, where=str(source), found=found, fix=fix)

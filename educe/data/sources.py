@@ -18,11 +18,16 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSONL file, a JSON array or a Parquet file, in order. Bad rows come as `Refusal`, bad files raise `DataError`."""
     head = _checked_head(path)
     if path.suffix == ".parquet" or head.startswith(b"PAR1"):
-        yield from _parquet_rows(path)
+        rows = _parquet_rows(path)
     elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _array_rows(path)
+        rows = _array_rows(path)
     else:
-        yield from _json_lines(path)
+        rows = _json_lines(path)
+    number = 0
+    for number, row in enumerate(rows, 1):
+        yield row
+    if number == 0:
+        raise DataError(3, str(path), "holds no row.", "Give a file with at least one row.")
 
 
 def _checked_head(path: Path) -> bytes:
@@ -67,12 +72,13 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _array_rows(path: Path) -> Iterator[Row]:
     texts: list[str] = []
-    for _, line in read_lines(path, str(path)):
+    for number, line in read_lines(path, str(path)):
         if isinstance(line, Refusal):
             raise DataError(4, line.where, line.found, line.fix)
+        texts += [""] * (number - 1 - len(texts))  # blank lines count
         texts.append(line)
-    whole = parse_json("\n".join(texts), str(path))
-    if isinstance(whole, Refusal) and len(texts) > 1 and not isinstance(parse_json(texts[0], ""), Refusal):
+    whole = parse_json("\n".join(texts), str(path), whole=True)
+    if isinstance(whole, Refusal) and not isinstance(parse_json(next(filter(None, texts)), ""), Refusal):
         yield from _json_lines(path)
         return
     if isinstance(whole, Refusal) or not isinstance(whole, list):
@@ -93,16 +99,16 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             7, str(path), "is Parquet, and pyarrow is not installed.", "pip install 'educe[parquet]'."
         ) from e
-    try:
-        table = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(4, str(path), f"is not readable Parquet: {e}.", "Download or write it again.") from e
     number = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for value in batch.to_pylist():
-            number += 1
-            source = Source(file=str(path), line=number)
-            yield source, _as_row(value, source)
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                source = Source(file=str(path), line=number)
+                yield source, _as_row(value, source)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        found = f"is not readable Parquet after row {number}: {e}."
+        raise DataError(4, str(path), found, "Download or write it again.") from e
 
 
 def _as_row(value: Any, source: Source) -> dict[str, Any] | Refusal:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import MachineError
-from educe.files.hashes import hash_file
+from educe.files.hashes import hash_file, hash_json
 
 MANIFEST = "manifest.json"
+_SELF = "manifest_sha256"
 
 
 def sync(path: Path) -> None:
@@ -38,7 +39,10 @@ def told(path: Path) -> Iterator[None]:
             raise MachineError(
                 2, str(path), "the disk is full.", "Free some space and run the same command again."
             ) from e
-        if isinstance(e, (PermissionError, NotADirectoryError, FileExistsError)) or e.errno == errno.EROFS:
+        if (
+            isinstance(e, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError))
+            or e.errno == errno.EROFS
+        ):
             fix = "Choose a directory you may write to."
             raise MachineError(4, str(path), f"cannot be written: {e.strerror}.", fix) from e
         raise
@@ -49,9 +53,13 @@ def write_text(path: Path, text: str) -> None:
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(text, encoding="utf-8", newline="\n")
-        sync(part)
-        part.replace(path)
+        try:
+            part.write_bytes(text.encode("utf-8"))
+            sync(part)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
         sync(path.parent)
 
 
@@ -64,12 +72,15 @@ def write_json(path: Path, value: Any) -> None:
 def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
     """Build a directory in a temporary place beside `path`, then move it there whole, manifest last.
 
-    The manifest holds `about` and each file's size and SHA-256; every file and both directories are flushed before and after
-    the rename. On any error nothing is left and an older `path` stays as it was.
+    The manifest holds `about`, each file's size and SHA-256, and a hash of itself; every file and both directories are flushed
+    before and after the rename. On any error nothing is left and an older `path` stays as it was: it is moved aside, and
+    deleted only when the new one is in place.
     """
     with told(path):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
@@ -79,32 +90,40 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
                 p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files
             }
             manifest = part / MANIFEST
-            manifest.write_text(json.dumps({**about, "files": listed}, indent=2) + "\n", encoding="utf-8")
+            held = {**about, "files": listed}
+            manifest.write_text(json.dumps({**held, _SELF: hash_json(held)}, indent=2) + "\n", encoding="utf-8")
             for p in [*files, manifest, *[d for d in part.rglob("*") if d.is_dir()], part]:
                 sync(p)
             if path.exists():
-                shutil.rmtree(path)
+                path.replace(old)
             part.replace(path)
             sync(path.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.replace(path)
             raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def verify(path: Path) -> dict[str, Any] | str:
     """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listed = manifest["files"]
-    except (OSError, ValueError, KeyError) as e:
+        listed = [(name, int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
+        hashed = manifest.pop(_SELF, None)
+        if hashed is not None and hashed != hash_json(manifest):
+            return "its manifest differs from its own SHA-256."
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         return f"its manifest cannot be read ({type(e).__name__})."
-    for name, expected in listed.items():
+    for name, size, digest in listed:
         file = path / name
         if not file.is_file():
             return f"{name} is missing."
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}."
-        if hash_file(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}."
+        if hash_file(file) != digest:
             return f"{name} differs from its SHA-256."
     return manifest
 

@@ -11,7 +11,7 @@ from typing import Any
 from educe.errors import Refusal
 
 MAX_DEPTH = 100
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNFIT = re.compile("[\x00\ud800-\udfff]")
 
 
 class _Duplicate(ValueError):
@@ -60,8 +60,11 @@ def _too_deep(text: str) -> bool:
     return False
 
 
-def parse_json(text: str, place: str) -> Any | Refusal:
-    """`text` as JSON, or why not. `place` is `file:line`; the column is added where it is known."""
+def parse_json(text: str, place: str, *, whole: bool = False) -> Any | Refusal:
+    """`text` as JSON, or why not. `place` is `file:line`; the column is added where it is known.
+
+    With `whole`, `text` is a whole file and `place` its name: line and column are added.
+    """
     if _too_deep(text):
         return Refusal(
             code="E-DATA-102", where=place, found=f"JSON nested deeper than {MAX_DEPTH}.", fix="Flatten the row."
@@ -76,21 +79,24 @@ def parse_json(text: str, place: str) -> Any | Refusal:
         return Refusal(code="E-DATA-104", where=place, found=f"{e}.", fix="Use null or a string instead.")
     except json.JSONDecodeError as e:
         fix = "Write one JSON object per line, without comments or trailing commas."
-        return Refusal(code="E-DATA-102", where=f"{place}:{e.colno}", found=f"not JSON: {e.msg}.", fix=fix)
-    if _SURROGATE.search(text) or (("\\u" in text or "\\U" in text) and _has_surrogate(value)):
+        where = f"{place}:{e.lineno}:{e.colno}" if whole else f"{place}:{e.colno}"
+        return Refusal(code="E-DATA-102", where=where, found=f"not JSON: {e.msg}.", fix=fix)
+    unfit = _UNFIT.search(text) or ("\\u" in text and _unfit(value))
+    if unfit and unfit[0] == "\x00":
+        return Refusal(code="E-DATA-104", where=place, found="a NUL character.", fix="Remove it.")
+    if unfit:
         found = "a lone surrogate (half of a character)."
         return Refusal(code="E-DATA-104", where=place, found=found, fix="Write the text out again as UTF-8.")
-    if "\\u0000" in text or "\x00" in text:
-        return Refusal(code="E-DATA-104", where=place, found="a NUL character.", fix="Remove it.")
     return value
 
 
-def _has_surrogate(value: Any) -> bool:
+def _unfit(value: Any) -> re.Match[str] | None:
+    """The first character, in a key or a string, that text cannot hold."""
     if isinstance(value, str):
-        return bool(_SURROGATE.search(value))
+        return _UNFIT.search(value)
     if isinstance(value, dict):
-        return any(_has_surrogate(k) or _has_surrogate(v) for k, v in value.items())
-    return isinstance(value, list) and any(_has_surrogate(v) for v in value)
+        return next(filter(None, (_unfit(k) or _unfit(v) for k, v in value.items())), None)
+    return next(filter(None, map(_unfit, value)), None) if isinstance(value, list) else None
 
 
 def read_lines(path: Path, shown: str) -> Iterator[tuple[int, str | Refusal]]:
@@ -123,13 +129,13 @@ def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a file that educe wrote. A torn last line (a run that was killed while writing) is left out."""
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(json.loads(line.decode("utf-8")))
+        except ValueError:  # not JSON, or cut inside a character
             if number != len(lines) - 1:
                 raise
     return rows

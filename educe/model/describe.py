@@ -12,6 +12,7 @@ from typing import Any
 from educe.errors import ModelError
 
 _MAX_HEADER_BYTES = 100 * 2**20
+_AGAIN = "Download the model again."
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -19,6 +20,7 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I1
 class ModelFacts:
     """Sizes of a causal language model. `num_parameters` counts each stored tensor once (a tied head is not stored)."""
 
+    name: str
     directory: Path
     model_type: str
     architecture: str
@@ -31,17 +33,23 @@ class ModelFacts:
     max_positions: int
     licence: str
 
-    @property
-    def name(self) -> str:
-        return self.directory.name
 
+def describe_model(directory: Path, name: str) -> ModelFacts:
+    """Read config.json and the headers of the safetensors files. Refuses code, pickles and damaged files.
 
-def describe_model(directory: Path) -> ModelFacts:
-    """Read config.json and the headers of the safetensors files. Refuses code, pickles and damaged files."""
+    `name` is what the recipe calls the model: a directory (its last part is shown) or a Hub id.
+    """
     refuse_unsafe(directory)
     config = _read_config(directory)
-    text = config.get("text_config", config)
     tensors = _tensor_shapes(directory)
+    try:
+        return _facts(directory, name, config, tensors)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ModelError(2, str(directory / "config.json"), f"has a value of the wrong type: {e}.", _AGAIN) from e
+
+
+def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str, list[int]]) -> ModelFacts:
+    text = config.get("text_config") or config
     embedding = max((math.prod(s) for n, s in tensors.items() if "embed" in n), default=0)
     hidden = int(text.get("hidden_size", text.get("n_embd", text.get("d_model", 0))))
     if not hidden or not tensors:
@@ -49,6 +57,7 @@ def describe_model(directory: Path) -> ModelFacts:
             2, str(directory / "config.json"), "describes no language model.", "Give a causal language model."
         )
     return ModelFacts(
+        name=Path(name).name,
         directory=directory,
         model_type=str(config.get("model_type", "unknown")),
         architecture=str((config.get("architectures") or ["unknown"])[0]),
@@ -87,22 +96,25 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ModelError(1, str(file), "does not exist.", "Give the directory that holds config.json.") from e
-    except (ValueError, OSError) as e:
-        raise ModelError(2, str(file), f"cannot be read: {e}.", "Download the model again.") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise ModelError(2, str(file), f"cannot be read: {e}.", _AGAIN) from e
     if not isinstance(config, dict):
-        raise ModelError(2, str(file), "is not an object.", "Download the model again.")
+        raise ModelError(2, str(file), "is not an object.", _AGAIN)
     return config
 
 
 def _tensor_shapes(directory: Path) -> dict[str, list[int]]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in names:
+        try:
+            names = {str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ModelError(2, str(index), "is not an index of weights.", _AGAIN) from e
+        for name in sorted(names):
             if Path(name).name != name:
                 raise ModelError(2, str(index), f"points outside the directory: {name!r}.", "Do not use this model.")
             if not (directory / name).is_file():
-                raise ModelError(2, str(directory / name), "is missing.", "Download the model again.")
+                raise ModelError(2, str(directory / name), "is missing.", _AGAIN)
         files = [directory / n for n in sorted(names)]
     else:
         files = sorted(directory.glob("*.safetensors"))
@@ -114,27 +126,33 @@ def _tensor_shapes(directory: Path) -> dict[str, list[int]]:
 
 def _header(file: Path) -> dict[str, list[int]]:
     """Tensor shapes of one safetensors file, its size checked against its header."""
-    again = "Download the model again."
     with file.open("rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ModelError(2, str(file), "is not a safetensors file.", again)
+            raise ModelError(2, str(file), "is not a safetensors file.", _AGAIN)
         try:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             shapes = {n: [int(x) for x in t["shape"]] for n, t in header.items()}
-            end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
-        except (ValueError, KeyError, TypeError) as e:
-            raise ModelError(2, str(file), "has a damaged header.", again) from e
+            spans = sorted(
+                (int(low), int(high), str(t["dtype"]), n)
+                for n, t in header.items()
+                for low, high in [t["data_offsets"]]
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ModelError(2, str(file), "has a damaged header.", _AGAIN) from e
+    end = max((high for _, high, _, _ in spans), default=0)
     if file.stat().st_size != 8 + length + end:
         found = f"has {file.stat().st_size} bytes, its header says {8 + length + end}: it is cut off or damaged."
-        raise ModelError(2, str(file), found, again)
-    for name, t in header.items():
-        if t["dtype"] in _DTYPE_BYTES:
-            low, high = t["data_offsets"]
-            if high - low != math.prod(t["shape"]) * _DTYPE_BYTES[t["dtype"]]:
-                raise ModelError(2, str(file), f"tensor {name} has the wrong size.", again)
+        raise ModelError(2, str(file), found, _AGAIN)
+    done = 0
+    for low, high, dtype, name in spans:
+        if low < done:
+            raise ModelError(2, str(file), f"tensor {name} overlaps another.", _AGAIN)
+        if dtype in _DTYPE_BYTES and high - low != math.prod(shapes[name]) * _DTYPE_BYTES[dtype]:
+            raise ModelError(2, str(file), f"tensor {name} has the wrong size.", _AGAIN)
+        done = high
     return shapes
 
 

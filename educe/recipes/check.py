@@ -45,7 +45,7 @@ def check(recipe: Recipe, say: Say) -> Check:
     from educe.recipes.machine import device_of, memory_of
 
     prepared = prepare(recipe, say)
-    facts = describe_model(prepared.model_dir)
+    facts = describe_model(prepared.model_dir, recipe.model)
     plan = plan_run(recipe, prepared, facts)
     device = device_of(recipe)
     share = prepared.summary["trained_tokens"] / prepared.summary["tokens"]

@@ -28,7 +28,7 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
     recipe = recipe_of(run)
     weights = final_weights(run, say)
     base = find_model(recipe.model, say)
-    facts = describe_model(base)
+    facts = describe_model(base, recipe.model)
     device = device_of(recipe)
     need_space(target, 2 * facts.num_parameters * (2 if device.dtype == "bfloat16" else 4), "the exported model")
     model = merged(base, weights, recipe.tuning, device)

@@ -60,7 +60,7 @@ def init(
     chosen, why_model = (model, "as asked") if model else suit_model()
     say(f"model: {chosen} ({why_model})")
     model_dir = find_model(chosen, say)
-    facts = describe_model(model_dir)
+    facts = describe_model(model_dir, chosen)
     tokenizer = load_tokenizer(model_dir)
     looked = _look(data, tokenizer, facts.max_positions)
     run_name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", data.stem).strip("-.") or "run"

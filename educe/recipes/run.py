@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from educe.training.state import StepReport
 
 Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
 
 
 def quiet(line: str) -> None:
     """Say nothing."""
+
+
+def no_progress(system: str, done: int, total: int) -> None:
+    """Show nothing."""
 
 
 class Silent:
@@ -57,12 +62,15 @@ class Run:
         lines: list[dict[str, Any]] = self.dir.load(self.dir.metrics)
         return lines
 
-    def eval(self, *, regrade: bool = False, say: Say = quiet) -> dict[str, Any]:
-        """Answer the test rows before and after, or grade stored answers again; returns scores.json."""
+    def eval(self, *, regrade: bool = False, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:
+        """Answer the test rows before and after, or grade stored answers again; returns scores.json.
+
+        `progress(system, done, total)` is called as answers are made.
+        """
         need_torch()
         from educe.recipes.eval import evaluate
 
-        return evaluate(self.dir, say, lambda name, done, total: None, regrade_only=regrade)
+        return evaluate(self.dir, say, progress, regrade_only=regrade)
 
     def report(self) -> Path:
         """Write report.html and return its path."""

@@ -40,7 +40,7 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
     """Run the recipe; `text` is the recipe as given. Raises `Interrupted` when a signal ended it early, after saving."""
     run = RunDir(recipe.run_path())
     prepared = prepare(recipe, say)
-    facts = describe_model(prepared.model_dir)
+    facts = describe_model(prepared.model_dir, recipe.model)
     with run.lock():
         settings = settings_of(recipe, prepared, facts)
         found = claim(run, recipe, settings, text, prepared, say)

@@ -61,7 +61,7 @@ def open_store(directory: Path) -> TokenStore:
     """Map a store read-only. Whole-directory damage is found by `open_prepared`; here only that the arrays fit together."""
     try:
         ids, weights, offsets = (np.load(directory / f"{n}.npy", mmap_mode="r") for n in ("ids", "weights", "offsets"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
         fix = "Delete the directory; the next `educe prepare` makes it again."
         raise StoreError(1, str(directory), f"cannot be read: {e}.", fix) from e
     if ids.shape != weights.shape or int(offsets[-1]) != ids.size:

@@ -1,0 +1,44 @@
+# Two commands: `make quickstart` and `make test`. See README.md.
+# TORCH_INDEX: where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu for CPU-only wheels (about 200 MB
+# instead of 3 GB on Linux). Empty: the default package index.
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: quickstart test check bench clean
+
+quickstart: $(VENV)/.train
+	$(BIN)/educe quickstart --dir quickstart
+
+test: $(VENV)/.dev check
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check educe tests tools
+	$(BIN)/ruff format --check educe tests tools
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/house.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip setuptools wheel
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	touch $@
+
+$(VENV)/.train: $(VENV)/.base pyproject.toml
+	$(PIP) --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) build *.egg-info
