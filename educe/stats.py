@@ -18,7 +18,9 @@ def wilson(num_correct: int, num_total: int, z: float = _Z95) -> Interval:
     p, n = num_correct / num_total, num_total
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Interval(value=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
+    return Interval(
+        value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half))
+    )  # p despite rounding
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:

@@ -123,9 +123,8 @@ def test_a_step_does_not_depend_on_how_it_is_split() -> None:
     a = make(30, 12, 40, 3)
     total = float(a["weights"].sum(dtype=np.float64))
     whole, d_hidden, d_head, _ = ours(a, total)
-    parts = []
-    for rows in (slice(0, 1), slice(1, 19), slice(19, 30)):
-        parts.append(ours({k: x if k == "head" else x[rows] for k, x in a.items()}, total))
+    cuts = (slice(0, 1), slice(1, 19), slice(19, 30))
+    parts = [ours({k: x if k == "head" else x[rows] for k, x in a.items()}, total) for rows in cuts]
     assert sum(p[0].loss.item() for p in parts) == pytest.approx(whole.loss.item(), rel=EXACT)
     assert apart(np.concatenate([p[1] for p in parts]), d_hidden) < EXACT
     assert apart(np.sum([p[2] for p in parts], 0), d_head) < EXACT

@@ -53,11 +53,13 @@ class ChatTokenizer:
         the start of a text differently (SentencePiece's leading space) does not do so here.
         """
         texts = []
+        control = set(self.control.values())
         context = done = 0
         for k in range(len(ids)):
             before, now = self.decode(ids[context:done]), self.decode(ids[context : k + 1])
             added = now[len(before) :]
-            if k + 1 < len(ids) and k - done < _LONGEST and (not added or added.endswith("\ufffd")):
+            last = k + 1 == len(ids) or ids[k + 1] in control or k - done >= _LONGEST
+            if not last and (not added or added.endswith("\ufffd")):
                 texts.append("")
                 continue
             texts.append(added)

@@ -12,11 +12,13 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from educe.config.recipe import FileSplit, Full, Lora, Recipe, ShareSplit
 from educe.errors import RecipeError
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
 _TAGGED = {"full": Full, "lora": Lora, "file": FileSplit, "share": ShareSplit}
 _UNIONS = ("tuning", "dev", "test")
 
@@ -71,8 +73,13 @@ def _parse(text: str, shown: str) -> Any:
     yaml = YAML(typ="rt", pure=True)
     yaml.allow_duplicate_keys = False
     try:
+        depth = 0
         for event in yaml.parse(io.StringIO(text)):
             _refuse_event(event, shown)
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                found = f"nests deeper than {MAX_DEPTH}."
+                raise RecipeError(101, _at(shown, event.start_mark), found, "Start from `educe init --data FILE`.")
         return yaml.load(text)
     except DuplicateKeyError as e:
         mark = e.problem_mark
@@ -91,6 +98,8 @@ def _refuse_event(event: Any, shown: str) -> None:
         found, fix = "uses a YAML anchor or alias.", "Write the value out where it is used."
     elif getattr(event, "tag", None):
         found, fix = f"uses the YAML tag {event.tag}.", "Write plain values."
+    elif getattr(event, "value", None) == "<<" and event.style is None:
+        found, fix = "uses a YAML merge key.", "Write the values out where they are used."
     elif getattr(event, "version", None) not in (None, (1, 2)):
         found, fix = "asks for another YAML version.", "Remove the %YAML line: recipes are YAML 1.2."
     if found:

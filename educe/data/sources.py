@@ -23,10 +23,11 @@ def read_rows(path: Path) -> Iterator[Row]:
         rows = _array_rows(path)
     else:
         rows = _json_lines(path)
-    number = 0
-    for number, row in enumerate(rows, 1):
+    empty = True
+    for row in rows:
+        empty = False
         yield row
-    if number == 0:
+    if empty:
         raise DataError(3, str(path), "holds no row.", "Give a file with at least one row.")
 
 

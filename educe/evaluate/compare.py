@@ -11,11 +11,6 @@ from educe.stats import mcnemar, paired_difference, wilson
 from educe.types import Answer
 
 SYSTEMS = ("untouched", "few_shot", "tuned")
-_SHOWN = {
-    "untouched": "the untouched model",
-    "few_shot": "the untouched model with examples in its prompt",
-    "tuned": "tuned",
-}
 _ALPHA = 0.05
 
 
@@ -97,20 +92,32 @@ def score(
 
 
 def _verdict(systems: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]]) -> str:
-    """Was tuning worth it? Against the best that the untouched model reaches, and only as surely as the paired test allows."""
-    if "tuned" not in systems or not comparisons:
+    """Was tuning worth it, and would a prompt have done? Only as surely as the paired tests allow. First sentence: the headline."""
+    against = {c["before"]: c for c in comparisons}
+    if "untouched" not in against:
         return "Nothing to compare yet."
-    best = max(comparisons, key=lambda c: float(systems[c["before"]]["value"]))
-    before, after = systems[best["before"]], systems["tuned"]
-    shown = f"{_percent(before)} → {_percent(after)} of the test rows right"
-    against = f"against {_SHOWN[best['before']]}" if best["before"] == "few_shot" else "before and after"
-    chance = "p < 0.001" if best["p"] < 0.001 else f"p = {best['p']:.2g}"
-    if best["p"] < _ALPHA and best["won"] > best["lost"]:
-        other = ", which is the best the untouched model does" if best["before"] == "few_shot" else ""
-        return f"Tuning helped: {shown} ({against}; {chance}){other}."
-    if best["p"] < _ALPHA:
-        return f"Tuning did harm: {shown} ({against}; {chance}). Keep the untouched model."
-    return f"No difference shown: {shown} ({against}; {chance}). A prompt may do; or give more test rows."
+    plain, shots = against["untouched"], against.get("few_shot")
+    change = f"{_percent(systems['untouched'])} → {_percent(systems['tuned'])} of the test rows right"
+    if shots is None:
+        prompt, prompt_as_good = "", False
+    else:
+        reach = f"With examples in its prompt the untouched model reaches {_percent(systems['few_shot'])}"
+        prompt_as_good = not _better(shots)
+        prompt = f" {reach}; {'the tuned one is better' if _better(shots) else 'the tuned one is not better'} ({_chance(shots)})."
+    if _better(plain):
+        but = ", but a prompt does as well" if prompt_as_good else ""
+        return f"Tuning helped{but}: {change}. Paired test: {_chance(plain)}.{prompt}"
+    if plain["p"] < _ALPHA:
+        return f"Tuning did harm: {change}. Keep the untouched model (paired test: {_chance(plain)}).{prompt}"
+    return f"No difference shown: {change}. Paired test: {_chance(plain)}; more test rows would show smaller differences.{prompt}"
+
+
+def _better(comparison: dict[str, Any]) -> bool:
+    return bool(comparison["p"] < _ALPHA and comparison["won"] > comparison["lost"])
+
+
+def _chance(comparison: dict[str, Any]) -> str:
+    return "p < 0.001" if comparison["p"] < 0.001 else f"p = {comparison['p']:.2g}"
 
 
 def _loss_verdict(dev_loss: tuple[float, float]) -> str:

@@ -35,10 +35,8 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MachineError(
-                2, str(path), "the disk is full.", "Free some space and run the same command again."
-            ) from e
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _full(path) from e
         if (
             isinstance(e, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError))
             or e.errno == errno.EROFS
@@ -46,6 +44,14 @@ def told(path: Path) -> Iterator[None]:
             fix = "Choose a directory you may write to."
             raise MachineError(4, str(path), f"cannot be written: {e.strerror}.", fix) from e
         raise
+    except Exception as e:
+        if "No space left" in str(e) or "Disk quota" in str(e):  # writers in Rust and C++ have errors of their own
+            raise _full(path) from e
+        raise
+
+
+def _full(path: Path) -> MachineError:
+    return MachineError(2, str(path), "the disk is full.", "Free some space and run the same command again.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,16 +101,16 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
             for p in [*files, manifest, *[d for d in part.rglob("*") if d.is_dir()], part]:
                 sync(p)
             if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 path.replace(old)
             part.replace(path)
             sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             if old.exists() and not path.exists():
                 old.replace(path)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def verify(path: Path) -> dict[str, Any] | str:

@@ -13,6 +13,7 @@ from educe.config import Recipe
 from educe.files.atomic import told
 from educe.files.jsonl import read_jsonl, write_jsonl
 from educe.files.run_dir import RunDir
+from educe.model.device import release_free_memory
 from educe.pack.batch import build_batch
 from educe.pack.plan import PackPlan, plan_once
 from educe.recipes.prepare import Prepared
@@ -23,6 +24,7 @@ from educe.training.state import State, StepReport
 from educe.types import Batch
 
 NUM_SAMPLES = 3
+TRIM_EVERY_STEPS = 5
 
 
 class Screen(Protocol):
@@ -63,8 +65,8 @@ class Watch:
         """Before the first step of this process."""
         for file in (self._run.metrics, self._run.samples):
             lines = read_jsonl(file) if file.exists() else []
-            with told(file):
-                write_jsonl(file, [line for line in lines if line["step"] <= self._state.step])
+            with told(file):  # a run that begins again measures step 0 again
+                write_jsonl(file, [line for line in lines if line["step"] <= self._state.step > 0])
         if self._state.step == 0:
             self._answer()
             self._measure()
@@ -74,6 +76,8 @@ class Watch:
         del line["total_steps"]
         _append(self._run.metrics, {"kind": "step", **line})
         self._screen.step(report)
+        if report.step % TRIM_EVERY_STEPS == 0:
+            release_free_memory()
         if report.step == self._plan.num_steps:
             return
         if report.step in self._looks:

@@ -61,10 +61,11 @@ def open_store(directory: Path) -> TokenStore:
     """Map a store read-only. Whole-directory damage is found by `open_prepared`; here only that the arrays fit together."""
     try:
         ids, weights, offsets = (np.load(directory / f"{n}.npy", mmap_mode="r") for n in ("ids", "weights", "offsets"))
-    except (OSError, ValueError, EOFError) as e:
+        fits = ids.shape == weights.shape and int(offsets[-1]) == ids.size
+    except Exception as e:  # a damaged header makes numpy's parser raise nearly anything
         fix = "Delete the directory; the next `educe prepare` makes it again."
         raise StoreError(1, str(directory), f"cannot be read: {e}.", fix) from e
-    if ids.shape != weights.shape or int(offsets[-1]) != ids.size:
+    if not fits:
         raise StoreError(301, str(directory), "has arrays of different lengths.", "Delete it and prepare again.")
     return TokenStore(ids, weights, offsets)
 

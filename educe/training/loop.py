@@ -68,7 +68,7 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
             warmup_share=config.warmup_share,
             kind=config.schedule,
         )
-        norm = state.optimizer.step(rate, config.clip_norm)
+        norm = state.optimizer.step(rate, config.clip_norm) if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             found = f"loss {loss}, gradient norm {norm}; the weights are as after step {state.step}."
             fix = "Lower train.learning_rate; look at the rows of this step with `educe inspect`."
