@@ -87,7 +87,7 @@ def _parse(text: str, shown: str) -> Any:
         raise RecipeError(101, _at(shown, mark), f"{problem}.", "Keep one of them.") from None
     except MarkedYAMLError as e:
         raise RecipeError(101, _at(shown, e.problem_mark), f"{e.problem}.", "Mind indentation and quotes.") from None
-    except (YAMLError, RecursionError, ValueError) as e:
+    except (YAMLError, RecursionError, ValueError, IndexError) as e:  # IndexError: ruamel on `0x_`
         raise RecipeError(101, shown, f"{str(e).splitlines()[0]}.", "Mind indentation and quotes.") from None
 
 
