@@ -39,8 +39,6 @@ CODES: dict[str, str] = {
     "E-DATA-145": "no assistant message",
     "E-DATA-146": "feature of the row is not supported",
     "E-DATA-201": "row is longer than the sequence length",
-    "E-DATA-202": "exact duplicate of an earlier row",
-    "E-DATA-203": "the same prompt is in a held-out set",
     # chat
     "E-CHAT-001": "template missing or unreadable",
     "E-CHAT-101": "template does not parse",
@@ -64,14 +62,12 @@ CODES: dict[str, str] = {
     "E-MODEL-102": "model directory carries code",
     "E-MODEL-201": "sequence length exceeds the model's positions",
     "E-MODEL-202": "tokenizer and model do not fit",
-    "E-MODEL-301": "packing would leak between examples",
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",
     # run directory
     "E-RUN-001": "no run found",
     "E-RUN-002": "run is not finished",
-    "E-RUN-003": "no usable checkpoint",
     "E-RUN-201": "run directory belongs to other settings",
     "E-RUN-202": "run is in use by another process",
     "E-RUN-203": "target directory is not empty",

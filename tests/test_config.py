@@ -161,7 +161,7 @@ def test_a_missing_key_is_named(text: str, where: str, key: str) -> None:
         ("train.schedule", "cosin"), ("train.activation_checkpointing", "yes"), ("train.activation_checkpointing", "1"),
         ("train.batch_tokens", "0"), ("data.system", "5"), ("data.system", "true"), ("data.max_tokens", "7"),
         ("data.train", "[a, b]"), ("data.train", "2020-01-01"), ("data.dev", "0.1"), ("evaluation.metric", "exact"),
-        ("evaluation.max_rows", "0"),
+        ("evaluation.max_rows", "0"), ("train.clip_norm", ".inf"), ("train.clip_norm", ".nan"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_placed_and_shown(key: str, value: str) -> None:

@@ -216,6 +216,9 @@ def test_a_leak_between_packed_documents_is_found(tiny_model: Path) -> None:
         AttentionMaskInterface.register(name, lambda *_, **__: None)
         model.base.set_attn_implementation(name)
         assert not packs_are_blind(model)
+    with pytest.raises(ModelError, match="attention with softcap"):
+        prove_head(model)
+    assert model.network.training
     model.base.set_attn_implementation(attention.NAME)
     assert packs_are_blind(model)
 

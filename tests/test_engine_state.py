@@ -179,8 +179,17 @@ def test_training_lowers_the_loss_and_every_hook_sees_every_step(tiny_model: Pat
     assert reports[0].trained_tokens == sum(int((e.weights_T > 0).sum()) for e in examples(seed=0))
 
 
-@pytest.mark.parametrize("spoil", [lambda x: x * math.nan, lambda x: x * math.inf, lambda x: x + math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_update(tiny_model: Path, spoil: Callable[[Any], Any]) -> None:
+def spoil_gradient(x: torch.Tensor) -> torch.Tensor:
+    """The loss as it was, with a gradient that overflows."""
+    x.register_hook(lambda gradient: gradient * math.inf)
+    return x
+
+
+SPOILS = [lambda x: x * math.nan, lambda x: x * math.inf, lambda x: x + math.inf, spoil_gradient]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_what_is_not_finite_stops_before_the_update(tiny_model: Path, spoil: Callable[[Any], Any]) -> None:
     def spoiled(model: CausalLM, batch: Batch, denominator: float) -> Any:
         out = sft_loss(model, batch, denominator)
         return type(out)(loss=spoil(out.loss), nll_N=out.nll_N) if state.step == 3 else out

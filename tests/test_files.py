@@ -162,6 +162,23 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "f.txt"
+    write_text(file, "old")
+    with file.open() as reader:
+        write_text(file, "new")
+        assert reader.read() == "old"  # whoever reads keeps what was there
+    script = (
+        "import resource, sys; from pathlib import Path; from educe.files.atomic import write_text\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_text(Path(sys.argv[1]), 'x' * 5000)\n"
+    )
+    broken = subprocess.run([sys.executable, "-c", script, str(file)], check=False, capture_output=True, text=True)
+    assert "E-SYS-002" in broken.stderr
+    assert file.read_text() == "new"
+    assert names(tmp_path) == ["f.txt"]
+
+
+@posix
 def test_a_reader_and_a_kill_see_whole_files_only(tmp_path: Path) -> None:
     file = tmp_path / "f.txt"
     script = (

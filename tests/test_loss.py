@@ -184,6 +184,7 @@ ids, good, bad = torch.tensor([1, 2]), torch.ones(2), torch.ones(3)
 q, k = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8)
 wrong = [
     lambda: token_nll(torch.zeros(2, 4), lambda h: h @ torch.zeros(4, 9), ids, bad, denominator=1.0, vocabulary=9),
+    lambda: token_nll(torch.zeros(1, 4), lambda h: h @ torch.zeros(4, 9), ids, bad[:1], denominator=1.0, vocabulary=9),
     lambda: token_nll(torch.zeros(2, 4), lambda h: h @ torch.zeros(4, 9), good, good, denominator=1.0, vocabulary=9),
     lambda: attend_documents(None, q, k, k, None),
     lambda: plan_packs(np.ones((2, 2), int), epochs=1.0, batch_tokens=8, capacity_tokens=6, seed=0),
@@ -201,4 +202,4 @@ def test_shape_annotations_hold_and_would_tell(tiny_model: Path) -> None:
         [sys.executable, "-c", CHECKED, str(tiny_model)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["told"] * 4
+    assert done.stdout.split() == ["told"] * 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from educe.sample import local  # noqa: E402
 from educe.sample.local import LocalSampler  # noqa: E402
 from educe.training.sft import sft_loss  # noqa: E402
 from educe.types import Answer  # noqa: E402
+from transformers import MistralConfig, MistralForCausalLM  # noqa: E402
 
 NEW = 12
 REAL = 259  # bytes and control tokens: ids above are never said
@@ -124,6 +127,18 @@ def test_prompts_that_begin_or_equal_another(model: CausalLM, tokenizer: ChatTok
     (long,) = prompts(0, [15], seed=3)
     asked = [long, long[:6], long, long[:1]]
     assert LocalSampler(model, tokenizer).answer(asked, NEW) == [expected(model, tokenizer, p) for p in asked]
+
+
+def test_a_sliding_window_sees_the_same_behind_a_shared_prefix(tiny_model: Path, tmp_path: Path) -> None:
+    sizes = json.loads((tiny_model / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads")
+    config = MistralConfig(**{n: sizes[n] for n in names}, num_attention_heads=4, sliding_window=8)
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    sliding, tokenizer = lively(load_model(tmp_path, CPU)), load_tokenizer(tmp_path)
+    for shared in (0, 4, 20):
+        asked = prompts(shared, [3, 9, 5, 14])
+        assert LocalSampler(sliding, tokenizer).answer(asked, NEW) == [expected(sliding, tokenizer, p) for p in asked]
 
 
 def test_no_prompts_no_answers(model: CausalLM, tokenizer: ChatTokenizer) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ def command(*words: str | Path) -> tuple[int, str]:
 
 def row(i: int) -> dict[str, Any]:
     intent = ("refund", "track", "cancel")[i % 3]
-    system = {"role": "system", "content": "Write JSON."}
+    system = {"role": "system", "content": ("Write JSON.", "Write a list.")[i % 2]}
     asked = {"role": "user", "content": f"order {1000 + 7 * i}: the user said {intent} the item"}
-    said = {"role": "assistant", "content": json.dumps({"intent": intent, "order": 1000 + 7 * i})}
+    said = {"role": "assistant", "content": json.dumps([{"intent": intent}, [intent]][i % 2])}
     return {"messages": [system, asked, said]}
 
 
@@ -85,12 +85,13 @@ class Job:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory, a cache of its own and one CPU (inherited by processes): tiny tensors are slower on more."""
     place = tmp_path_factory.mktemp("job")
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     cpus, threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDUCE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.chdir(place)
         if cpus:
-            os.sched_setaffinity(0, {max(cpus)})
+            os.sched_setaffinity(0, {sorted(cpus)[worker % len(cpus)]})
             torch.set_num_threads(1)
         chosen_device.cache_clear()
         yield place
@@ -116,6 +117,7 @@ def job(quick: Path, tiny_model: Path) -> Job:
     text = re.sub(r"max_tokens: \d+", "max_tokens: 160", text, count=1)
     text = re.sub(r"batch_tokens: \d+", "batch_tokens: 320", text)
     text = re.sub(r"micro_batch_tokens: \d+", "micro_batch_tokens: 160", text)
+    text = text.replace("epochs: 3.0", "epochs: 24.0").replace("learning_rate: 2.5e-3", "learning_rate: 1.0e-2")
     recipe.write_text(text + "device: cpu\ndtype: float32\n", encoding="utf-8")
     run = quick / "runs" / "orders"
     for verb, *more in (["check", recipe], ["train", recipe], ["eval"], ["report"], ["export", run, quick / "out"]):
@@ -157,7 +159,7 @@ def story(run: Path) -> list[Any]:
         ("init", "Written to recipe.yaml. Next: educe check recipe.yaml"),
         ("check", "44 in = 31 train + 2 dev + 7 test + 4 not used"),
         ("train", "Trained: "),
-        ("eval", "of the test rows right"),
+        ("eval", "Tuning helped: 0 % → 100 % of the test rows right"),
         ("report", "report.html"),
         ("export", "read back: logits are the same to the bit"),
     ],
@@ -179,10 +181,9 @@ def test_the_run_directory_is_complete(job: Job) -> None:
     assert scores["verdict"].split(":")[0] in (job.run / "report.html").read_text(encoding="utf-8")
     assert (job.run / "recipe.yaml").read_text() == job.recipe.read_text()
     dev = [line["loss"] for line in read_jsonl(job.run / "metrics.jsonl") if line["kind"] == "dev"]
-    assert dev[-1] < dev[0] == scores["dev_loss"][0]
+    assert 10 * dev[-1] < dev[0] == scores["dev_loss"][0]
     provenance = json.loads((job.run / "provenance.json").read_text())
-    assert provenance["packed"] is True
-    assert provenance["finished"]
+    assert provenance["packed"] and provenance["finished"]  # noqa: PT018
     assert provenance["steps"] == max(line["step"] for line in read_jsonl(job.run / "metrics.jsonl"))
 
 
@@ -220,13 +221,14 @@ def test_the_export_prompts_and_answers_as_the_evaluation_did(job: Job) -> None:
         made = network.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=most)[0, len(ids) :].tolist()
         said = made[:-1] if made[-1] in STOP else made
         assert (ours.decode(said), len(made)) == (line["answer"], line["num_tokens"])
+        assert line["correct"] and line["stopped"]  # noqa: PT018 - so that the answers depend on the prompt and its end
 
 
 def test_an_export_never_goes_over_something(job: Job) -> None:
-    before = sorted(p.name for p in (job.place / "out").iterdir())
+    before = sorted((job.place / "out").iterdir())
     code, said = command("export", job.run, job.place / "out")
     assert (code, "E-RUN-203" in said) == (2, True)
-    assert sorted(p.name for p in (job.place / "out").iterdir()) == before
+    assert sorted((job.place / "out").iterdir()) == before
     with pytest.raises(RunError, match="E-RUN-203"):
         Run(job.run).export(job.recipe)
 
@@ -234,29 +236,24 @@ def test_an_export_never_goes_over_something(job: Job) -> None:
 def test_training_again_does_nothing(job: Job) -> None:
     before = {p: p.read_bytes() for p in (job.run / "checkpoints").rglob("*") if p.is_file()}
     code, said = command("train", job.recipe)
-    assert code == 0
-    assert "trained already" in said
-    assert "nothing to do" in said
+    assert (code, "nothing to do" in said) == (0, True)
     assert {p: p.read_bytes() for p in (job.run / "checkpoints").rglob("*") if p.is_file()} == before
 
 
 def test_other_settings_under_the_same_name_are_refused(job: Job) -> None:
     old = Run(job.run).recipe.train.learning_rate
-    path = job.other("orders", learning_rate="0.00123")
-    code, said = command("train", path)
+    code, said = command("train", job.other("orders", learning_rate="0.00123"))
     assert code == 2
     for word in ("E-RUN-201", "train.learning_rate", f"was {old}", "now 0.00123"):
         assert word in said
     assert Run(job.run).recipe.train.learning_rate == old
-    unlike = job.other("orders", learning_rate="0.00123", seed="5")
     with pytest.raises(RunError, match=r"E-RUN-201 .*and \d+ more"):
-        educe.train(unlike)
+        educe.train(job.other("orders", learning_rate="0.00123", seed="5"))
 
 
 def test_settings_that_change_no_weight_may_change(job: Job) -> None:
-    code, said = command("train", job.other("orders", checkpoint_every_steps="3", max_new_tokens="9"))
-    assert code == 0
-    assert "nothing to do" in said
+    changed = job.other("orders", checkpoint_every_steps="3", max_new_tokens="9")
+    assert "nothing to do" in command("train", changed)[1]
     assert educe.train(job.recipe).recipe.evaluation.max_new_tokens != 9
 
 
@@ -282,9 +279,7 @@ def test_chat_answers_as_the_run_was_trained(job: Job, monkeypatch: pytest.Monke
     asked = row(1)["messages"][1]["content"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{asked}\n/quit\n"))
     code, said = command("chat", job.run, "--max-new-tokens", "12")
-    assert code == 0
-    assert "system prompt, as in training: Write JSON." in said
-    assert "tuned > " in said
+    assert (code, "as in training: Write JSON." in said, "tuned > " in said) == (0, True, True)
 
 
 # LoRA, through Python
@@ -292,7 +287,7 @@ def test_chat_answers_as_the_run_was_trained(job: Job, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def lora(job: Job) -> Run:
-    recipe = job.other("adapters", tuning="{kind: lora, rank: 4, alpha: 8.0, dropout: 0.1}", learning_rate="0.02")
+    recipe = job.other("adapters", tuning="{kind: lora, rank: 4, alpha: 8.0, dropout: 0.1}", epochs="6")
     return educe.train(recipe)
 
 
@@ -331,16 +326,17 @@ def test_a_lora_run_follows_from_its_recipe_alone(job: Job, lora: Run) -> None:
     assert same(final(educe.train(again).path), final(lora.path))
 
 
+def test_stored_answers_serve_only_where_answers_end_alike(job: Job, lora: Run) -> None:
+    said: list[str] = []
+    (job.model / "generation_config.json").write_text(json.dumps({"eos_token_id": [*STOP, 66]}))
+    try:
+        educe.train(job.other("ends", epochs="1")).eval(say=said.append)
+    finally:
+        (job.model / "generation_config.json").write_text(json.dumps({"eos_token_id": STOP}))
+    assert not any("taken from the cache" in line for line in said)
+
+
 # Stopping
-
-
-@pytest.fixture(scope="module")
-def straight(job: Job) -> Path:
-    """A longer run, never interrupted."""
-    return educe.train(job.other("straight", **LONGER)).path
-
-
-LONGER = {"epochs": "25", "checkpoint_every_steps": "40"}
 
 
 class Crashing(Silent):
@@ -354,7 +350,7 @@ class Crashing(Silent):
             raise MemoryError
 
 
-@pytest.mark.parametrize("crash_at", [[2], [3, 5, 6], [1, 9]])
+@pytest.mark.parametrize("crash_at", [[2], [3, 5, 6]])
 def test_a_run_that_broke_off_ends_as_if_it_had_not(job: Job, crash_at: list[int]) -> None:
     recipe = job.other("broken", checkpoint_every_steps="4")
     shutil.rmtree(job.place / "runs" / "broken", ignore_errors=True)
@@ -366,24 +362,24 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(job: Job, crash_at: list[int
     assert story(run) == story(job.run)
 
 
-def started(recipe: Path, enough: Callable[[list[str]], bool]) -> subprocess.Popen[str]:
-    """`python -m educe train RECIPE` as a process of its own, once metrics.jsonl holds enough."""
+def started(recipe: Path, steps: int) -> subprocess.Popen[str]:
+    """`python -m educe train RECIPE` as a process of its own, once it has written some steps."""
     metrics = recipe.parent / "runs" / recipe.stem / "metrics.jsonl"
     words = [sys.executable, "-m", "educe", "train", str(recipe)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.is_file() and enough(metrics.read_text().splitlines()):
+        if metrics.is_file() and metrics.read_text().count('"kind": "step"') >= steps:
             return process
         time.sleep(0.002)
     process.kill()
     pytest.fail(f"ended or hung before it was stopped: {process.communicate()}")
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(job: Job, straight: Path) -> None:
-    recipe = job.other("stopped", **LONGER)
-    run, total = job.place / "runs" / "stopped", json.loads((straight / "provenance.json").read_text())["steps"]
-    process = started(recipe, lambda lines: sum('"kind": "step"' in line for line in lines) >= 3)
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(job: Job) -> None:
+    recipe = job.other("stopped", checkpoint_every_steps="40")
+    run, total = job.place / "runs" / "stopped", json.loads((job.run / "provenance.json").read_text())["steps"]
+    process = started(recipe, 3)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130, said
@@ -391,10 +387,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(job: Job, st
     assert 3 <= saved < total
     assert f"Saved after step {saved}. The same command goes on from there." in said
     code, refused = command("eval", run)
-    assert code == 2
-    assert "E-RUN-002" in refused
-    code, resumed = command("train", recipe)
-    assert code == 0
-    assert f"going on after step {saved} of {total}" in resumed
-    assert same(final(run), final(straight))
-    assert story(run) == story(straight)
+    assert (code, "E-RUN-002" in refused) == (2, True)
+    assert f"going on after step {saved} of {total}" in command("train", recipe)[1]
+    assert same(final(run), final(job.run))
+    assert story(run) == story(job.run)

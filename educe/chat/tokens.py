@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from educe.chat.template import CHATML, ChatTemplate
 from educe.errors import ChatError, ModelError
@@ -20,7 +20,7 @@ _LONGEST = 16  # ids that may wait for the end of a character; real ones wait fo
 class ChatTokenizer:
     """The tokenizer as servers load it (`stock`), the same without its added tokens (`plain`), and what the model's files say.
 
-    `control` maps every added token's text to its id, `stop` is the set of ids that end a turn: the end-of-sequence ids of
+    `control` maps the text of added tokens to their ids, `stop` is the set of ids that end a turn: the end-of-sequence ids of
     generation_config.json, config.json and tokenizer_config.json. `template_is_default` says that the model has none and
     ChatML was taken.
     """
@@ -85,7 +85,6 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
     except Exception as e:  # tokenizers raises plain Exception for a file it cannot use
         raise ModelError(2, str(file), f"is not a usable tokenizer: {e}.", "Download the model again.") from e
     settings = _json(model_dir / "tokenizer_config.json")
-    control = {t["content"]: int(t["id"]) for t in tree.get("added_tokens", [])}
     special = {k: text for k, v in settings.items() if k.endswith("_token") and (text := _token_text(v)) is not None}
     eos = stock.token_to_id(special["eos_token"]) if "eos_token" in special else None
     stop = {eos} if eos is not None else set()
@@ -95,6 +94,7 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
         raise ModelError(
             202, str(model_dir), "names no end-of-sequence token.", "Set eos_token in tokenizer_config.json."
         )
+    control = _separate(tree.get("added_tokens", []), plain, stop)
     source = _template_source(model_dir, settings)
     text = source if source is not None else CHATML
     return ChatTokenizer(
@@ -108,6 +108,15 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
         tokenizer_hash=hash_bytes(raw.encode()),
         template_hash=hash_bytes(text.encode()),
     )
+
+
+def _separate(added: list[dict[str, Any]], plain: Tokenizer, stop: set[int]) -> dict[str, int]:
+    """The added tokens that mean something, by text. Those that text gives anyway (Gemma's newlines) go back into `plain`."""
+    free = [t for t in added if not t["special"] and t["id"] not in stop]
+    ordinary = [t for t in free if plain.encode(t["content"], add_special_tokens=False).ids == [t["id"]]]
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    plain.add_tokens([AddedToken(t["content"], **{k: t[k] for k in flags}) for t in ordinary])
+    return {str(t["content"]): int(t["id"]) for t in added if t not in ordinary}
 
 
 def _template_source(model_dir: Path, settings: dict[str, Any]) -> str | None:

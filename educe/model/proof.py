@@ -39,13 +39,16 @@ def prove_head(model: CausalLM) -> None:
     batch = random_batch(model.vocabulary)
     was_training = model.network.training
     model.network.eval()
-    with torch.no_grad():
-        ours = model.head(model.hidden_states(batch)).float()
-        ids = model.tensor(batch.ids_P)[None]
-        theirs = model.base(input_ids=ids, position_ids=model.tensor(batch.positions_P)[None], use_cache=False).logits[
-            0
-        ]
-    model.network.train(was_training)
+    try:
+        with torch.no_grad():
+            ours = model.head(model.hidden_states(batch)).float()
+            ids, positions = model.tensor(batch.ids_P)[None], model.tensor(batch.positions_P)[None]
+            theirs = model.base(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    except NotImplementedError as e:
+        found = f"has {e}, which is not computed here."
+        raise ModelError(202, model.base.config.model_type, found, "This model type is not supported yet.") from e
+    finally:
+        model.network.train(was_training)
     apart = float((ours - theirs.float()).abs().max() / theirs.float().abs().max())
     if not apart < 1e-3:
         found = f"the loss would use other logits than the model's (off by {apart:.2g} of their range)."

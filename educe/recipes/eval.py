@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.chat.render import render_prompt
+from educe.chat.tokens import ChatTokenizer
 from educe.config import Recipe
 from educe.errors import EvalError, RunError
 from educe.evaluate.compare import SYSTEMS, Question, grade, regrade, score
@@ -108,7 +109,7 @@ def _answered(
     base: CausalLM | None = None
     for name, prompts in asked.items():
         ids = [render_prompt(p, prepared.tokenizer) for p in prompts]
-        cache = _cache_file(run.load(run.provenance), ids, recipe, device.dtype)
+        cache = _cache_file(run.load(run.provenance), prepared.tokenizer, ids, recipe, device.dtype)
         if cache.is_file():
             say(f"{name}: answered before on this machine; taken from the cache")
             stored = read_jsonl(cache)
@@ -139,9 +140,11 @@ def _ask(
     return answers, time.perf_counter() - began
 
 
-def _cache_file(provenance: dict[str, Any], ids: list[list[int]], recipe: Recipe, dtype: str) -> Path:
-    """Answers of the untouched model depend on its weights, the prompts, the length and the arithmetic, on nothing else."""
-    key = hash_json(
-        [provenance["model"]["sha256"], ids, recipe.evaluation.max_new_tokens, dtype, provenance["packages"]]
-    )
+def _cache_file(
+    provenance: dict[str, Any], tokenizer: ChatTokenizer, ids: list[list[int]], recipe: Recipe, dtype: str
+) -> Path:
+    """Answers of the untouched model depend on its weights, the prompts, where and how answers end, how ids are read as text
+    and the arithmetic, on nothing else."""
+    ends = [sorted(tokenizer.stop), recipe.evaluation.max_new_tokens, tokenizer.tokenizer_hash]
+    key = hash_json([provenance["model"]["sha256"], ids, ends, dtype, provenance["packages"]])
     return cache_dir() / "answers" / f"{key[:24]}.jsonl"

@@ -47,7 +47,7 @@ class LocalSampler:
         self, prompts: Sequence[list[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
     ) -> list[Answer]:
         made: dict[int, list[int]] = {}
-        shared = _shared_prefix(prompts)
+        shared = 0 if self._slides() else _shared_prefix(prompts)
         with self._model.answering():
             start = self._prefill(prompts[0][:shared]) if shared else None
             for batch in _batches(prompts, shared, max_new_tokens):
@@ -77,6 +77,11 @@ class LocalSampler:
                     yield text[len(shown) :]
                     shown = text
         yield self._tokenizer.decode(ids)[len(shown) :]
+
+    def _slides(self) -> bool:
+        """A sliding window counts places in the cache: padding between a shared prefix and the rest would push tokens out."""
+        cache: DynamicCache = DynamicCache(config=self._model.base.config)
+        return any(getattr(layer, "is_sliding", False) for layer in cache.layers)
 
     def _prefill(self, ids: list[int]) -> DynamicCache:
         cache: DynamicCache = DynamicCache(config=self._model.base.config)
