@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
@@ -48,15 +49,20 @@ class CausalLM:
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
     def hidden_states(self, batch: Batch) -> Float[Tensor, "p d"]:
-        """Last hidden states of a packed row; its documents do not see each other."""
+        """Last hidden states of a packed row; its documents do not see each other.
+
+        On a CPU a short filler document rounds the row up to a multiple of 16 tokens: oneDNN compiles and caches kernels per
+        shape, and rows of ever other lengths would cost time and half a gigabyte (docs/decisions/004).
+        """
+        filler = -batch.num_tokens % 16 if self.device_kind == "cpu" else 0
         out = self._decoder(
-            input_ids=self.tensor(batch.ids_P)[None],
-            position_ids=self.tensor(batch.positions_P)[None],
-            document_lengths=batch.lengths_D.tolist(),
+            input_ids=self.tensor(np.pad(batch.ids_P, (0, filler)))[None],
+            position_ids=self.tensor(np.concatenate([batch.positions_P, np.arange(filler)]))[None],
+            document_lengths=[*batch.lengths_D.tolist(), *([filler] if filler else [])],
             use_cache=False,
         )
         states: Tensor = out.last_hidden_state[0]
-        return states
+        return states[: batch.num_tokens]
 
     def head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits as the model computes them: scale and soft cap of its config included."""
