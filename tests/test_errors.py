@@ -13,6 +13,8 @@ from educe.errors import CODES, EduceError, Refusal
 
 PACKAGE = Path(errors.__file__).parent
 CLASSES = {c.__name__: c for c in EduceError.__subclasses__()}
+
+
 def sources() -> Iterator[tuple[str, str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         if path != Path(errors.__file__):

@@ -40,7 +40,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
         found = f"{device} is not available; here: {', '.join(present)}."
         raise MachineError(5, "device", found, "Set device: auto, or install the torch build for it.")
     kind = device if device != "auto" else present[0]
-    if kind == "cpu":
+    if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     rates = {d: _rate(kind, DTYPES[d]) for d in (DTYPES if dtype == "auto" else [dtype])}
     chosen = max(rates, key=lambda d: rates[d])

@@ -10,8 +10,7 @@ from educe.files.run_dir import RunDir
 from educe.model.export import merged
 from educe.model.load import load_model
 from educe.model.source import Say
-from educe.recipes.eval import final_weights, recipe_of
-from educe.recipes.machine import device_of
+from educe.recipes.eval import answering_device, final_weights, recipe_of
 from educe.recipes.prepare import Prepared, prepare
 from educe.sample.local import LocalSampler
 from educe.types import Conversation, Message
@@ -27,7 +26,7 @@ class Chat:
         recipe = recipe_of(run)
         weights = final_weights(run, say)
         self._prepared: Prepared = prepare(recipe, say)
-        device = device_of(recipe)
+        device = answering_device(recipe, run, say)
         self.names = ["tuned", "untouched"] if base else ["tuned"]
         models = {"tuned": merged(self._prepared.model_dir, weights, recipe.tuning, device)}
         if base:

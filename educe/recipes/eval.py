@@ -10,17 +10,18 @@ from typing import Any
 from educe.chat.render import render_prompt
 from educe.chat.tokens import ChatTokenizer
 from educe.config import Recipe
-from educe.errors import EvalError, RunError
+from educe.errors import EvalError, MachineError, RunError
 from educe.evaluate.compare import SYSTEMS, Question, grade, regrade, score
 from educe.evaluate.few_shot import choose_examples, with_examples
 from educe.files.atomic import told, write_json
 from educe.files.hashes import cache_dir, hash_json
 from educe.files.jsonl import read_jsonl, write_jsonl
 from educe.files.run_dir import RunDir
+from educe.model.device import Device
 from educe.model.export import merged
 from educe.model.load import CausalLM, load_model
 from educe.model.source import Say
-from educe.recipes.machine import device_of
+from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, prepare
 from educe.sample.local import LocalSampler
 from educe.seeds import derive, permute
@@ -43,6 +44,18 @@ def final_weights(run: RunDir, say: Say) -> Path:
             2, str(run.path), "is not trained to its end.", f"Run `educe train {run.recipe}` again: it goes on."
         )
     return found[0] / WEIGHTS
+
+
+def answering_device(recipe: Recipe, run: RunDir, say: Say) -> Device:
+    """The run's own device and arithmetic; another one, said, where this machine lacks it."""
+    try:
+        return device_of_run(recipe, run)
+    except MachineError as e:
+        device = device_of(recipe)
+        say(
+            f"{e.found} Answering on {device.kind}, {device.dtype}: answers may differ from those of the training machine"
+        )
+        return device
 
 
 def evaluate(run: RunDir, say: Say, on_answers: OnAnswers, *, regrade_only: bool = False) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def _answered(
     if recipe.evaluation.few_shot:
         shots = choose_examples(prepared.conversations("shots"), recipe.evaluation.few_shot, recipe.train.seed)
         asked["few_shot"] = [with_examples(p, shots) for p in asked["untouched"]]
-    device = device_of(recipe)
+    device = answering_device(recipe, run, say)
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float | None] = {}
     base: CausalLM | None = None

@@ -17,8 +17,7 @@ from educe.model.export import merged, write_model
 from educe.model.load import load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say, find_model
-from educe.recipes.eval import final_weights, recipe_of
-from educe.recipes.machine import device_of
+from educe.recipes.eval import answering_device, final_weights, recipe_of
 
 
 def export(run: RunDir, target: Path, say: Say) -> Path:
@@ -29,7 +28,7 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
     weights = final_weights(run, say)
     base = find_model(recipe.model, say)
     facts = describe_model(base, recipe.model)
-    device = device_of(recipe)
+    device = answering_device(recipe, run, say)
     need_space(target, 2 * facts.num_parameters * (2 if device.dtype == "bfloat16" else 4), "the exported model")
     model = merged(base, weights, recipe.tuning, device)
     provenance = run.load(run.provenance)

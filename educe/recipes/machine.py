@@ -9,6 +9,7 @@ import psutil
 
 from educe.config import Recipe
 from educe.errors import MachineError
+from educe.files.run_dir import RunDir
 
 if TYPE_CHECKING:
     from educe.model.device import Device
@@ -39,6 +40,15 @@ def chosen_device(device: str, dtype: str) -> Device:
 def device_of(recipe: Recipe) -> Device:
     """The recipe's device and arithmetic, timed once."""
     return chosen_device(recipe.device, recipe.dtype)
+
+
+def device_of_run(recipe: Recipe, run: RunDir) -> Device:
+    """The device that a run began on, where the recipe leaves it open: noise in the timing must not change the arithmetic."""
+    if not run.provenance.is_file():
+        return device_of(recipe)
+    began = run.load(run.provenance)["device"]
+    kind = began["kind"] if recipe.device == "auto" else recipe.device
+    return chosen_device(kind, began["dtype"] if recipe.dtype == "auto" else recipe.dtype)
 
 
 def memory_of(kind: str) -> int:

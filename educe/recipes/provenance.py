@@ -133,8 +133,8 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def _weights_hash(directory: Path) -> str:
-    """Hash of the model's weight files. Files of gigabytes are hashed by size and time, small models by content."""
-    files = sorted(directory.glob("*.safetensors"))
+    """Hash of the model's weights and config. Files of gigabytes are hashed by size and time, small models by content."""
+    files = [*sorted(directory.glob("*.safetensors")), directory / "config.json"]
     if sum(f.stat().st_size for f in files) <= 2**30:
         return hash_json([hash_file(f) for f in files])
     return "stat:" + hash_json([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])

@@ -16,13 +16,12 @@ from educe.config import Recipe
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
-from educe.model.device import Device
 from educe.model.load import load_model
 from educe.model.proof import packs_are_blind, prove_head
 from educe.model.source import Say
 from educe.pack.batch import build_batch
 from educe.recipes.estimate import remember_speed, speed_key
-from educe.recipes.machine import chosen_device, device_of
+from educe.recipes.machine import device_of_run
 from educe.recipes.plan import plan_run
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import claim, finished, provenance_of, settings_of
@@ -65,7 +64,7 @@ def _train(
     say: Say,
     screen: Screen,
 ) -> None:
-    device = _device(recipe, run)
+    device = device_of_run(recipe, run)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
     model = load_model(prepared.model_dir, device, recipe.tuning, checkpointing=recipe.train.activation_checkpointing)
@@ -115,14 +114,6 @@ def _train(
     provenance = finished(provenance, run, wall_s=time.perf_counter() - began)
     write_json(run.provenance, provenance)
     remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), provenance["tokens_per_s"])
-
-
-def _device(recipe: Recipe, run: RunDir) -> Device:
-    """The device; a run that goes on keeps the one it began on, so that noise in the timing cannot change its arithmetic."""
-    if run.provenance.is_file() and recipe.device == recipe.dtype == "auto":
-        began = run.load(run.provenance)["device"]
-        return chosen_device(began["kind"], began["dtype"])
-    return device_of(recipe)
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) ->
 
 
 def _newest_first(place: Path) -> list[Path]:
-    return sorted((p for p in place.glob("step-*") if p.is_dir()), reverse=True) if place.is_dir() else []
+    found = [p for p in place.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
