@@ -41,7 +41,7 @@ FILES: dict[str, tuple[str | bytes, str, str]] = {
     "17 zstd named jsonl": (b"\x28\xb5\x2f\xfd" + bytes(50), "E-DATA-004", "unzstd"),
     "20 Git LFS pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "E-DATA-006", "git lfs pull"),
     "21 error page": ("<!DOCTYPE html>\n<html>Not found</html>", "E-DATA-006", "raw file"),
-    "24 an array cut short": ("[" + ",\n".join(GOOD), "E-DATA-004", "rows.jsonl:8:"),
+    "24 an array cut short": ("[" + ",\n\n".join(GOOD), "E-DATA-004", "rows.jsonl:15:"),
     "22 Parquet in name only": (b"PAR1" + bytes(100), "E-DATA-004", "Parquet"),
     "no row that fits": ('{"x": 1}\n' * 3, "E-DATA-005", "rows.jsonl:1"),
 }

@@ -144,7 +144,7 @@ def _prove(messages: tuple[Message, ...], oracle: Oracle, *, only_last: bool) ->
     assert seen == asked
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(dialogues(), st.booleans())
 def test_every_trained_position_is_what_inference_asks_for(
     tiny: Oracle, messages: tuple[Message, ...], only_last: bool
@@ -172,7 +172,7 @@ def test_a_turn_that_merges_with_its_prompt_gets_a_sequence_of_its_own(smollm2: 
     assert [r.rendering.turns for r in _built(plain, smollm2.chat)] == [(1, 3)]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(dialogues())
 def test_prompt_of_evaluation_and_chat_is_the_prompt_that_was_trained(
     tiny: Oracle, messages: tuple[Message, ...]

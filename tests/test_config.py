@@ -267,7 +267,7 @@ recipes = st.builds(
     data=st.builds(Data, train=text, dev=splits, test=splits, system=st.none() | text, max_tokens=st.integers(8, 2048)),
     tuning=st.builds(Full, kind=st.just("full"))
     | st.builds(Lora, kind=st.just("lora"), rank=st.integers(1, 9), alpha=positive),
-    train=st.builds(Train, epochs=positive, learning_rate=positive, seed=st.integers(0, 2**63 - 1)),
+    train=st.builds(Train, epochs=st.floats(1, 100), learning_rate=positive, seed=st.integers(0, 2**63 - 1)),
     evaluation=st.builds(Evaluation, metric=st.builds(Metric, kind=st.sampled_from(["json", "text"]))),
 )
 

@@ -300,3 +300,15 @@ def test_long_text_is_clamped_and_says_so(tmp_path: Path) -> None:
 def test_shown_text_comes_back_whole(text: str) -> None:
     plain = "".join(Page(f"<b>{shown(text, 10_000)}</b>").words)
     assert plain == visible(text)
+
+
+def test_free_text_is_shown_and_not_graded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    scores = run.load(run.scores)
+    write_file(run.scores, {**scores, "metric": "text", "verdict": "Held-out loss fell from 2.10 to 1.40."})
+    page = Page(build_report(run))
+    assert "Free text has many right answers" in page.text
+    assert "Held-out loss fell" in page.text
+    assert "✓ right" not in page.text
+    assert "✗ wrong" not in page.text
+    assert "McNemar" not in page.text

@@ -17,7 +17,7 @@ import numpy as np
 
 from educe.chat.template import TemplateRefusal
 from educe.chat.tokens import ChatTokenizer
-from educe.errors import Refusal
+from educe.errors import ChatError, Refusal
 from educe.types import Conversation, Message, Rendered, Rendering, Segment
 
 
@@ -57,9 +57,27 @@ def render(
 
 
 def render_prompt(messages: tuple[Message, ...], tokenizer: ChatTokenizer) -> list[int]:
-    """Ids a server would send for `messages`: training, evaluation and chat all ask here. Raises `TemplateRefusal`."""
-    text = tokenizer.template.render(messages, add_generation_prompt=True)
-    return _encode(attribute(messages, text, tokenizer, add_generation_prompt=True), tokenizer)
+    """Ids a server would send for `messages`: training, evaluation and chat all ask here. Raises `ChatError`."""
+    try:
+        text = tokenizer.template.render(messages, add_generation_prompt=True)
+        return _encode(attribute(messages, text, tokenizer, add_generation_prompt=True), tokenizer)
+    except (TemplateRefusal, Unproved) as e:
+        raise ChatError(102, "prompt", f"the chat template refused it: {e.args[1]}.", "Change the messages.") from e
+
+
+def opening(messages: tuple[Message, ...], tokenizer: ChatTokenizer) -> str:
+    """What the template writes between the prompt and the text of the last message, an assistant's: an empty reasoning block,
+    say. The model learns to write it; a grader must not count it as part of the answer."""
+    try:
+        turn = _turn(messages, len(messages) - 1, tokenizer)
+    except (TemplateRefusal, Unproved):
+        return ""  # such a row was refused before; nothing is graded by it
+    before = []
+    for segment in _slice(turn.written, len(turn.prompt), len(turn.prompt) + len(turn.completion)):
+        if segment.from_data:
+            break
+        before.append(segment.text)
+    return "".join(before)
 
 
 def assemble(rendering: Rendering, tokenizer: ChatTokenizer) -> Rendered:

@@ -45,8 +45,14 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(form: str) -> str:
@@ -69,21 +75,19 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as e:
             fix = "Give a template that parses, as chat_template.jinja in the model's directory."
             raise ChatError(101, f"chat template:{e.lineno}", f"does not parse: {e.message}.", fix) from e
-        except (
-            Exception
-        ) as e:  # nested too deep for jinja's parser or Python's compiler, constants that cannot be folded
+        except Exception as e:  # nested too deep for jinja or for Python's compiler
             fix = "Give a simpler template, as chat_template.jinja in the model's directory."
             raise ChatError(101, "chat template", f"does not compile: {type(e).__name__}: {e}.", fix) from e
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The text a server would send for these messages. Raises `TemplateRefusal`."""
-        given = [{"role": m.role, "content": m.content} for m in messages]
+        said = [{"role": m.role, "content": m.content} for m in messages]
+        # Servers pass tools and documents even when there are none: `is defined` must see what it sees there.
+        given = {"messages": said, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         limit = 20 * sum(len(m.content) for m in messages) + 65_536
         started, size, parts = time.monotonic(), 0, []
         try:
-            for part in self._template.generate(
-                messages=given, add_generation_prompt=add_generation_prompt, **self._special
-            ):
+            for part in self._template.generate(**{**self._special, **given}):
                 parts.append(part)
                 size += len(part)
                 if size > limit:

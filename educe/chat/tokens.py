@@ -66,10 +66,6 @@ class ChatTokenizer:
             context, done = done, k + 1
         return texts
 
-    @property
-    def num_ids(self) -> int:
-        return int(self.stock.get_vocab_size(with_added_tokens=True))
-
 
 def load_tokenizer(model_dir: Path) -> ChatTokenizer:
     """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json. Raises `ModelError`, `ChatError`."""
@@ -112,7 +108,7 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
 
 def _separate(added: list[dict[str, Any]], plain: Tokenizer, stop: set[int]) -> dict[str, int]:
     """The added tokens that mean something, by text. Those that text gives anyway (Gemma's newlines) go back into `plain`."""
-    free = [t for t in added if not t["special"] and t["id"] not in stop]
+    free = [t for t in added if not t.get("special") and t["id"] not in stop]
     ordinary = [t for t in free if plain.encode(t["content"], add_special_tokens=False).ids == [t["id"]]]
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     plain.add_tokens([AddedToken(t["content"], **{k: t[k] for k in flags}) for t in ordinary])

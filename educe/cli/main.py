@@ -42,7 +42,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--data", type=RECIPE, required=True, help="Training rows: JSONL, a JSON array or Parquet.")
-@click.option("--dev", type=RECIPE, help="Rows that choices are made on (default: a share of the data).")
+@click.option("--dev", type=RECIPE, help="Rows measured while training (default: a share of the data).")
 @click.option("--test", type=RECIPE, help="Rows answered once, at the end (default: a share of the data).")
 @click.option("--model", help="A directory or a Hub id (default: what fits this machine, said with the reason).")
 @click.option("--out", type=RECIPE, default=Path("recipe.yaml"), show_default=True, help="The recipe to write.")
@@ -103,13 +103,14 @@ def train(recipe: Path) -> None:
 @cli.command("eval")
 @click.argument("run", type=RECIPE, required=False)
 @click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
-def evaluate(run: Path | None, regrade: bool) -> None:
+@click.option("--metric", help="Grade by another metric than the recipe's: exact, json, label, sql or text.")
+def evaluate(run: Path | None, regrade: bool, metric: str | None) -> None:
     """Answer the test rows before and after tuning, with error bars."""
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
 
     found = _run(run)
     with AnswerScreen() as screen:
-        scores = found.eval(regrade=regrade, say=say, progress=screen.progress)
+        scores = found.eval(regrade=regrade, metric=metric, say=say, progress=screen.progress)
     show_scores(scores)
     click.echo(f"Next: educe report {shown(found.path)}")
 

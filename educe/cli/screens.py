@@ -194,6 +194,9 @@ def _run_markup(run: dict[str, Any]) -> str:
 def show_scores(scores: dict[str, Any]) -> None:
     """The verdict, each system with its interval, the paired tests."""
     console.print(f"[bold]{escape(scores['verdict'])}[/bold]\n", soft_wrap=True)
+    if scores["metric"] == "text":
+        console.print("Free text is not graded right or wrong: `educe report` shows the answers side by side.")
+        return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title, side in (
         ("system", "left"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from importlib.resources import files
 from pathlib import Path
 
 import click
 
-from educe.cli.screens import console, minutes, say
+from educe.cli.screens import console, minutes, say, shown
+from educe.model.source import DEFAULT_MODEL
 from educe.recipes.machine import need_torch
 
 DATA = ("train.jsonl", "dev.jsonl", "test.jsonl")
@@ -28,8 +30,9 @@ def tour(place: Path) -> None:
     say(f"data: {place}/train.jsonl, dev.jsonl, test.jsonl (customer messages → JSON tickets; CC0)")
     recipe, run, out = place / "recipe.yaml", place / "runs" / "tickets", place / "tickets-model"
     train, dev, test = (place / name for name in DATA)
+    held = ["--data", train, "--dev", dev, "--test", test]
     jobs = [
-        (recipe, ["init", "--data", train, "--dev", dev, "--test", test, "--name", "tickets", "--out", recipe]),
+        (recipe, ["init", "--model", DEFAULT_MODEL, *held, "--name", "tickets", "--out", recipe]),
         (None, ["check", recipe]),
         (None, ["inspect", recipe, "--row", "1"]),
         (None, ["train", recipe]),
@@ -52,8 +55,9 @@ def tour(place: Path) -> None:
 
 
 def _last_screen(run: Path, out: Path, took_s: float) -> None:
+    program = "educe" if shutil.which("educe") else shown(Path(sys.argv[0]).absolute())
     console.print(f"\n[bold]Done in {minutes(took_s)}.[/bold]")
     click.echo(f"  Read the report:   {(run / 'report.html').resolve()}")
-    click.echo(f"  Talk to it:        educe chat {run} --base")
+    click.echo(f"  Talk to it:        {program} chat {run} --base")
     click.echo(f"  Serve it:          vllm serve {out}   or: transformers serve {out}")
-    click.echo("  Now yours:         educe init --data your.jsonl")
+    click.echo(f"  Now yours:         {program} init --data your.jsonl")

@@ -37,7 +37,7 @@ class Data(Knobs):
     """Where the rows come from and which of their tokens are trained."""
 
     train: str = Field(description="the training file")
-    dev: Split = Field(default=ShareSplit(kind="share", share=0.05), description="rows that choices are made on")
+    dev: Split = Field(default=ShareSplit(kind="share", share=0.05), description="rows measured while training")
     test: Split = Field(
         default=ShareSplit(kind="share", share=0.1), description="rows that are answered once, at the end"
     )
@@ -67,7 +67,9 @@ Tuning = Annotated[Full | Lora, Field(discriminator="kind")]
 class Train(Knobs):
     """One optimizer run."""
 
-    epochs: float = Field(default=2.0, gt=0, le=100, description="passes over the training rows; fractions allowed")
+    epochs: float = Field(
+        default=2.0, ge=1, le=100, description="passes over the rows, at least one; 1.5 draws half of them twice"
+    )
     batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
     micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens in memory at once; changes no result")
     learning_rate: float = Field(default=2e-5, gt=0, lt=1, description="peak learning rate")

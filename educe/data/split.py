@@ -23,8 +23,10 @@ def row_key(conversation: Conversation) -> str:
 
 
 def draw(keys: Iterable[str], share: float) -> set[str]:
-    """The `share` of the distinct keys with the smallest hashes (at least one, when there are two)."""
+    """The keys (hex digests) that fall into the first `share` of all possible digests: adding rows moves no other row.
+
+    Of two keys or more at least one is drawn; only while none falls there by itself can a new row take its place.
+    """
     ordered = sorted(set(keys))
-    if len(ordered) < 2:
-        return set()
-    return set(ordered[: max(1, round(share * len(ordered)))])
+    drawn = {k for k in ordered if int(k[:16], 16) < share * 2**64}
+    return drawn if drawn or len(ordered) < 2 else {ordered[0]}

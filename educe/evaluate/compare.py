@@ -99,13 +99,14 @@ def _verdict(systems: dict[str, dict[str, Any]], comparisons: list[dict[str, Any
     plain, shots = against["untouched"], against.get("few_shot")
     change = f"{_percent(systems['untouched'])} → {_percent(systems['tuned'])} of the test rows right"
     if shots is None:
-        prompt, prompt_as_good = "", False
+        prompt, unsure = "", False
     else:
         reach = f"With examples in its prompt the untouched model reaches {_percent(systems['few_shot'])}"
-        prompt_as_good = not _better(shots)
-        prompt = f" {reach}; {'the tuned one is better' if _better(shots) else 'the tuned one is not better'} ({_chance(shots)})."
+        unsure = not _better(shots)
+        than = "the tuned one is better" if _better(shots) else "the tuned one is not shown to be better"
+        prompt = f" {reach}; {than} ({_chance(shots)})."
     if _better(plain):
-        but = ", but a prompt does as well" if prompt_as_good else ""
+        but = ", but not shown to beat a prompt" if unsure else ""
         return f"Tuning helped{but}: {change}. Paired test: {_chance(plain)}.{prompt}"
     if plain["p"] < _ALPHA:
         return f"Tuning did harm: {change}. Keep the untouched model (paired test: {_chance(plain)}).{prompt}"

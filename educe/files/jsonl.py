@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,10 +121,12 @@ def read_lines(path: Path, shown: str) -> Iterator[tuple[int, str | Refusal]]:
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
-    """One compact object per line; NaN is refused (a reader could not read it)."""
-    with path.open("w", encoding="utf-8", newline="\n") as f:
+    """One compact object per line, in place of what was there, at once; NaN is refused (a reader could not read it)."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w", encoding="utf-8", newline="\n") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    part.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

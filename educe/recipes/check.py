@@ -42,7 +42,7 @@ class Check:
 
 def check(recipe: Recipe, say: Say) -> Check:
     """Prepare the data, plan the run, estimate its cost, compare with the machine."""
-    from educe.recipes.machine import device_of, memory_of
+    from educe.recipes.machine import busy, device_of, memory_of
 
     prepared = prepare(recipe, say)
     facts = describe_model(prepared.model_dir, recipe.model)
@@ -71,7 +71,7 @@ def check(recipe: Recipe, say: Say) -> Check:
         memory_bytes=memory,
         free_disk_bytes=free,
         reasons=_reasons(prepared),
-        warnings=warnings_of(recipe, prepared, plan),
+        warnings=[*warnings_of(recipe, prepared, plan), *busy(device.kind)],
         blockers=blockers,
     )
 

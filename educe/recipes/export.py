@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from educe.errors import ModelError, RunError
 from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
+from educe.model.device import Device
 from educe.model.export import merged, write_model
-from educe.model.load import load_model
+from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say, find_model
 from educe.recipes.eval import answering_device, final_weights, recipe_of
@@ -35,16 +35,23 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
     scores = run.load(run.scores) if run.scores.is_file() else None
     with directory(target, about={"stage": "export", "run": run.path.name}) as part:
         write_model(model, base, _card(recipe.name, provenance, scores), part)
-    again = load_model(target, device)
+        _read_back(part, model, device)
+    say(f"read back: logits are the same to the bit ({device.dtype})")
+    return target
+
+
+def _read_back(part: Path, model: CausalLM, device: Device) -> None:
+    """Load what was written, before it gets its name, and compare logits to the bit."""
+    again = load_model(part, device)
     batch = random_batch(model.vocabulary)
     with torch.no_grad():
         ids = model.tensor(batch.ids_P)[None]
         one, two = (m.network(input_ids=ids, use_cache=False).logits for m in (model, again))
     if not torch.equal(one, two):
         apart = float((one - two).abs().max())
-        raise ModelError(2, str(target), f"read back, its logits differ by {apart:.3g}.", "Do not use it; report this.")
-    say(f"read back: logits are the same to the bit on {np.size(batch.ids_P)} tokens ({device.dtype})")
-    return target
+        raise ModelError(
+            2, str(part), f"read back, its logits differ by {apart:.3g}.", "Nothing was exported; report this."
+        )
 
 
 def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None) -> str:
@@ -61,7 +68,9 @@ def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None) 
         "",
         f"{base['name']} tuned with educe {provenance['educe']} ({provenance['steps']} steps).",
     ]
-    if scores is not None:
+    if scores is not None and scores["metric"] == "text":
+        lines += ["", f"**{scores['verdict']}**"]
+    elif scores is not None:
         lines += ["", f"**{scores['verdict']}**", "", "| system | right | 95 % interval |", "|---|---|---|"]
         for system, s in scores["systems"].items():
             lines.append(f"| {system} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")

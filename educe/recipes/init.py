@@ -38,10 +38,9 @@ class Suited:
 
 # Largest that fits wins. Sizes: LoRA in bf16 holds 2 bytes a parameter and some room for activations; on a CPU time decides.
 _GPU_MODELS = (
-    Suited(model="Qwen/Qwen3-8B", memory_gb=40, why="8B parameters with LoRA"),
-    Suited(model="Qwen/Qwen3-4B", memory_gb=20, why="4B parameters with LoRA"),
-    Suited(model="Qwen/Qwen3-1.7B", memory_gb=10, why="1.7B parameters with LoRA"),
-    Suited(model="Qwen/Qwen3-0.6B", memory_gb=6, why="0.6B parameters with LoRA"),
+    Suited(model="Qwen/Qwen2.5-7B-Instruct", memory_gb=40, why="7.6B parameters with LoRA"),
+    Suited(model="HuggingFaceTB/SmolLM2-1.7B-Instruct", memory_gb=10, why="1.7B parameters with LoRA"),
+    Suited(model="Qwen/Qwen2.5-0.5B-Instruct", memory_gb=6, why="0.5B parameters"),
 )
 
 

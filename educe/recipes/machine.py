@@ -51,6 +51,15 @@ def device_of_run(recipe: Recipe, run: RunDir) -> Device:
     return chosen_device(kind, began["dtype"] if recipe.dtype == "auto" else recipe.dtype)
 
 
+def busy(kind: str) -> list[str]:
+    """A word about other programs: threads that wait for a shared core slow CPU training several times over."""
+    load = psutil.getloadavg()[0]
+    if kind != "cpu" or load < 0.75:
+        return []
+    fix = "close them, or set OMP_WAIT_POLICY=PASSIVE (half as fast alone, twice as fast beside others)"
+    return [f"other programs keep {load:.1f} cores busy, and training on a CPU suffers much from that: {fix}"]
+
+
 def memory_of(kind: str) -> int:
     """Bytes that a run may use: the GPU's memory, or what the system has available now."""
     if kind == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.errors import ModelError, TrainError
 from educe.model.describe import ModelFacts
@@ -45,6 +46,10 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
         said.append(f"only {s['rows']['test']} test rows: intervals will be wide (100 or more are better)")
     if s["refused"] + s["dropped"] > 0.01 * s["rows_in"]:
         said.append(f"{s['refused'] + s['dropped']} of {s['rows_in']} rows are not used")
+    if "strftime_now" in prepared.tokenizer.template.source:
+        said.append(
+            f"the chat template prints the date: rows are trained with {FIXED_DATE:%Y-%m-%d}, a server sends today's"
+        )
     if plan.num_steps < 20:
         said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
     low, high = (1e-5, 5e-3) if isinstance(recipe.tuning, Lora) else (5e-7, 1e-3)

@@ -77,9 +77,25 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
             "tokenizer": [tokenizer.tokenizer_hash, tokenizer.template_hash, sorted(tokenizer.stop)],
         }
     )[:16]
-    path = Path(recipe.runs) / "prepared" / key
-    if open_prepared(path) is None:
-        _build(recipe, tokenizer, path, {"key": key, "files": files})
+    if open_prepared(_place(recipe, key)) is None:
+        _build(recipe, tokenizer, _place(recipe, key), {"key": key, "files": files})
+    return _opened(recipe, key, model_dir, tokenizer)
+
+
+def open_prepared_data(recipe: Recipe, key: str, say: Say) -> Prepared | None:
+    """What was prepared under `key`, whatever the data files hold by now; None where it is gone."""
+    if open_prepared(_place(recipe, key)) is None:
+        return None
+    model_dir = find_model(recipe.model, say)
+    return _opened(recipe, key, model_dir, load_tokenizer(model_dir))
+
+
+def _place(recipe: Recipe, key: str) -> Path:
+    return Path(recipe.runs) / "prepared" / key
+
+
+def _opened(recipe: Recipe, key: str, model_dir: Path, tokenizer: ChatTokenizer) -> Prepared:
+    path = _place(recipe, key)
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     return Prepared(path=path, key=key, model_dir=model_dir, tokenizer=tokenizer, summary=summary)
 
@@ -193,7 +209,6 @@ def _summary(
         "length": {"median": percentile(lengths, 0.5), "p95": percentile(lengths, 0.95), "max": max(lengths)},
         "duplicates": len(kept["train"]) - len({row_key(c) for c in kept["train"]}),
         "leaks": {s: len(prompts["train"] & prompts[s]) for s in ("dev", "test")},
-        "longest_answer_chars": max(len(c.messages[-1].content) for c in kept["train"]),
     }
 
 

@@ -79,8 +79,9 @@ def provenance_of(
     state: State,
     plan: PackPlan,
     packed: bool,
+    started: str | None,
 ) -> dict[str, Any]:
-    """provenance.json as it is while the run goes on."""
+    """provenance.json as it is while the run goes on; `started` by an earlier process, if one was."""
     hashes = _data_hashes(recipe)
     return {
         "educe": _version("educe"),
@@ -104,12 +105,12 @@ def provenance_of(
         "packed": packed,
         "trainable_parameters": sum(m.numel() for m in state.optimizer.masters.values()),
         "steps": plan.num_steps,
-        "started": _now(),
+        "started": started or _now(),
         "finished": None,
     }
 
 
-def finished(provenance: dict[str, Any], run: RunDir, *, wall_s: float) -> dict[str, Any]:
+def finished(provenance: dict[str, Any], run: RunDir) -> dict[str, Any]:
     """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run."""
     steps = [line for line in read_jsonl(run.metrics) if line["kind"] == "step"]
     training_s = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
@@ -117,7 +118,6 @@ def finished(provenance: dict[str, Any], run: RunDir, *, wall_s: float) -> dict[
         **provenance,
         "finished": _now(),
         "training_s": training_s,
-        "wall_s": wall_s,
         "tokens_per_s": sum(line["tokens"] for line in steps) / training_s,
         "peak_memory_bytes": max(int(line["peak_memory_bytes"]) for line in steps),
     }

@@ -62,15 +62,17 @@ class Run:
         lines: list[dict[str, Any]] = self.dir.load(self.dir.metrics)
         return lines
 
-    def eval(self, *, regrade: bool = False, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:
+    def eval(
+        self, *, regrade: bool = False, metric: str | None = None, say: Say = quiet, progress: Progress = no_progress
+    ) -> dict[str, Any]:
         """Answer the test rows before and after, or grade stored answers again; returns scores.json.
 
-        `progress(system, done, total)` is called as answers are made.
+        `metric` replaces the recipe's; `progress(system, done, total)` is called as answers are made.
         """
         need_torch()
         from educe.recipes.eval import evaluate
 
-        return evaluate(self.dir, say, progress, regrade_only=regrade)
+        return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric)
 
     def report(self) -> Path:
         """Write report.html and return its path."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +48,9 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
         found = claim(run, recipe, settings, text, prepared, say)
         if found is not None and found[1]["finished"]:
             say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
+            provenance = run.load(run.provenance)
+            if provenance["finished"] is None:  # killed between the last checkpoint and this
+                write_json(run.provenance, finished(provenance, run))
         else:
             _train(recipe, run, prepared, facts, settings, found, say, screen)
     return run
@@ -80,13 +82,13 @@ def _train(
         load_checkpoint(*found, state)
         say(f"going on after step {state.step} of {plan.num_steps}")
     need_space(run.path, 14 * sum(m.numel() for m in optimizer.masters.values()), "training")
-    provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed)
+    earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
+    provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed, earlier.get("started"))
     write_json(run.provenance, provenance)
 
     store = prepared.store("train")
     watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed)
     watch.begin()
-    began = time.perf_counter()
     with _signals() as asked:
 
         def stop(state: State, report: StepReport) -> bool:
@@ -111,7 +113,7 @@ def _train(
             watch.save(done=False)
             raise Interrupted(asked[0], state.step)
     watch.end()
-    provenance = finished(provenance, run, wall_s=time.perf_counter() - began)
+    provenance = finished(provenance, run)
     write_json(run.provenance, provenance)
     remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), provenance["tokens_per_s"])
 

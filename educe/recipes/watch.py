@@ -87,10 +87,10 @@ class Watch:
             self.save(done=False)
 
     def end(self) -> None:
-        """After the last step: held-out loss, answers, the final weights."""
+        """After the last step: the final weights first, then held-out loss and answers."""
+        self.save(done=True)
         self._measure()
         self._answer()
-        self.save(done=True)
 
     def save(self, *, done: bool) -> None:
         keep = 1 if done else self._recipe.train.keep_checkpoints

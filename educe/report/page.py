@@ -93,7 +93,7 @@ def _loss(files: RunFiles) -> LossView | None:
 
 
 def _bars(files: RunFiles, names: dict[str, str]) -> BarsView | None:
-    if not files.scores or not files.scores.systems:
+    if not files.scores or not files.scores.systems or not files.scores.graded:
         return None
     bars = sections.score_bars(files.scores, names)
     return BarsView(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True))

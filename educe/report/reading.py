@@ -262,10 +262,12 @@ def read_run(run: RunDir) -> RunFiles:
         try:
             return run.load(file)
         except RunError:
-            return None
-        except (ValueError, OSError):
-            unreadable.append(file.relative_to(run.path).as_posix())
-            return None
+            if not file.exists():
+                return None
+        except OSError:
+            pass
+        unreadable.append(file.relative_to(run.path).as_posix())
+        return None
 
     def rows(file: Path) -> list[Row]:
         return [r for r in _list(load(file)) if isinstance(r, dict)]

@@ -167,6 +167,11 @@ class Scores:
     systems: tuple[System, ...]
     comparisons: tuple[Comparison, ...]
 
+    @property
+    def graded(self) -> bool:
+        """Free text is shown, not graded right or wrong."""
+        return self.metric != "text"
+
     def system(self, name: str) -> System | None:
         return next((s for s in self.systems if s.name == name), None)
 

@@ -20,7 +20,7 @@ _STATUS = {
     "dropped": "dropped",
     "refused": "refused",
 }
-_METRIC = {"exact": "exact text", "json": "equal JSON", "label": "the same label"}
+_METRIC = {"exact": "exact text", "json": "equal JSON", "label": "the same label", "sql": "the same SQL statement"}
 _GROUPS = (  # heading, right before, right after, rows shown at most
     ("Won: wrong before tuning, right after", False, True, 3),
     ("Lost: right before tuning, wrong after", True, False, 3),
@@ -185,6 +185,17 @@ def group_answers(files: RunFiles, names: dict[str, str]) -> tuple[Group, ...]:
     stored = (("untouched", files.untouched), ("few_shot", files.few_shot), ("tuned", files.tuned))
     by_row = {name: {a.row: a for a in found} for name, found in stored}
     groups = []
+    if files.scores and not files.scores.graded:
+        cases = [
+            Case(
+                row=a.row,
+                asked=a.asked,
+                expected=a.expected,
+                said=tuple(Said(who=names[n], answer=by_row[n][a.row]) for n, _ in stored if a.row in by_row[n]),
+            )
+            for a in files.tuned
+        ]
+        return (Group(heading="Not graded", num_rows=len(cases), cases=_spread(cases, 8)),) if cases else ()
     for heading, before, after, most in _GROUPS:
         cases = []
         for a in files.tuned:
@@ -244,7 +255,7 @@ def key_figures(files: RunFiles, ledger: Ledger | None) -> list[Figure]:
     made = []
     before = files.scores.system("untouched") if files.scores else None
     after = files.scores.system("tuned") if files.scores else None
-    if files.scores and before and after:
+    if files.scores and files.scores.graded and before and after:
         value = f"{wording.percent(before.score.value)} → {wording.percent(after.score.value)}"
         interval = wording.span(after.score.low, after.score.high)
         note = f"95 % interval after tuning: {interval}. {files.scores.num_rows:,} test rows"

@@ -17,14 +17,6 @@ from educe.types import Answer
 BATCH_TOKENS = 4096
 
 
-class Sampler(Protocol):
-    """Answers to prompts given as ids, in the same order. `progress` gets the number of prompts answered so far."""
-
-    def answer(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
-    ) -> list[Answer]: ...
-
-
 class Answering(Protocol):
     """A loaded model that can answer: `network` is called, `base` carries the config, `answering()` holds the right mode."""
 

@@ -71,7 +71,7 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
         norm = state.optimizer.step(rate, config.clip_norm) if math.isfinite(loss) else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             found = f"loss {loss}, gradient norm {norm}; the weights are as after step {state.step}."
-            fix = "Lower train.learning_rate; look at the rows of this step with `educe inspect`."
+            fix = "Lower train.learning_rate, or look for odd rows with `educe check`."
             raise TrainError(301, f"step {state.step + 1}", found, fix)
         state.step += 1
 

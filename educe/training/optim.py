@@ -73,6 +73,8 @@ class MasterAdamW:
             for name, master in self.masters.items():
                 master.copy_(masters[name])
                 self._parameters[name].copy_(master)
+                if f"step.{name}" not in moments:  # it never received a gradient
+                    continue
                 self._adam.state[master] = {
                     "step": moments[f"step.{name}"].clone(),
                     "exp_avg": moments[f"moment1.{name}"].to(master.device).clone(),

@@ -1,0 +1,130 @@
+"""The test rows as questions, and the answers of each system to them: the untouched model, the same with examples, the tuned one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from educe.chat.render import opening, render_prompt
+from educe.config import Recipe
+from educe.errors import EvalError
+from educe.evaluate.compare import Question
+from educe.evaluate.few_shot import choose_examples, with_examples
+from educe.files.hashes import cache_dir, hash_json
+from educe.files.jsonl import read_jsonl, write_jsonl
+from educe.files.run_dir import RunDir
+from educe.model.describe import describe_model
+from educe.model.device import Device
+from educe.model.export import merged
+from educe.model.load import CausalLM, load_model
+from educe.model.source import Say
+from educe.recipes.prepare import Prepared
+from educe.sample.local import LocalSampler
+from educe.seeds import derive, permute
+from educe.types import Answer, Message
+
+OnAnswers = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A question with the messages before it and what the template writes before an answer's own text."""
+
+    question: Question
+    prompt: tuple[Message, ...]
+    opening: str
+
+
+def questions_of(prepared: Prepared, recipe: Recipe) -> list[Asked]:
+    """The test rows (at most `evaluation.max_rows`, drawn by the seed), each asked for its last answer."""
+    rows = prepared.conversations("test")
+    if not rows:
+        fix = "Give data.test a file, or a larger share, and train again."
+        raise EvalError(1, recipe.data.train, "has no test rows.", fix)
+    asked = []
+    for i in sorted(permute(len(rows), derive(recipe.train.seed, "test"))[: recipe.evaluation.max_rows].tolist()):
+        c = rows[i]
+        k = max(j for j, m in enumerate(c.messages) if m.role == "assistant")
+        question = Question(
+            row=f"{Path(c.source.file).name}:{c.source.line}",
+            prompt=tuple({"role": m.role, "content": m.content} for m in c.messages[:k]),
+            expected=c.messages[k].content,
+        )
+        opens = opening(c.messages[: k + 1], prepared.tokenizer)
+        asked.append(Asked(question=question, prompt=c.messages[:k], opening=opens))
+    return asked
+
+
+def answers_of(
+    run: RunDir,
+    recipe: Recipe,
+    prepared: Prepared,
+    weights: Path,
+    device: Device,
+    asked: list[Asked],
+    say: Say,
+    on_answers: OnAnswers,
+) -> tuple[dict[str, list[Answer]], dict[str, float | None]]:
+    """Answers and seconds of each system. Answers of the untouched model are kept in the cache: they are the same every time."""
+    prompts = {"untouched": [render_prompt(a.prompt, prepared.tokenizer) for a in asked]}
+    shots = _few_shot_prompts(prepared, recipe, asked, say)
+    if shots:
+        prompts["few_shot"] = shots
+    answers: dict[str, list[Answer]] = {}
+    seconds: dict[str, float | None] = {}
+    base: CausalLM | None = None
+    for name, ids in prompts.items():
+        cache = _cache_file(run, prepared, ids, recipe, device.dtype)
+        stored = read_jsonl(cache) if cache.is_file() else []
+        if len(stored) == len(ids) + 1:
+            say(f"{name}: answered before on this machine; taken from the cache")
+            answers[name], seconds[name] = [Answer(**line) for line in stored[1:]], stored[0]["seconds"]
+            continue
+        base = base if base is not None else load_model(prepared.model_dir, device)
+        answers[name], seconds[name] = _ask(base, prepared, ids, recipe, name, on_answers)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(cache, [{"seconds": seconds[name]}, *map(asdict, answers[name])])
+    del base
+    tuned = merged(prepared.model_dir, weights, recipe.tuning, device)
+    answers["tuned"], seconds["tuned"] = _ask(tuned, prepared, prompts["untouched"], recipe, "tuned", on_answers)
+    return {name: _without_openings(given, asked) for name, given in answers.items()}, seconds
+
+
+def _few_shot_prompts(prepared: Prepared, recipe: Recipe, asked: list[Asked], say: Say) -> list[list[int]]:
+    """Prompts with as many examples as fit the model's positions; none where not even one fits."""
+    examples = choose_examples(prepared.conversations("shots"), recipe.evaluation.few_shot, recipe.train.seed)
+    positions = describe_model(prepared.model_dir, recipe.model).max_positions
+    for count in range(min(recipe.evaluation.few_shot, len(examples)), 0, -1):
+        ids = [render_prompt(with_examples(a.prompt, examples[:count]), prepared.tokenizer) for a in asked]
+        if max(map(len, ids)) + recipe.evaluation.max_new_tokens <= positions:
+            if count < recipe.evaluation.few_shot:
+                say(f"few_shot: {count} examples fit the model's {positions} positions")
+            return ids
+    if recipe.evaluation.few_shot:
+        say("few_shot: no example fits the model's positions; left out")
+    return []
+
+
+def _ask(
+    model: CausalLM, prepared: Prepared, ids: list[list[int]], recipe: Recipe, name: str, on_answers: OnAnswers
+) -> tuple[list[Answer], float]:
+    began = time.perf_counter()
+    sampler = LocalSampler(model, prepared.tokenizer)
+    answers = sampler.answer(ids, recipe.evaluation.max_new_tokens, lambda n: on_answers(name, n, len(ids)))
+    return answers, time.perf_counter() - began
+
+
+def _without_openings(answers: list[Answer], asked: list[Asked]) -> list[Answer]:
+    return [replace(a, text=a.text.removeprefix(q.opening)) for a, q in zip(answers, asked, strict=True)]
+
+
+def _cache_file(run: RunDir, prepared: Prepared, ids: list[list[int]], recipe: Recipe, dtype: str) -> Path:
+    """Answers of the untouched model depend on its weights, the prompts, where and how answers end, how ids are read as text
+    and the arithmetic, on nothing else."""
+    provenance: dict[str, Any] = run.load(run.provenance)
+    ends = [sorted(prepared.tokenizer.stop), recipe.evaluation.max_new_tokens, prepared.tokenizer.tokenizer_hash]
+    key = hash_json([provenance["model"]["sha256"], ids, ends, dtype, provenance["packages"]])
+    return cache_dir() / "answers" / f"{key[:24]}.jsonl"
