@@ -99,8 +99,7 @@ def peak_memory_bytes(kind: str) -> int:
 
 
 def release_free_memory() -> None:
-    """Give freed heap back to the system, where the C library can (glibc): packs of ever other lengths fragment its heap,
-    and resident memory would creep up by half over a few hundred steps."""
+    """Give freed heap back to the system, where the C library can (glibc): what answering used must not add to training's peak."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

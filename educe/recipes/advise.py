@@ -95,7 +95,7 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, tokens_per_s:
     # A step holds enough rows for a steady gradient, few enough for 300 steps where there are the rows, and at most 128 rows.
     rows_per_step = max(4, min(128, round(looked.rows * epochs / 300)))
     batch = max(max_tokens, 64 * math.ceil(rows_per_step * mean / 64))
-    micro = min(batch, max(max_tokens, 384 if memory_bytes < 64e9 else 8192))
+    micro = min(batch, max(max_tokens, 512 if memory_bytes < 64e9 else 8192))
     short = looked.rows * epochs / rows_per_step < 1000
     rate = full_rate(facts.hidden_size) * (10 if lora else 1) * (2 if short else 1)
     return Advice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import TYPE_CHECKING
 
 import psutil
@@ -16,16 +17,13 @@ if TYPE_CHECKING:
 
 
 def need_torch() -> None:
-    """Raise a teaching error where the heavy half is not installed."""
-    try:
-        import peft
-        import safetensors
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as e:
+    """Raise a teaching error where the heavy half is not installed. Imports none of it."""
+    missing = [
+        p for p in ("torch", "transformers", "safetensors", "peft", "gguf") if importlib.util.find_spec(p) is None
+    ]
+    if missing:
         fix = "pip install 'educe[train]'; for a CPU-only torch see the README."
-        raise MachineError(1, str(e.name), "is not installed.", fix) from e
-    del peft, safetensors, torch
+        raise MachineError(1, missing[0], "is not installed.", fix)
 
 
 @functools.cache

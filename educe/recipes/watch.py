@@ -24,7 +24,6 @@ from educe.training.state import State, StepReport
 from educe.types import Batch
 
 NUM_SAMPLES = 3
-TRIM_EVERY_STEPS = 2
 
 
 class Screen(Protocol):
@@ -76,8 +75,6 @@ class Watch:
         del line["total_steps"]
         _append(self._run.metrics, {"kind": "step", **line})
         self._screen.step(report)
-        if report.step % TRIM_EVERY_STEPS == 0:
-            release_free_memory()
         if report.step == self._plan.num_steps:
             return
         if report.step in self._looks:
@@ -115,6 +112,7 @@ class Watch:
         prompts = [render_prompt(c.messages[:i], self._tokenizer) for c, i in self._questions]
         sampler = LocalSampler(self._state.model, self._tokenizer)
         answers = sampler.answer(prompts, self._recipe.evaluation.max_new_tokens)
+        release_free_memory()
         lines = [
             {
                 "step": self._state.step,
