@@ -99,7 +99,7 @@ def peak_memory_bytes(kind: str) -> int:
 
 
 def release_free_memory() -> None:
-    """Give freed heap back to the system, where the C library can (glibc): what answering used must not add to training's peak."""
+    """Give freed heap back to the system, where the C library can (glibc): it fragments, and resident memory would creep up."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -61,14 +61,14 @@ class Advice:
 
 
 def _epochs(rows: int, mean_tokens: float, tokens_per_s: float | None) -> tuple[float, str]:
-    """Passes over the data: more for small sets, and on a slow machine no more than six minutes' worth (at least one)."""
+    """Passes over the data: more for small sets, and on a slow machine no more than seven minutes' worth (at least one)."""
     wanted = 3.0 if rows < 500 else 1.0 if rows > 100_000 else 2.0
     reason = f"{rows} rows: small sets bear 2 or 3 passes, large ones need one"
     if tokens_per_s is None:
         return wanted, reason
     minutes = rows * mean_tokens / tokens_per_s / 60
     for epochs in (wanted, 1.5, 1.0):
-        if epochs <= wanted and (epochs * minutes <= 6 or epochs == 1.0):
+        if epochs <= wanted and (epochs * minutes <= 7 or epochs == 1.0):
             break
     return (
         epochs,
@@ -95,7 +95,9 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, tokens_per_s:
     # A step holds enough rows for a steady gradient, few enough for 300 steps where there are the rows, and at most 128 rows.
     rows_per_step = max(4, min(128, round(looked.rows * epochs / 300)))
     batch = max(max_tokens, 64 * math.ceil(rows_per_step * mean / 64))
-    micro = min(batch, max(max_tokens, 512 if memory_bytes < 64e9 else 8192))
+    # One micro-batch a step where that is small: two short ones would take a third longer on a CPU.
+    micro = batch if batch <= 1024 else max(max_tokens, 512 if memory_bytes < 64e9 else 8192)
+    micro = min(batch, micro)
     short = looked.rows * epochs / rows_per_step < 1000
     rate = full_rate(facts.hidden_size) * (10 if lora else 1) * (2 if short else 1)
     return Advice(

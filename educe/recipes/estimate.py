@@ -13,7 +13,7 @@ from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan
 
 # Share of the probed matmul rate that a training step reaches where nothing was measured yet.
-_EFFICIENCY = {"cpu": 0.45, "mps": 0.3, "cuda": 0.4}
+_EFFICIENCY = {"cpu": 0.36, "mps": 0.3, "cuda": 0.4}
 _PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries
 
 

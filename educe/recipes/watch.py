@@ -24,6 +24,7 @@ from educe.training.state import State, StepReport
 from educe.types import Batch
 
 NUM_SAMPLES = 3
+TRIM_EVERY_STEPS = 4
 
 
 class Screen(Protocol):
@@ -75,6 +76,8 @@ class Watch:
         del line["total_steps"]
         _append(self._run.metrics, {"kind": "step", **line})
         self._screen.step(report)
+        if report.step % TRIM_EVERY_STEPS == 0:
+            release_free_memory()
         if report.step == self._plan.num_steps:
             return
         if report.step in self._looks:
