@@ -60,27 +60,19 @@ class Advice:
     why_rate: str
 
 
-def _epochs(rows: int, mean_tokens: float, tokens_per_s: float | None) -> tuple[float, str]:
-    """Passes over the data: more for small sets, and on a slow machine no more than seven minutes' worth (at least one)."""
-    wanted = 3.0 if rows < 500 else 1.0 if rows > 100_000 else 2.0
-    reason = f"{rows} rows: small sets bear 2 or 3 passes, large ones need one"
-    if tokens_per_s is None:
-        return wanted, reason
-    minutes = rows * mean_tokens / tokens_per_s / 60
-    for epochs in (wanted, 1.5, 1.0):
-        if epochs <= wanted and (epochs * minutes <= 7 or epochs == 1.0):
-            break
-    return (
-        epochs,
-        reason if epochs == wanted else f"{wanted:g} would suit {rows} rows; a pass takes about {minutes:.0f} min here",
-    )
+def _epochs(rows: int, on_cpu: bool) -> tuple[float, str]:
+    """Passes over the data: more for small sets, few where time is dear (variety beats repetition: docs/decisions/003)."""
+    if rows < 500:
+        return 3.0, f"{rows} rows: small sets bear several passes"
+    if rows > 100_000:
+        return 1.0, f"{rows} rows: large sets need one pass"
+    if on_cpu and rows >= 1000:
+        return 1.25, f"{rows} rows; 2 passes would be usual, on a CPU they are dear"
+    return 2.0, f"{rows} rows: small sets bear 2 or 3 passes, large ones need one"
 
 
-def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, tokens_per_s: float | None) -> Advice:
-    """Defaults for this data on this model, as a careful practitioner would choose them.
-
-    `tokens_per_s`: the speed to expect where time decides (a CPU), None where it does not.
-    """
+def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool) -> Advice:
+    """Defaults for this data on this model, as a careful practitioner would choose them."""
     longest = max(looked.lengths)
     p99 = percentile(looked.lengths, 0.995)
     cut = longest > 4096 and p99 < longest
@@ -90,7 +82,7 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, tokens_per_s:
     size = facts.num_parameters / 1e6
     tuned = "LoRA" if lora else "all weights"
     why_tuning = f"{tuned}: full tuning of {size:.0f}M parameters needs about {facts.num_parameters * 18 / 1e9:.1f} GB"
-    epochs, why_epochs = _epochs(looked.rows, sum(looked.lengths) / len(looked.lengths), tokens_per_s)
+    epochs, why_epochs = _epochs(looked.rows, on_cpu)
     mean = sum(looked.lengths) / len(looked.lengths)
     # A step holds enough rows for a steady gradient, few enough for 300 steps where there are the rows, and at most 128 rows.
     rows_per_step = max(4, min(128, round(looked.rows * epochs / 300)))
@@ -119,7 +111,7 @@ def recipe_text(
     looked: Looked,
     facts: ModelFacts,
     memory_bytes: float,
-    tokens_per_s: float | None,
+    on_cpu: bool,
     *,
     name: str,
     model: tuple[str, str],
@@ -128,7 +120,7 @@ def recipe_text(
     test: str | None,
 ) -> str:
     """The recipe as YAML with a reason behind each choice."""
-    a = advise(looked, facts, memory_bytes, tokens_per_s)
+    a = advise(looked, facts, memory_bytes, on_cpu)
     metric, why_metric = metric_of(looked.answers)
     longest_answer = max(looked.answer_tokens)
     new_tokens = 8 * math.ceil(1.5 * longest_answer / 8)

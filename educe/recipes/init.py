@@ -13,13 +13,11 @@ from educe.chat.weights import build_examples
 from educe.config import parse_recipe
 from educe.data.formats import to_conversation
 from educe.data.sources import read_rows
-from educe.errors import DataError, MachineError, Refusal, UsageError
+from educe.errors import DataError, Refusal, UsageError
 from educe.files.atomic import write_text
-from educe.model.describe import ModelFacts, describe_model
+from educe.model.describe import describe_model
 from educe.model.source import DEFAULT_MODEL, Say, find_model
 from educe.recipes.advise import Looked, recipe_text
-from educe.recipes.estimate import roofline
-from educe.recipes.machine import chosen_device
 from educe.seeds import permute
 from educe.types import Conversation
 
@@ -68,7 +66,7 @@ def init(
         looked,
         facts,
         memory,
-        _cpu_speed(facts),
+        _gpu_memory_gb() == 0,
         name=run_name,
         model=(chosen, why_model),
         train=_from(out, data),
@@ -99,15 +97,6 @@ def _gpu_memory_gb() -> float:
     except ImportError:
         return 0.0
     return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
-
-
-def _cpu_speed(facts: ModelFacts) -> float | None:
-    """Tokens per second to expect where training would run on a CPU; None with a GPU, or where torch is not installed."""
-    try:
-        device = chosen_device("auto", "auto")
-    except MachineError:
-        return None
-    return roofline(facts, device.flops, "cpu") if device.kind == "cpu" else None
 
 
 def _from(out: Path, file: Path) -> str:

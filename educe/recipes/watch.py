@@ -24,7 +24,7 @@ from educe.training.state import State, StepReport
 from educe.types import Batch
 
 NUM_SAMPLES = 3
-TRIM_EVERY_STEPS = 4
+TRIM_EVERY_STEPS = 2
 
 
 class Screen(Protocol):

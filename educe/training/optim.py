@@ -52,10 +52,7 @@ class MasterAdamW:
                     if p.dtype != torch.float32:
                         p.copy_(self.masters[name])
         for name, p in self._parameters.items():
-            if p.dtype != torch.float32 and (sums := self.masters[name].grad) is not None:
-                sums.zero_()  # kept, not freed: half a gigabyte that comes and goes would fragment the heap
-            else:
-                p.grad = self.masters[name].grad = None
+            p.grad = self.masters[name].grad = None
         return norm
 
     def state_tensors(self) -> dict[str, Tensor]:
