@@ -54,7 +54,7 @@ def busy(kind: str) -> list[str]:
     load = psutil.getloadavg()[0]
     if kind != "cpu" or load < 0.75:
         return []
-    fix = "close them, or set OMP_WAIT_POLICY=PASSIVE (half as fast alone, twice as fast beside others)"
+    fix = "close them, or set OMP_WAIT_POLICY=PASSIVE (a third slower alone, twice as fast beside others)"
     return [f"other programs keep {load:.1f} cores busy, and training on a CPU suffers much from that: {fix}"]
 
 
