@@ -5,14 +5,23 @@ Shape legend: T tokens of one example, P tokens of one packed row, D documents i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant", "tool")
+
+# What a stretch of rendered text is: written by the template, or one of the row's own texts. `eos` is the end-of-sequence
+# token that is appended where a template writes no stop token; its text is empty.
+Part = Literal["template", "content", "reasoning", "tool_calls", "tools", "eos"]
+
+# Why a sequence does not go on in the row's sequence before it: its prompt has another text, other ids, or the end-of-sequence
+# token that was appended there does not stand in history. "" for the first.
+Apart = Literal["", "text", "ids", "eos"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +36,38 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that an assistant's turn makes. `arguments` is a JSON object."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn."""
+    """One turn. `content` is "" where a turn only calls tools.
+
+    `reasoning` is what an assistant thought before `content`, where the row gives it apart. `weight` is the row's own loss
+    weight for the turn (≥ 0); None leaves it to the policy. `name` and `call_id` belong to a tool's result.
+    """
 
     role: Role
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    call_id: str | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """A non-empty list of messages and where it was read."""
+    """A non-empty list of messages, the tools (JSON schemas) that may be called in it, and where it was read."""
 
     messages: tuple[Message, ...]
     source: Source
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -50,23 +78,30 @@ class Conversation:
 class Segment:
     """A stretch of rendered text and who wrote it.
 
-    `message` is the index of the message it belongs to (None: the template around the messages).
-    `from_data` is True for the row's own text, False for what the template wrote.
-    `trained` is True for what the model must emit.
+    `message` is the index of the message it belongs to (None: the template around the messages). `part` says which of the
+    row's texts it is, or that the template wrote it. `trained` is True for what the model must emit.
     """
 
     text: str
     message: int | None
-    from_data: bool
+    part: Part
     trained: bool
+
+    @property
+    def from_data(self) -> bool:
+        return self.part not in ("template", "eos")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """One training sequence as text: its segments joined are the text the model sees. `turns` are trained message indices."""
+    """One training sequence as text: its segments joined are the text the model sees. `turns` are trained message indices.
+
+    `apart` says why it does not go on in the sequence before it.
+    """
 
     segments: tuple[Segment, ...]
     turns: tuple[int, ...]
+    apart: Apart = ""
 
     @property
     def text(self) -> str:
@@ -74,20 +109,38 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Tokens first … end of a sequence that are all trained, or all context; they came from these segments."""
+
+    first: int
+    end: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def trained(self) -> bool:
+        return self.segments[0].trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A rendering as token ids, with the segment each token belongs to."""
+    """A rendering as token ids, proved, in runs that cover it."""
 
     ids_T: Int32[np.ndarray, " t"]
-    segment_T: Int32[np.ndarray, " t"]
+    runs: tuple[Run, ...]
     rendering: Rendering
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """What is stored: ids and the loss weight of each token as a *target* (0: context only)."""
+    """What is stored: ids and the loss weight of each token as a *target* (0: context only).
+
+    `prefix_of` is the number of leading ids it shares with the example stored before it (0 unless both come from one row):
+    what a packer may compute once for both.
+    """
 
     ids_T: Int32[np.ndarray, " t"]
     weights_T: Float32[np.ndarray, " t"]
+    prefix_of: int = 0
 
     def __post_init__(self) -> None:
         if self.ids_T.shape != self.weights_T.shape or self.ids_T.ndim != 1:

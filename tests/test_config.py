@@ -11,7 +11,18 @@ from typing import Any, get_args
 import educe
 import pytest
 from educe.config import Full, Lora, Recipe, load_recipe, parse_recipe
-from educe.config.recipe import Data, Evaluation, FileSplit, Knobs, Metric, ShareSplit, Train
+from educe.config.recipe import (
+    Data,
+    Evaluation,
+    FileSplit,
+    FileTemplate,
+    Knobs,
+    Metric,
+    NamedTemplate,
+    OwnTemplate,
+    ShareSplit,
+    Train,
+)
 from educe.errors import RecipeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +43,7 @@ def test_a_short_recipe_has_every_default() -> None:
     recipe = parse_recipe(BASE, "r.yaml")
     assert (recipe.name, recipe.model, recipe.data.train) == ("a", "m", "t.jsonl")
     assert recipe.tuning == Full(kind="full")
+    assert recipe.template == OwnTemplate(kind="own")
     assert recipe.train == Train()
     assert recipe.evaluation == Evaluation()
 
@@ -124,6 +136,10 @@ def test_nesting_never_overflows(depth: int, opening: str, closing: str) -> None
         (BASE + "  test: {kind: file, file: x, fil: x}\n", "r.yaml:5:31", "data.test.fil", "'file'?"),
         (BASE + "evaluation:\n  metric: {kind: exact, kimd: 2}\n", "r.yaml:6:25", "evaluation.metric.kimd", "'kind'?"),
         (BASE + "zzz: 1\n", "r.yaml:5:1", "zzz", "Valid here: name, model"),
+        (BASE + "template: {kind: plain, stp: [x]}\n", "r.yaml:5:25", "template.stp", "'stop'?"),
+        (BASE + "template: {kind: own, file: x}\n", "r.yaml:5:23", "template.file", "Valid here: stop, settings, kind"),
+        (BASE + "template:\n  kind: file\n  file: x\n  fil: y\n", "r.yaml:8:3", "template.fil", "'file'?"),
+        (BASE + "templat: plain\n", "r.yaml:5:1", "templat", "'template'?"),
     ],
 )
 def test_an_unknown_key_is_placed_and_the_nearest_named(text: str, where: str, key: str, fix: str) -> None:
@@ -144,6 +160,9 @@ def test_an_unknown_key_is_placed_and_the_nearest_named(text: str, where: str, k
         (BASE + "  dev: {kind: file}\n", "r.yaml:5:3", "data.dev.file"),
         (BASE + "  test: {kind: share}\n", "r.yaml:5:3", "data.test.share"),
         (BASE + "evaluation: {metric: {}}\n", "r.yaml:5:14", "evaluation.metric.kind"),
+        (BASE + "template: {stop: [x]}\n", "r.yaml:5:1", "template.kind"),
+        (BASE + "template: {kind: file}\n", "r.yaml:5:1", "template.file"),
+        (BASE + "template: file\n", "r.yaml:5:1", "template.file"),
     ],
 )
 def test_a_missing_key_is_named(text: str, where: str, key: str) -> None:
@@ -162,6 +181,7 @@ def test_a_missing_key_is_named(text: str, where: str, key: str) -> None:
         ("train.batch_tokens", "0"), ("data.system", "5"), ("data.system", "true"), ("data.max_tokens", "7"),
         ("data.train", "[a, b]"), ("data.train", "2020-01-01"), ("data.dev", "0.1"), ("evaluation.metric", "exact"),
         ("evaluation.max_rows", "0"), ("train.clip_norm", ".inf"), ("train.clip_norm", ".nan"),
+        ("data.train_on", "flaged"), ("data.prompt_weight", "1.5"), ("data.reasoning_weight", "-1"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_placed_and_shown(key: str, value: str) -> None:
@@ -259,12 +279,31 @@ splits = st.one_of(
     st.builds(ShareSplit, kind=st.just("share"), share=st.floats(0, 1, exclude_min=True, exclude_max=True)),
 )
 positive = st.floats(1e-9, 0.9)
+given_to_template = {
+    "stop": st.tuples() | st.tuples(text, text),
+    "settings": st.none() | st.dictionaries(text, st.booleans() | st.integers(-9, 9) | text, max_size=3),
+}
+templates = st.one_of(
+    st.builds(OwnTemplate, kind=st.just("own"), **given_to_template),
+    st.builds(NamedTemplate, kind=st.sampled_from(["plain", "chatml", "alpaca"]), **given_to_template),
+    st.builds(FileTemplate, kind=st.just("file"), file=text, **given_to_template),
+)
 recipes = st.builds(
     Recipe,
     name=st.from_regex(r"\A[a-z][a-z.0-9]{0,9}\Z"),
     model=text.filter(bool),
     device=st.sampled_from(["auto", "cpu"]),
-    data=st.builds(Data, train=text, dev=splits, test=splits, system=st.none() | text, max_tokens=st.integers(8, 2048)),
+    template=templates,
+    data=st.builds(
+        Data,
+        train=text,
+        dev=splits,
+        test=splits,
+        system=st.none() | text,
+        train_on=st.sampled_from(["all", "last", "flagged"]),
+        prompt_weight=st.floats(0, 1),
+        max_tokens=st.integers(8, 2048),
+    ),
     tuning=st.builds(Full, kind=st.just("full"))
     | st.builds(Lora, kind=st.just("lora"), rank=st.integers(1, 9), alpha=positive),
     train=st.builds(Train, epochs=st.floats(1, 100), learning_rate=positive, seed=st.integers(0, 2**63 - 1)),
@@ -276,6 +315,7 @@ recipes = st.builds(
 @given(recipes)
 def test_a_dump_is_the_recipe(recipe: Recipe) -> None:
     assert Recipe.model_validate(recipe.model_dump()) == recipe
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe  # as recipe.resolved.json has it: no tuples
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert parse_recipe(recipe.model_dump_json(), "r.json") == recipe  # JSON is YAML 1.2
 
@@ -310,13 +350,16 @@ def reads() -> set[str]:
 OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
     Recipe: ("recipe", "self"), Data: ("data",), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
     Full: ("tuning",), Metric: ("metric",), FileSplit: ("split", "s"), ShareSplit: ("split", "s"),
+    OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
 }  # fmt: skip
 
 
 def test_every_knob_is_read() -> None:
     read = reads()
     assert blocks() == set(OWNERS)
-    discriminators = {(k, "kind") for k in (Full, Lora, FileSplit, ShareSplit)}  # read as the class
+    discriminators = {
+        (k, "kind") for k in (Full, Lora, FileSplit, ShareSplit, OwnTemplate, FileTemplate)
+    }  # read as the class
     unread = [
         f"{block.__name__}.{knob}"
         for block, owners in OWNERS.items()
@@ -329,7 +372,7 @@ def test_every_knob_is_read() -> None:
 def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
     fields: list[tuple[str, Any]] = [(n, f) for b in blocks() for n, f in b.model_fields.items()]
     assert 20 < len(fields) <= 80
-    assert len({block.__name__ for block in blocks()}) == 9
+    assert len({block.__name__ for block in blocks()}) == 12
     for name, field in fields:
         if name != "data" and not (name == "kind" and field.is_required() and not field.description):
             assert field.description, name

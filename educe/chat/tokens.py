@@ -1,50 +1,119 @@
-"""A model's tokenizer, read from its files with the `tokenizers` library: ids, offsets, control tokens, stop tokens, template."""
+"""A model's tokenizer, read from its files with the `tokenizers` library: ids, control tokens, stop tokens, template."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool
 from tokenizers import AddedToken, Tokenizer
 
-from educe.chat.template import CHATML, ChatTemplate
+from educe.chat.bytes_of import ByteTable, table_of
+from educe.chat.engine import Flat, encode_reference
+from educe.chat.named import NAMED
+from educe.chat.probe import Habits, find_forms, find_habits
+from educe.chat.template import ChatTemplate, Forms, TemplateRefusal, compile_template
+from educe.config.recipe import FileTemplate, NamedTemplate, OwnTemplate
 from educe.errors import ChatError, ModelError
 from educe.files.hashes import hash_bytes
 
 _LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
+DEFAULT_NAME = "plain"
+OWN = OwnTemplate(kind="own")
+_HABITS: dict[Any, tuple[Forms, Habits]] = {}  # what probing found, by all that it depends on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTokenizer:
     """The tokenizer as servers load it (`stock`), the same without its added tokens (`plain`), and what the model's files say.
 
-    `control` maps the text of added tokens to their ids, `stop` is the set of ids that end a turn: the end-of-sequence ids of
-    generation_config.json, config.json and tokenizer_config.json. `template_is_default` says that the model has none and
-    ChatML was taken.
+    `control` maps the text of added tokens to their ids; `stop` is the set of ids that end a turn: the end-of-sequence ids of
+    the model's files, those the recipe names (together `known_stop`), and those the template itself ends turns with (`habits`).
+    `new_tokens` are control tokens that the model's own tokenizer did not have; `json` is tokenizer.json with them,
+    `engine_json` what `stock` was made from. `template_name` says where the template is from. `table` has the bytes of each
+    id, where ids are no more than bytes in a row. `eats` are control tokens that take white space before or after them.
     """
 
     stock: Tokenizer
     plain: Tokenizer
-    control: dict[str, int]
+    json: str
+    engine_json: str
+    control: Mapping[str, int]
     stop: frozenset[int]
     eos: int
     template: ChatTemplate
-    template_is_default: bool
+    template_name: str
+    habits: Habits
+    new_tokens: Mapping[str, int]
     tokenizer_hash: str
-    template_hash: str
+    table: ByteTable | None
+    starts_with_space: bool
+    eats: Mapping[str, tuple[bool, bool]]
+    known_stop: frozenset[int]
+    control_ids: frozenset[int]
+    is_control_V: Bool[np.ndarray, " v"] = field(repr=False)
+    _mark: re.Pattern[str] = field(repr=False)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of text a server would send: added tokens are recognised, no BOS is put before (the template writes it)."""
-        return list(self.stock.encode(text, add_special_tokens=False).ids)
+    @property
+    def settings(self) -> Mapping[str, bool | int | str]:
+        """Variables that the template is given, in training and answering alike."""
+        return self.template.settings
 
-    def encode_plain(self, text: str) -> list[int]:
+    @property
+    def template_hash(self) -> str:
+        return hash_bytes(self.template.source.encode())
+
+    def holds_control(self, text: str) -> bool:
+        """Whether a text holds the text of a control token."""
+        return self._mark.search(text) is not None
+
+    def encode(self, text: str, *, inside: bool = False) -> list[int]:
+        """Ids of text a server would send: added tokens are recognised, no BOS is put before (the template writes it).
+
+        `inside`: the text stands behind another, so that a tokenizer that puts a space before the start of a text
+        (SentencePiece) does not do so.
+        """
+        return self._ids(self.stock, text, inside=inside)
+
+    def encode_many(self, texts: Sequence[str]) -> Flat:
+        """Ids of several texts end to end, each as `encode` gives them, and where each starts."""
+        return encode_reference(self.stock, texts)
+
+    def encode_plain(self, text: str, *, inside: bool = False) -> list[int]:
         """Ids of text in which control strings are only text."""
-        return list(self.plain.encode(text, add_special_tokens=False).ids)
+        return self._ids(self.plain, text, inside=inside)
 
-    def decode(self, ids: list[int]) -> str:
-        return str(self.stock.decode(ids, skip_special_tokens=False))
+    def _ids(self, tokenizer: Tokenizer, text: str, *, inside: bool) -> list[int]:
+        if inside and self.starts_with_space:
+            for anchor in ("\n", "|", "."):  # encoded before the text and taken off again, where it stays what it is
+                before, both = (
+                    list(tokenizer.encode(t, add_special_tokens=False).ids) for t in (anchor, f"{anchor}{text}")
+                )
+                if both[: len(before)] == before:
+                    return both[len(before) :]
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.stock.decode(list(ids), skip_special_tokens=False))
+
+    def normalized(self, text: str) -> str:
+        """Text after the tokenizer's own normaliser."""
+        normalizer = self.stock.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
+    def with_settings(self, settings: Mapping[str, bool | int | str]) -> ChatTokenizer:
+        """The same with other variables for the template; what it does is found anew. Raises `ChatError`."""
+        return (
+            self
+            if dict(settings) == dict(self.settings)
+            else _probed(self, self.template.with_(settings=dict(settings)))
+        )
 
     def pieces(self, ids: list[int]) -> list[str]:
         """The text each id adds to what stands before it; a byte of an unfinished character adds none, the last one adds it.
@@ -67,61 +136,238 @@ class ChatTokenizer:
         return texts
 
 
-def load_tokenizer(model_dir: Path) -> ChatTokenizer:
-    """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json. Raises `ModelError`, `ChatError`."""
+def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTemplate = OWN) -> ChatTokenizer:
+    """Read tokenizer.json, tokenizer_config.json, generation_config.json and the chat template that `choice` names.
+
+    Raises `ModelError` for files that cannot be used and `ChatError` for a template that cannot.
+    """
     file = model_dir / "tokenizer.json"
-    try:
-        raw = file.read_text(encoding="utf-8")
-        tree = json.loads(raw)
-        tree["truncation"] = tree["padding"] = tree["post_processor"] = None  # some files were saved with truncation on
-        stock = Tokenizer.from_str(json.dumps(tree))
-        plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": []}))
-    except FileNotFoundError as e:
-        raise ModelError(1, str(file), "does not exist.", "The model needs a fast tokenizer (tokenizer.json).") from e
-    except Exception as e:  # tokenizers raises plain Exception for a file it cannot use
-        raise ModelError(2, str(file), f"is not a usable tokenizer: {e}.", "Download the model again.") from e
+    raw = _raw(file)
     settings = _json(model_dir / "tokenizer_config.json")
     special = {k: text for k, v in settings.items() if k.endswith("_token") and (text := _token_text(v)) is not None}
+    source, name = _source(model_dir, settings, choice)
+    try:
+        parsed = _parsed(raw, NAMED[name].control if name in NAMED else ())
+    except Exception as e:  # tokenizers raises plain Exception for a file it cannot use
+        raise ModelError(2, str(file), f"is not a usable tokenizer: {e}.", "Download the model again.") from e
+    stock, new = parsed.stock, parsed.new
+    if name in NAMED and _adds_bos(raw, special.get("bos_token")):
+        source = "{{- bos_token }}" + source
+    known = _known_stop(model_dir, stock, special, choice.stop)
+    control = {**parsed.control, **{str(w): i for w, i in parsed.added.items() if i in known}}
     eos = stock.token_to_id(special["eos_token"]) if "eos_token" in special else None
-    stop = {eos} if eos is not None else set()
-    for name in ("generation_config.json", "config.json"):
-        stop |= _ids(_json(model_dir / name).get("eos_token_id"))
-    if not stop:
-        raise ModelError(
-            202, str(model_dir), "names no end-of-sequence token.", "Set eos_token in tokenizer_config.json."
-        )
-    control = _separate(tree.get("added_tokens", []), plain, stop)
-    source = _template_source(model_dir, settings)
-    text = source if source is not None else CHATML
-    return ChatTokenizer(
+    where = choice.file if isinstance(choice, FileTemplate) else "chat template"
+    template = compile_template(source, special, where).with_(settings=dict(choice.settings or {}))
+    made = ChatTokenizer(
+        stock=stock,
+        plain=parsed.plain,
+        json=_exported(raw, parsed.added, new),
+        engine_json=parsed.text,
+        control=control,
+        stop=frozenset(known),
+        known_stop=frozenset(known),
+        control_ids=frozenset(control.values()),
+        is_control_V=_flags(control.values(), parsed.size),
+        eos=eos if eos is not None else min(known, default=0),
+        template=template,
+        template_name=name,
+        habits=Habits(),
+        new_tokens=new,
+        tokenizer_hash=hash_bytes(raw.encode() + json.dumps(new).encode() * bool(new)),
+        table=parsed.table,
+        starts_with_space=_starts_with_space(parsed, control),
+        eats=parsed.eats,
+        _mark=_any_of(control),
+    )
+    made = _probed(made, template)
+    if not made.stop:
+        found = "names no end-of-sequence token, and the template ends turns with none."
+        raise ModelError(202, str(model_dir), found, "Set eos_token in tokenizer_config.json.")
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """What a tokenizer.json gives, whatever the template: see `ChatTokenizer`. `added` are all its added tokens."""
+
+    stock: Tokenizer
+    plain: Tokenizer
+    text: str
+    added: Mapping[str, int]
+    control: Mapping[str, int]
+    new: Mapping[str, int]
+    table: ByteTable | None
+    eats: Mapping[str, tuple[bool, bool]]
+    size: int
+
+
+@lru_cache(maxsize=8)
+def _parsed(raw: str, words: tuple[str, ...]) -> _Parsed:
+    """Parse a tokenizer.json and add control tokens to it. Raises whatever is wrong with it."""
+    tree = json.loads(raw)
+    new = _add_tokens(tree, words)
+    tree["truncation"] = tree["padding"] = tree["post_processor"] = None  # some files were saved with truncation on
+    text = json.dumps(tree, ensure_ascii=False)
+    stock = Tokenizer.from_str(text)
+    plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": []}, ensure_ascii=False))
+    control = _separate(tree["added_tokens"], plain)
+    vocabulary = stock.get_vocab()
+    return _Parsed(
         stock=stock,
         plain=plain,
+        text=text,
+        added={str(t["content"]): int(t["id"]) for t in tree["added_tokens"]},
         control=control,
-        stop=frozenset(stop),
-        eos=eos if eos is not None else min(stop),
-        template=ChatTemplate(text, special),
-        template_is_default=source is None,
-        tokenizer_hash=hash_bytes(raw.encode()),
-        template_hash=hash_bytes(text.encode()),
+        new=new,
+        table=table_of(vocabulary, stock, tree, control),
+        eats={t["content"]: (t["lstrip"], t["rstrip"]) for t in tree["added_tokens"] if t["lstrip"] or t["rstrip"]},
+        size=max(vocabulary.values()) + 1,
     )
 
 
-def _separate(added: list[dict[str, Any]], plain: Tokenizer, stop: set[int]) -> dict[str, int]:
+def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatTokenizer:
+    names = {v: k for k, v in tokenizer.control.items()}
+    known = tuple(sorted(names[i] for i in tokenizer.known_stop if i in names))
+    key = (template.key, *map(_items, (template.special, template.settings, tokenizer.control)), known)
+    try:
+        if key not in _HABITS:
+            forms = find_forms(template)
+            bos = template.special.get("bos_token")
+            _HABITS[key] = forms, find_habits(template.with_(forms=forms), tokenizer.control, known, bos)
+        template, habits = template.with_(forms=_HABITS[key][0]), _HABITS[key][1]
+    except TemplateRefusal as e:
+        raise ChatError(103, "chat template", f"{e.args[1]}.", "Give another template.") from e
+    ends = {tokenizer.control[w] for w in habits.ends}
+    return replace(tokenizer, template=template, habits=habits, stop=tokenizer.known_stop | ends)
+
+
+def _raw(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        fix = "The model needs a fast tokenizer: load it once with transformers' AutoTokenizer and save_pretrained."
+        raise ModelError(1, str(file), "does not exist.", fix) from e
+    except (OSError, ValueError) as e:
+        raise ModelError(2, str(file), f"cannot be read: {e}.", "Download the model again.") from e
+
+
+def _known_stop(model_dir: Path, stock: Tokenizer, special: Mapping[str, str], more: Sequence[str]) -> set[int]:
+    known = set()
+    if "eos_token" in special and (eos := stock.token_to_id(special["eos_token"])) is not None:
+        known.add(eos)
+    for name in ("generation_config.json", "config.json"):
+        known |= _ids(_json(model_dir / name).get("eos_token_id"))
+    for word in more:
+        found = stock.token_to_id(word)
+        if found is None:
+            raise ChatError(
+                201, "template.stop", f"{word!r} is no token of this tokenizer.", "Name one of its added tokens."
+            )
+        known.add(found)
+    return known
+
+
+def _add_tokens(tree: dict[str, Any], words: Sequence[str]) -> dict[str, int]:
+    """Put control tokens into a tokenizer's tree. Returns those it did not have at all, with the ids they get."""
+    added = tree.setdefault("added_tokens", [])
+    have = {t["content"] for t in added}
+    vocabulary = _vocabulary(tree)
+    free = max([*vocabulary.values(), *(t["id"] for t in added)], default=-1) + 1
+    new: dict[str, int] = {}
+    for word in words:
+        if word in have:
+            continue
+        number = vocabulary.get(word)
+        if number is None:
+            number = new[word] = free + len(new)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": number, "content": word, **flags, "special": True})
+    return new
+
+
+def _items(mapping: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(mapping.items())
+
+
+def _flags(ids: Collection[int], size: int) -> Bool[np.ndarray, " v"]:
+    flags = np.zeros(size, bool)
+    flags[list(ids)] = True
+    return flags
+
+
+def _vocabulary(tree: dict[str, Any]) -> dict[str, int]:
+    vocabulary = tree.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram: [[piece, score], ...]
+        return {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    return dict(vocabulary)
+
+
+def _exported(raw: str, added: Mapping[str, int], new: Mapping[str, int]) -> str:
+    """tokenizer.json as it is to be saved: the model's own, with the new tokens."""
+    if not new:
+        return raw
+    tree = json.loads(raw)
+    _add_tokens(tree, tuple(added))
+    return json.dumps(tree, ensure_ascii=False)
+
+
+def _adds_bos(raw: str, bos: str | None) -> bool:
+    """Whether the tokenizer itself puts BOS before a text: then the model has always seen it there."""
+    if bos is None:
+        return False
+    whole = Tokenizer.from_str(raw)
+    return bool((ids := whole.encode("a").ids) and ids[0] == whole.token_to_id(bos))
+
+
+def _separate(added: list[dict[str, Any]], plain: Tokenizer) -> dict[str, int]:
     """The added tokens that mean something, by text. Those that text gives anyway (Gemma's newlines) go back into `plain`."""
-    free = [t for t in added if not t.get("special") and t["id"] not in stop]
+    free = [t for t in added if not t.get("special")]
     ordinary = [t for t in free if plain.encode(t["content"], add_special_tokens=False).ids == [t["id"]]]
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     plain.add_tokens([AddedToken(t["content"], **{k: t[k] for k in flags}) for t in ordinary])
-    return {str(t["content"]): int(t["id"]) for t in added if t not in ordinary}
+    known = {t["id"] for t in ordinary}
+    return {str(t["content"]): int(t["id"]) for t in added if t["id"] not in known}
 
 
-def _template_source(model_dir: Path, settings: dict[str, Any]) -> str | None:
+def _starts_with_space(parsed: _Parsed, control: Mapping[str, int]) -> bool:
+    """Whether text alone gets other ids than the same text behind a control token."""
+    word = next(iter(control), None)
+    if word is None:
+        return False
+    alone, behind = (parsed.stock.encode(t, add_special_tokens=False).ids for t in ("Hello", f"{word}Hello"))
+    return alone != behind[1:]
+
+
+def _any_of(control: Mapping[str, int]) -> re.Pattern[str]:
+    """Finds the text of a control token. Hundreds of reserved tokens are first told by how they start."""
+    words = sorted(control, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words)) if words else r"(?!)")
+
+
+def _source(
+    model_dir: Path, settings: dict[str, Any], choice: OwnTemplate | NamedTemplate | FileTemplate
+) -> tuple[str, str]:
+    """The template's text and where it is from: the model, a file, or one of ours by name."""
+    if isinstance(choice, NamedTemplate):
+        return NAMED[choice.kind].source, choice.kind
+    if isinstance(choice, FileTemplate):
+        return read_template(Path(choice.file)), choice.file
+    own = _own_source(model_dir, settings)
+    return (own, "the model's own") if own is not None else (NAMED[DEFAULT_NAME].source, DEFAULT_NAME)
+
+
+def read_template(file: Path) -> str:
+    """A template file's text. Raises `ChatError`."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ChatError(1, str(file), f"cannot be read: {e}.", "Save it as UTF-8, readable to you.") from e
+
+
+def _own_source(model_dir: Path, settings: dict[str, Any]) -> str | None:
     file = model_dir / "chat_template.jinja"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ChatError(1, str(file), f"cannot be read: {e}.", "Save it as UTF-8, readable to you.") from e
+        return read_template(file)
     found = settings.get("chat_template")
     if isinstance(found, list):
         named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}

@@ -1,40 +1,58 @@
-"""A rendered row as spans to look at: which tokens are trained, which are context, which are control tokens."""
+"""A rendered row as spans to look at: which tokens are trained, which are context, who wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from educe.chat.tokens import ChatTokenizer
-from educe.chat.weights import weigh
-from educe.types import Rendered
+from educe.chat.weights import EVEN, Weighing, owners, weigh
+from educe.types import Message, Part, Rendered
 
 Kind = Literal["template", "content", "trained"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One token as shown: the text it adds. Where a character takes several tokens, its last one shows it."""
+    """One token as shown: the text it adds. Where a character takes several tokens, its last one shows it.
+
+    `segment` counts the stretches of the sequence; `message` is the row's message it belongs to, `part` which of its texts.
+    """
 
     text: str
     token: int
     kind: Kind
     control: bool
     weight: float
+    segment: int
+    message: int | None
+    part: Part
 
 
-def view(rendered: Rendered, tokenizer: ChatTokenizer) -> list[Span]:
-    """Every token of a row, in order."""
-    control = set(tokenizer.control.values())
+def view(
+    rendered: Rendered, messages: Sequence[Message], tokenizer: ChatTokenizer, weighing: Weighing = EVEN
+) -> list[Span]:
+    """Every token of a sequence, in order."""
     spans = []
     ids = rendered.ids_T.tolist()
-    for token, segment, weight, text in zip(
-        ids, rendered.segment_T.tolist(), weigh(rendered).tolist(), tokenizer.pieces(ids), strict=True
-    ):
+    owner_T, _ = owners(rendered, tokenizer)
+    weights = weigh(rendered, messages, tokenizer, weighing).tolist()
+    for token, segment, weight, text in zip(ids, owner_T.tolist(), weights, tokenizer.pieces(ids), strict=True):
         owner = rendered.rendering.segments[segment]
         kind: Kind = "trained" if owner.trained else "content" if owner.from_data else "template"
-        spans.append(Span(text=text, token=token, kind=kind, control=token in control, weight=weight))
+        spans.append(
+            Span(
+                text=text,
+                token=token,
+                kind=kind,
+                control=token in tokenizer.control_ids,
+                weight=weight,
+                segment=segment,
+                message=owner.message,
+                part=owner.part,
+            )
+        )
     return spans
 
 

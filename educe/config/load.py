@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -14,13 +15,12 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from educe.config.recipe import FileSplit, Full, Lora, Recipe, ShareSplit
+from educe.config.recipe import FileSplit, FileTemplate, Recipe, ShareSplit
 from educe.errors import RecipeError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
-_TAGGED = {"full": Full, "lora": Lora, "file": FileSplit, "share": ShareSplit}
-_UNIONS = ("tuning", "dev", "test")
+_Path = Sequence[str | int]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -36,9 +36,11 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(1, str(path), f"cannot be read: {e.strerror}.", fix) from e
     recipe = parse_recipe(text, str(path))
     try:
-        return anchored(recipe, path.resolve().parent)
+        where = _position(_parse(text, str(path)), ("template", "file"), str(path))
+        return anchored(recipe, path.resolve().parent, where)
     except (OSError, RuntimeError, ValueError) as e:  # a name too long, ~nobody, a NUL
-        raise RecipeError(103, str(path), f"a path in it cannot be used: {e}.", "Mend model, runs or data.") from e
+        fix = "Mend model, runs, template or data."
+        raise RecipeError(103, str(path), f"a path in it cannot be used: {e}.", fix) from e
 
 
 def parse_recipe(text: str, shown: str) -> Recipe:
@@ -52,8 +54,11 @@ def parse_recipe(text: str, shown: str) -> Recipe:
         raise _told(e, tree, shown) from None
 
 
-def anchored(recipe: Recipe, base: Path) -> Recipe:
-    """The recipe with absolute paths. A model that names no existing directory is taken for a Hub id."""
+def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe:
+    """The recipe with absolute paths. A model that names no existing directory is taken for a Hub id.
+
+    `where` is said of a template file that does not exist.
+    """
 
     def absolute(p: str) -> str:
         return str((base / Path(p).expanduser()).resolve())
@@ -64,9 +69,17 @@ def anchored(recipe: Recipe, base: Path) -> Recipe:
     data = recipe.data.model_copy(
         update={"train": absolute(recipe.data.train), "dev": split(recipe.data.dev), "test": split(recipe.data.test)}
     )
+    template = recipe.template
+    if isinstance(template, FileTemplate):
+        file = absolute(template.file)
+        if not Path(file).is_file():
+            fix = "Give the path of a Jinja template, relative to the recipe."
+            raise RecipeError(103, where, f"template.file is {template.file!r}, and {file} is no file.", fix)
+        template = template.model_copy(update={"file": file})
     local = recipe.model.startswith((".", "/", "~")) or (base / recipe.model).is_dir()
     model = absolute(recipe.model) if local else recipe.model
-    return recipe.model_copy(update={"data": data, "model": model, "runs": absolute(recipe.runs)})
+    changed = {"data": data, "model": model, "runs": absolute(recipe.runs), "template": template}
+    return recipe.model_copy(update=changed)
 
 
 def _parse(text: str, shown: str) -> Any:
@@ -124,50 +137,94 @@ def _plain(node: Any) -> Any:
     return node
 
 
-def _position(tree: Any, path: Sequence[str | int], shown: str) -> str:
-    """file:line:col of the deepest key of `path` that the file really has."""
-    where = shown
+def _found(tree: Any, path: _Path) -> list[tuple[Any, tuple[int, int]]]:
+    """The values along `path`, each with the (line, column) of its key, from 0, as far as the file really has them."""
+    found = []
     for key in path:
         if isinstance(tree, Mapping) and key in tree:
-            line, column = tree.lc.key(key)  # type: ignore[attr-defined]
-            where = f"{shown}:{line + 1}:{column + 1}"
-            tree = tree[key]
+            at = tree.lc.key(key)  # type: ignore[attr-defined]
         elif isinstance(tree, Sequence) and isinstance(key, int) and not isinstance(tree, str) and key < len(tree):
-            tree = tree[key]
-    return where
+            at = tree.lc.item(key)  # type: ignore[attr-defined]
+        else:
+            break
+        tree = tree[key]
+        found.append((tree, at))
+    return found
 
 
-def _keys_at(path: Sequence[str | int], tree: Any) -> list[str]:
-    """Names that are valid in the block at `path`."""
-    block: Any = Recipe
+def _position(tree: Any, path: _Path, shown: str) -> str:
+    """file:line:col of the deepest key of `path` that the file really has."""
+    found = _found(tree, path)
+    return f"{shown}:{found[-1][1][0] + 1}:{found[-1][1][1] + 1}" if found else shown
+
+
+def _walked(path: _Path) -> tuple[list[str | int], type[BaseModel] | None, list[type[BaseModel]]]:
+    """pydantic's path to a mistake as it is written, without the tags of unions; the block that its end is, if it is one; the
+    kinds of block it may be, if it is a choice.
+    """
+    written: list[str | int] = []
+    block: type[BaseModel] | None = Recipe
+    kinds: list[type[BaseModel]] = []
     for key in path:
-        if isinstance(tree, Mapping):
-            tree = tree.get(key, tree)
-        found = block.model_fields.get(str(key))
-        inner: Any = found.annotation if found else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            block = inner
-        elif key in _TAGGED:
-            block = _TAGGED[str(key)]
-    return list(block.model_fields)
+        if kinds:
+            block, kinds = next((k for k in kinds if key in _names([k])), None), []
+            continue
+        written.append(key)
+        field = block.model_fields.get(str(key)) if block is not None else None
+        inner = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        found = [k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)]
+        block, kinds = (found[0], []) if len(found) == 1 else (None, found)
+    return written, block, kinds
+
+
+def _names(kinds: Sequence[type[BaseModel]]) -> list[str]:
+    """The values of `kind:` that choose one of these blocks."""
+    return [name for k in kinds for name in get_args(k.model_fields["kind"].annotation)]
 
 
 def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
-    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
-    path = list(first["loc"])
-    written = [p for i, p in enumerate(path) if i == 0 or path[i - 1] not in _UNIONS]  # without pydantic's union tags
+    errors = error.errors()
+    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
+    written, _, kinds = _walked(first["loc"])
     dotted = ".".join(map(str, written))
     where = _position(tree, written, shown)
     if first["type"] == "extra_forbidden":
-        names = _keys_at(path[:-1], tree)
-        near = difflib.get_close_matches(str(path[-1]), names, 1, 0.5)
+        block = _walked(first["loc"][:-1])[1] or Recipe
+        names = list(block.model_fields)
+        near = difflib.get_close_matches(str(written[-1]), names, 1, 0.5)
         fix = f"Did you mean {near[0]!r}?" if near else f"Valid here: {', '.join(names)}."
         return RecipeError(102, where, f"{dotted} is not a known key.", fix)
     if first["type"] in ("missing", "union_tag_not_found"):
         missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
         return RecipeError(104, where, f"{missing} is missing.", "Add it, or start from `educe init --data FILE`.")
-    if not path:
+    if not written:
         return RecipeError(201, shown, first["msg"].removeprefix("Value error, ") + ".", "Change one of the two.")
-    value = repr(first["input"])
-    found = f"{dotted} is {value if len(value) <= 60 else value[:57] + '...'}."
-    return RecipeError(103, where, found, f"{first['msg']}.")
+    found = _found(tree, written)
+    if kinds and found:
+        return _no_kind(written, found[-1][0], _names(kinds), tree, shown)
+    written = written[: len(found)] or written  # one more key names one of several types that a value may have
+    said = [
+        e["msg"].removeprefix("Input should be ") for e in errors if _walked(e["loc"])[0][: len(written)] == written
+    ]
+    fix = "Input should be " + " or ".join(said) if len(said) > 1 else first["msg"]
+    text = f"{'.'.join(map(str, written))} is {_brief(first['input'])}."
+    return RecipeError(103, where, text, f"{fix}.".replace("valid tuple", "valid list"))
+
+
+def _no_kind(written: _Path, value: Any, names: list[str], tree: Any, shown: str) -> RecipeError:
+    """A choice whose `kind:` is none of `names`, or that is no block."""
+    block = isinstance(value, Mapping)
+    named, path = (value.get("kind"), [*written, "kind"]) if block else (value, written)
+    near = difflib.get_close_matches(str(named), names, 1, 0.5)
+    if isinstance(named, str) and not block and "file" in names and re.search(r"[./\\]", named):
+        fix = f"For a file write {{kind: file, file: {named}}}."
+    elif isinstance(named, str) and near:
+        fix = f"Did you mean {near[0]!r}?" if near[0] != named else f"Write {{kind: {named}}}."
+    else:
+        fix = f"Give a block with `kind:`, one of {', '.join(names)}."
+    return RecipeError(103, _position(tree, path, shown), f"{'.'.join(map(str, path))} is {_brief(named)}.", fix)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

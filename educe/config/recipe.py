@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -42,8 +42,50 @@ class Data(Knobs):
         default=ShareSplit(kind="share", share=0.1), description="rows that are answered once, at the end"
     )
     system: str | None = Field(default=None, description="system prompt for rows that have none")
-    train_on: Literal["all", "last"] = Field(default="all", description="which assistant turns are trained")
+    train_on: Literal["all", "last", "flagged"] = Field(
+        default="all", description="which assistant turns are trained: all, the last, or those the row gives a weight"
+    )
+    prompt_weight: float = Field(
+        default=0.0, ge=0, le=1, description="loss weight of what users and system say; never of template text"
+    )
+    reasoning_weight: float = Field(
+        default=1.0, ge=0, le=1, description="loss weight of reasoning inside trained turns"
+    )
     max_tokens: int = Field(default=2048, ge=8, le=1_048_576, description="longer rows are dropped, never cut")
+
+
+class _Template(Knobs):
+    stop: tuple[str, ...] = Field(default=(), strict=False, description="more control tokens that end a turn")
+    settings: dict[str, bool | int | str] | None = Field(
+        default=None, description="variables given to the template, such as enable_thinking (default: found by probing)"
+    )
+
+
+class OwnTemplate(_Template):
+    """The model's own chat template; `plain` where it has none."""
+
+    kind: Literal["own"]
+
+
+class NamedTemplate(_Template):
+    """One of educe's templates for base models."""
+
+    kind: Literal["plain", "chatml", "alpaca"]
+
+
+class FileTemplate(_Template):
+    """A Jinja file."""
+
+    kind: Literal["file"]
+    file: str = Field(description="the file")
+
+
+def _by_name(value: object) -> object:
+    """`template: plain` is short for `template: {kind: plain}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Template = Annotated[OwnTemplate | NamedTemplate | FileTemplate, Field(discriminator="kind"), BeforeValidator(_by_name)]
 
 
 class Full(Knobs):
@@ -119,6 +161,7 @@ class Recipe(Knobs):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="arithmetic; weights are kept in fp32"
     )
+    template: Template = Field(default=OwnTemplate(kind="own"), description="the chat template")
     data: Data
     tuning: Tuning = Field(default=Full(kind="full"), description="what is trained")
     train: Train = Field(default=Train(), description="the optimizer run")

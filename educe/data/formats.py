@@ -1,80 +1,94 @@
 """Row → conversation, one pure function per format; the format of a row is recognised by its keys, never guessed between two.
 
-A format function gets the row and returns messages as (role, content) pairs still unchecked; `to_conversation` checks them all
-in one place.
+A format function gets the row and returns its turns in the `messages` form, still unchecked, and the tools it offers;
+`to_conversation` checks all turns in one place.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from educe.data.messages import read_message
+from educe.data.tools import Row, Unfit, check_results, list_calls, read_tools
 from educe.errors import Refusal
-from educe.types import ROLES, Conversation, Message, Source
+from educe.types import Conversation, Message, Source
 
-Row = dict[str, Any]
-Pairs = Sequence[tuple[Any, Any]]
+Turns = tuple[Sequence[Row], tuple[Row, ...]]
 
-_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "weight", "train")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
-class _Unfit(Exception):
-    """Raised by a format function: (code, what was found, what to do)."""
+def _messages(row: Row) -> Turns:
+    return _turns(row, "messages", "{role, content}"), read_tools(row)
 
 
-def _messages(row: Row) -> Pairs:
-    turns = row["messages"]
+def _turns(row: Row, key: str, form: str) -> list[Row]:
+    turns = row[key]
     if not isinstance(turns, list) or not turns:
         shown = "null" if turns is None else f"{type(turns).__name__} of no messages"
-        raise _Unfit("E-DATA-141", f"messages is {shown}.", "Give a list of {role, content} objects.")
+        raise Unfit("E-DATA-141", f"{key} is {shown}.", f"Give a list of {form} objects.")
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise _Unfit("E-DATA-141", f"messages[{i}] is a {type(turn).__name__}.", "Give {role, content} objects.")
-    _refuse_unsupported(row, turns, "messages")
-    return [(t.get("role"), t.get("content")) for t in turns]
+            raise Unfit("E-DATA-141", f"{key}[{i}] is a {type(turn).__name__}, no object.", f"Give {form} objects.")
+    return turns
 
 
-def _refuse_unsupported(row: Row, turns: list[Row], key: str) -> None:
-    """What would be left out in silence: the model would learn something else than the row says."""
-    for i, turn in enumerate(turns):
-        used = [k for k in _UNSUPPORTED if turn.get(k) is not None]
-        if used:
-            raise _Unfit("E-DATA-146", f"{key}[{i}] has {used[0]}.", "This version reads role and content only.")
-    if row.get("tools") and row["tools"] != "[]":
-        raise _Unfit("E-DATA-146", "the row has tools.", "This version reads role and content only.")
+def _sharegpt(row: Row) -> Turns:
+    turns = [_from_sharegpt(t, i) for i, t in enumerate(_turns(row, "conversations", "{from, value}"))]
+    return _with_system(row, turns), read_tools(row)
 
 
-def _sharegpt(row: Row) -> Pairs:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise _Unfit("E-DATA-141", "conversations is empty or not a list.", "Give a list of {from, value} objects.")
-    if not all(isinstance(t, dict) for t in turns):
-        raise _Unfit("E-DATA-141", "conversations holds something that is no object.", "Give {from, value} objects.")
-    _refuse_unsupported(row, turns, "conversations")
-    named = [(t.get("from"), t.get("value")) for t in turns]
-    pairs = [(_SHAREGPT_ROLES.get(r, r) if isinstance(r, str) else r, value) for r, value in named]
-    return [("system", row["system"]), *pairs] if row.get("system") else pairs
+def _from_sharegpt(turn: Row, i: int) -> Row:
+    role, value = turn.get("from"), turn.get("value")
+    if role == "function_call":
+        calls = list_calls(value, f"conversations[{i}].value")
+        return {**turn, "role": "assistant", "content": None, "tool_calls": calls}
+    return {**turn, "role": _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
 
 
-def _alpaca(row: Row) -> Pairs:
-    ask, more = row["instruction"], row.get("input")
+def _alpaca(row: Row) -> Turns:
+    ask, more = _no_list(row, "instruction"), row.get("input")
     if more is not None and not isinstance(more, str):
-        raise _Unfit("E-DATA-143", f"input is a {type(more).__name__}, not text.", "Give text, or leave it out.")
+        raise Unfit("E-DATA-143", f"input is a {type(more).__name__}, not text.", "Give text, or leave it out.")
     if row.get("history"):
-        raise _Unfit("E-DATA-146", "the row has history.", "Write the turns as messages.")
+        raise Unfit("E-DATA-146", "the row has history.", "Write the turns as messages.")
     prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
-    pairs: list[tuple[Any, Any]] = [("user", prompt), ("assistant", row["output"])]
-    return [("system", row["system"]), *pairs] if row.get("system") else pairs
+    return _with_system(row, _exchange(prompt, _no_list(row, "output"))), ()
 
 
-def _prompt_completion(row: Row) -> Pairs:
-    return [("user", row["prompt"]), ("assistant", row["completion"])]
+def _prompt_completion(row: Row) -> Turns:
+    if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+        return _exchange(_no_list(row, "prompt"), _no_list(row, "completion")), ()
+    given, said = (_turns(row, key, "{role, content}") for key in ("prompt", "completion"))
+    if not any(turn.get("role") == "assistant" for turn in said):
+        raise Unfit("E-DATA-145", "there is no assistant message in completion.", "Add one, or remove the row.")
+    return [*map(_context, given), *said], read_tools(row)
 
 
-def _prompt_response(row: Row) -> Pairs:
-    return [("user", row["prompt"]), ("assistant", row["response"])]
+def _context(turn: Row) -> Row:
+    """A turn of the prompt: what the model is given, not what it must say."""
+    own = any(turn.get(key) is not None for key in ("weight", "loss_weight", "train"))
+    return turn if own or turn.get("role") != "assistant" else {**turn, "weight": 0}
+
+
+def _prompt_response(row: Row) -> Turns:
+    return _exchange(_no_list(row, "prompt"), _no_list(row, "response")), ()
+
+
+def _exchange(prompt: Any, answer: Any) -> list[Row]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _with_system(row: Row, turns: list[Row]) -> list[Row]:
+    return [{"role": "system", "content": _no_list(row, "system")}, *turns] if row.get("system") else turns
+
+
+def _no_list(row: Row, key: str) -> Any:
+    """The value, where only text will do: a list would be read as parts."""
+    if isinstance(row[key], list):
+        raise Unfit("E-DATA-143", f"{key} is a list, not text.", "Give text, or write the turns as messages.")
+    return row[key]
 
 
 def detect(row: Row) -> list[str]:
@@ -88,11 +102,12 @@ def to_conversation(row: Row, source: Source, system: str | None = None) -> Conv
     if len(fits) != 1:
         return _not_one(row, fits, source)
     try:
-        messages = _checked(FORMATS[fits[0]][1](row))
-        if system is not None and messages[0].role != "system":
+        turns, tools = FORMATS[fits[0]][1](row)
+        messages = _checked(turns)
+        if system is not None and messages[0].role not in ("system", "developer"):
             messages = (Message(role="system", content=system), *messages)
-        return Conversation(messages=messages, source=source)
-    except _Unfit as e:
+        return Conversation(messages=messages, source=source, tools=tools)
+    except Unfit as e:
         code, found, fix = e.args
         return Refusal(code=code, where=str(source), found=found, fix=fix)
 
@@ -106,26 +121,18 @@ def _not_one(row: Row, fits: list[str], source: Source) -> Refusal:
     return Refusal(code="E-DATA-106", where=str(source), found=found, fix=f"Rename them ({known}).")
 
 
-def _checked(pairs: Pairs) -> tuple[Message, ...]:
-    made = []
-    for i, (role, content) in enumerate(pairs):
-        if role not in ROLES:
-            near = difflib.get_close_matches(str(role), ROLES, 1, 0.6)
-            hint = f'Did you mean "{near[0]}"?' if near else f"Known roles: {', '.join(ROLES)}."
-            raise _Unfit("E-DATA-142", f"messages[{i}].role {role!r} is not a known role.", hint)
-        if not isinstance(content, str):
-            kind = "missing" if content is None else f"a {type(content).__name__}"
-            raise _Unfit("E-DATA-143", f"messages[{i}].content is {kind}, not text.", "Give text, or remove the row.")
-        if role == "assistant" and not content.strip():
-            raise _Unfit("E-DATA-144", f"messages[{i}] is an empty answer.", "Write the answer, or remove the row.")
-        made.append(Message(role=role, content=content))
-    if not any(m.role == "assistant" for m in made):
-        raise _Unfit("E-DATA-145", "there is no assistant message to learn from.", "Add one, or remove the row.")
-    return tuple(made)
+def _checked(turns: Sequence[Row]) -> tuple[Message, ...]:
+    messages = tuple([read_message(turn, i) for i, turn in enumerate(turns)])
+    roles = [m.role for m in messages]
+    if "assistant" not in roles:
+        raise Unfit("E-DATA-145", "there is no assistant message to learn from.", "Add one, or remove the row.")
+    if "tool" in roles:
+        check_results(messages)
+    return messages
 
 
 # The open family: keys a row must have, and the function that reads it.
-FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Pairs]]] = {
+FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Turns]]] = {
     "messages": (frozenset({"messages"}), _messages),
     "sharegpt": (frozenset({"conversations"}), _sharegpt),
     "alpaca": (frozenset({"instruction", "output"}), _alpaca),

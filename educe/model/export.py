@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from educe.chat.tokens import load_tokenizer
+from educe.chat.tokens import ChatTokenizer
 from educe.config import Full, Lora
+from educe.errors import ModelError
 from educe.model.device import Device
-from educe.model.load import CausalLM, load_model
+from educe.model.load import CausalLM, load_model, quiet
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+_COPIED = ("special_tokens_map.json", "tokenizer.model")
 
 
-def merged(base: Path, weights: Path, tuning: Full | Lora, device: Device) -> CausalLM:
-    """The tuned model, ready to answer, in the device's arithmetic: fp32 masters rounded once; adapters merged in fp32."""
+def merged(
+    base: Path, weights: Path, tuning: Full | Lora, device: Device, *, new_ids: Collection[int] = ()
+) -> CausalLM:
+    """The tuned model, ready to answer, in the device's arithmetic: fp32 masters rounded once; adapters merged in fp32.
+
+    `new_ids` are the tokens that training added, as `load_model` was given them.
+    """
     exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
     merging = isinstance(tuning, Lora)
-    model = load_model(base, exact if merging else device, tuning)
+    model = load_model(base, exact if merging else device, tuning, new_ids=new_ids)
     put(load_file(weights, device=device.kind), model)
     network = model.network.merge_and_unload() if merging else model.network
     with torch.no_grad():
@@ -43,18 +52,50 @@ def put(masters: dict[str, Tensor], model: CausalLM) -> None:
             p.copy_(masters[name])
 
 
-def write_model(model: CausalLM, base: Path, card: str, directory: Path) -> None:
-    """Weights, tokenizer, template, config and generation config (with every stop token) into a directory being built."""
+def write_model(model: CausalLM, base: Path, tokenizer: ChatTokenizer, card: str, directory: Path) -> None:
+    """Weights, tokenizer, template, config and generation config (with every stop token) into a directory being built.
+
+    `tokenizer` is the one that training used, with the control tokens that its template added and with its template.
+    """
     model.network.save_pretrained(directory)
-    for name in _TOKENIZER_FILES:
+    for name in _COPIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, directory / name)
-    tokenizer = load_tokenizer(base)
+    (directory / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     (directory / "chat_template.jinja").write_text(tokenizer.template.source, encoding="utf-8")
-    file = directory / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = _read(base / "tokenizer_config.json")
+    settings.pop("chat_template", None)  # older than the file, or the template that was replaced
+    if "added_tokens_decoder" in settings:  # transformers then reads added tokens here alone
+        added = {str(t.pop("id")): t for t in json.loads(tokenizer.json)["added_tokens"]}
+        settings["added_tokens_decoder"] = {**added, **settings["added_tokens_decoder"]}
+    _write(directory / "tokenizer_config.json", settings)
+    generation = _read(directory / "generation_config.json")
     stop = sorted(tokenizer.stop)
-    settings["eos_token_id"] = stop[0] if len(stop) == 1 else stop
-    settings.setdefault("pad_token_id", tokenizer.eos)
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    generation["eos_token_id"] = stop[0] if len(stop) == 1 else stop
+    generation.setdefault("pad_token_id", tokenizer.eos)
+    _write(directory / "generation_config.json", generation)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_tokenizer(directory: Path, tokenizer: ChatTokenizer) -> None:
+    """transformers must load `tokenizer` from `directory` as it was used: its template, its ids. Raises `ModelError`."""
+    with quiet():
+        loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    text = "".join(f"{token}\nRow 12345,  naïve\n\n{token} x" for token in tokenizer.control)
+    ours, theirs = tokenizer.encode(text), loaded.encode(text, add_special_tokens=False)
+    if ours != theirs or loaded.chat_template != tokenizer.template.source:
+        at = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
+        first = tokenizer.decode(ours[at : at + 1])
+        found = f"read back by transformers, its tokenizer gives other ids than in training (first at {first!r})."
+        if ours == theirs:
+            found = "read back by transformers, its chat template is another than in training."
+        raise ModelError(202, str(directory), found, "Nothing was exported; report this.")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return settings
+
+
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,12 @@ class CausalLM:
         self.device = device
         self.base = network.get_base_model() if adapted else network
         self._decoder: nn.Module = self.base.get_decoder()
+        with torch.no_grad():  # peft puts a matrix with trained rows together each time it is asked for one
+            self.vocabulary = int(self.base.get_output_embeddings().weight.shape[0])
 
     @property
     def device_kind(self) -> str:
         return self.device.kind
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.base.get_output_embeddings().weight.shape[0])
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that are trained, by name; a tied parameter once."""
@@ -94,11 +92,17 @@ class CausalLM:
 
 
 def load_model(
-    directory: Path, device: Device, tuning: Full | Lora | None = None, *, checkpointing: bool = False
+    directory: Path,
+    device: Device,
+    tuning: Full | Lora | None = None,
+    *,
+    checkpointing: bool = False,
+    new_ids: Collection[int] = (),
 ) -> CausalLM:
     """Load in the device's arithmetic. With `tuning`, ready to train packed rows; without, ready to answer.
 
-    Nothing in the directory is executed. With LoRA the adapters are on every linear layer and the rest is frozen.
+    Nothing in the directory is executed. With LoRA the adapters are on every linear layer and the rest is frozen, but for the
+    embeddings of `new_ids`: tokens that the model never saw, which begin as the mean of the others.
     """
     refuse_unsafe(directory)
     attention.register()
@@ -119,9 +123,12 @@ def load_model(
                 raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e
             first = str(e).strip().splitlines()[0][:200]
             raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
+        if new_ids:
+            _begin_rows(network, sorted(new_ids))
     network.to(device.kind)
     if isinstance(tuning, Lora):
-        network = _with_adapters(network, tuning)
+        with quiet():
+            network = _with_adapters(network, tuning, sorted(new_ids))
     model = CausalLM(network, device, adapted=isinstance(tuning, Lora))
     if tuning is None:
         network.eval()
@@ -133,18 +140,66 @@ def load_model(
     return model
 
 
-def _with_adapters(network: Any, tuning: Lora) -> Any:
+def _begin_rows(network: Any, new_ids: list[int]) -> None:
+    """Let the rows of `new_ids` in embedding and head (and its bias) be the mean of the rows before them.
+
+    So a new token is neither likely nor unlikely before training (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    Matrices that end before the last id are made longer, and the config with them. On the CPU, whatever the device: same bits.
+    """
+    before = int(network.get_input_embeddings().weight.shape[0])
+    if new_ids[-1] >= before:
+        network.resize_token_embeddings(new_ids[-1] + 1, mean_resizing=False)
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    if getattr(embedding, "padding_idx", None) in new_ids:
+        embedding.padding_idx = None  # torch gives the row of a padding token no gradient
+    begun = sorted({*new_ids, *range(before, new_ids[-1] + 1)})
+    tied = head.weight is embedding.weight
+    with torch.no_grad():
+        for rows in (embedding.weight, None if tied else head.weight, getattr(head, "bias", None)):
+            if rows is not None:
+                rows[begun] = _mean(rows[: min(new_ids[0], before)]).to(rows.dtype)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Mean over the first dimension, added up in fp64 in pieces: no copy of a whole embedding, no doubt about the last bit."""
+    total = torch.zeros(rows.shape[1:], dtype=torch.float64)
+    for piece in rows.split(4096):
+        total += piece.double().sum(0)
+    return total / len(rows)
+
+
+def _with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    names = {module: name for name, module in network.named_modules()}
+    holders = [names[embedding]] if tied else [names[embedding], names[head]]
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
         lora_dropout=tuning.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
+        trainable_token_indices=dict.fromkeys(holders, new_ids) if new_ids else None,
     )
     # Adapters in the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
-    return get_peft_model(network, config, autocast_adapter_dtype=False)
+    adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
+    if new_ids:
+        _check_rows(network, tied)
+    return adapted
+
+
+def _check_rows(network: Any, tied: bool) -> None:
+    """The head must use the trained rows: those of the embedding where the two are tied (peft goes by the config), else its own."""
+    head = network.get_output_embeddings()
+    rows = getattr(head, "token_adapter", None)
+    if rows is None or (rows.tied_adapter is not None) != tied:
+        found = "ties its head to its embedding in a way that adapters cannot follow: new control tokens would stay untrained."
+        fix = "Set tuning.kind: full, or a template whose control tokens the model has."
+        raise ModelError(202, network.config.model_type, found, fix)
+    if rows.base_layer.bias is not None:  # peft's layer leaves it out
+        head.register_forward_hook(lambda _module, _args, logits: logits + rows.base_layer.bias)
 
 
 @contextlib.contextmanager

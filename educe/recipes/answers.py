@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from educe.chat.render import opening, render_prompt
+from educe.chat.prompt import answer_in, expected_answer, render_prompt
 from educe.config import Recipe
 from educe.errors import EvalError
 from educe.evaluate.compare import Question
@@ -24,18 +24,21 @@ from educe.model.source import Say
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
 from educe.seeds import derive, permute
-from educe.types import Answer, Message
+from educe.types import Answer, Conversation, Message
 
 OnAnswers = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A question with the messages before it and what the template writes before an answer's own text."""
+    """A question, and the row it is from up to the answer that is expected."""
 
     question: Question
-    prompt: tuple[Message, ...]
-    opening: str
+    row: Conversation
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return self.row.messages[:-1]
 
 
 def questions_of(prepared: Prepared, recipe: Recipe) -> list[Asked]:
@@ -48,13 +51,13 @@ def questions_of(prepared: Prepared, recipe: Recipe) -> list[Asked]:
     for i in sorted(permute(len(rows), derive(recipe.train.seed, "test"))[: recipe.evaluation.max_rows].tolist()):
         c = rows[i]
         k = max(j for j, m in enumerate(c.messages) if m.role == "assistant")
+        row = replace(c, messages=c.messages[: k + 1])
         question = Question(
             row=f"{Path(c.source.file).name}:{c.source.line}",
             prompt=tuple({"role": m.role, "content": m.content} for m in c.messages[:k]),
-            expected=c.messages[k].content,
+            expected=expected_answer(row, prepared.tokenizer),
         )
-        opens = opening(c.messages[: k + 1], prepared.tokenizer)
-        asked.append(Asked(question=question, prompt=c.messages[:k], opening=opens))
+        asked.append(Asked(question=question, row=row))
     return asked
 
 
@@ -69,13 +72,14 @@ def answers_of(
     on_answers: OnAnswers,
 ) -> tuple[dict[str, list[Answer]], dict[str, float | None]]:
     """Answers and seconds of each system. Answers of the untouched model are kept in the cache: they are the same every time."""
-    prompts = {"untouched": [render_prompt(a.prompt, prepared.tokenizer) for a in asked]}
+    prompts = {"untouched": [render_prompt(a.prompt, prepared.tokenizer, a.row.tools) for a in asked]}
     shots = _few_shot_prompts(prepared, recipe, asked, say)
     if shots:
         prompts["few_shot"] = shots
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float | None] = {}
     base: CausalLM | None = None
+    added = prepared.tokenizer.new_tokens.values()
     for name, ids in prompts.items():
         cache = _cache_file(run, prepared, ids, recipe, device.dtype)
         stored = read_jsonl(cache) if cache.is_file() else []
@@ -83,14 +87,14 @@ def answers_of(
             say(f"{name}: answered before on this machine; taken from the cache")
             answers[name], seconds[name] = [Answer(**line) for line in stored[1:]], stored[0]["seconds"]
             continue
-        base = base if base is not None else load_model(prepared.model_dir, device)
+        base = base if base is not None else load_model(prepared.model_dir, device, new_ids=added)
         answers[name], seconds[name] = _ask(base, prepared, ids, recipe, name, on_answers)
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(cache, [{"seconds": seconds[name]}, *map(asdict, answers[name])])
     del base
-    tuned = merged(prepared.model_dir, weights, recipe.tuning, device)
+    tuned = merged(prepared.model_dir, weights, recipe.tuning, device, new_ids=added)
     answers["tuned"], seconds["tuned"] = _ask(tuned, prepared, prompts["untouched"], recipe, "tuned", on_answers)
-    return {name: _without_openings(given, asked) for name, given in answers.items()}, seconds
+    return {name: _answers_in(given, asked, prepared) for name, given in answers.items()}, seconds
 
 
 def _few_shot_prompts(prepared: Prepared, recipe: Recipe, asked: list[Asked], say: Say) -> list[list[int]]:
@@ -98,7 +102,7 @@ def _few_shot_prompts(prepared: Prepared, recipe: Recipe, asked: list[Asked], sa
     examples = choose_examples(prepared.conversations("shots"), recipe.evaluation.few_shot, recipe.train.seed)
     positions = describe_model(prepared.model_dir, recipe.model).max_positions
     for count in range(min(recipe.evaluation.few_shot, len(examples)), 0, -1):
-        ids = [render_prompt(with_examples(a.prompt, examples[:count]), prepared.tokenizer) for a in asked]
+        ids = [render_prompt(with_examples(a.prompt, examples[:count]), prepared.tokenizer, a.row.tools) for a in asked]
         if max(map(len, ids)) + recipe.evaluation.max_new_tokens <= positions:
             if count < recipe.evaluation.few_shot:
                 say(f"few_shot: {count} examples fit the model's {positions} positions")
@@ -117,8 +121,8 @@ def _ask(
     return answers, time.perf_counter() - began
 
 
-def _without_openings(answers: list[Answer], asked: list[Asked]) -> list[Answer]:
-    return [replace(a, text=a.text.removeprefix(q.opening)) for a, q in zip(answers, asked, strict=True)]
+def _answers_in(answers: list[Answer], asked: list[Asked], prepared: Prepared) -> list[Answer]:
+    return [replace(a, text=answer_in(a.text, q.row, prepared.tokenizer)) for a, q in zip(answers, asked, strict=True)]
 
 
 def _cache_file(run: RunDir, prepared: Prepared, ids: list[list[int]], recipe: Recipe, dtype: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from educe.chat.render import render_prompt
+from educe.chat.prompt import render_prompt
 from educe.errors import RunError
 from educe.files.run_dir import RunDir
 from educe.model.export import merged
@@ -28,9 +28,10 @@ class Chat:
         self._prepared: Prepared = data_of(run, recipe, say)
         device = answering_device(recipe, run, say)
         self.names = ["tuned", "untouched"] if base else ["tuned"]
-        models = {"tuned": merged(self._prepared.model_dir, weights, recipe.tuning, device)}
+        added = self._prepared.tokenizer.new_tokens.values()
+        models = {"tuned": merged(self._prepared.model_dir, weights, recipe.tuning, device, new_ids=added)}
         if base:
-            models["untouched"] = load_model(self._prepared.model_dir, device)
+            models["untouched"] = load_model(self._prepared.model_dir, device, new_ids=added)
         self._samplers = {n: LocalSampler(m, self._prepared.tokenizer) for n, m in models.items()}
         self.system = common_system(self._prepared.conversations("shots"))
         self._history: dict[str, tuple[Message, ...]] = {}

@@ -41,10 +41,19 @@ def final_weights(run: RunDir, say: Say) -> Path:
 
 
 def data_of(run: RunDir, recipe: Recipe, say: Say) -> Prepared:
-    """The data a run was trained on, as it was prepared then; prepared again where that is gone and the files are the same."""
-    key = str(run.load(run.provenance)["prepared"])
+    """The data a run was trained on, as it was prepared then; prepared again where that is gone and the files are the same.
+
+    Its tokenizer and template are those of the training, or it is refused.
+    """
+    provenance = run.load(run.provenance)
+    key = str(provenance["prepared"])
     kept = open_prepared_data(recipe, key, say)
     if kept is not None:
+        for what in ("template", "tokenizer"):
+            if getattr(kept.tokenizer, f"{what}_hash") != provenance[f"{what}_sha256"]:
+                at = recipe.template.file if what == "template" and recipe.template.kind == "file" else recipe.model
+                found = f"was trained with another {what} than {at} has now."
+                raise EvalError(2, str(run.path), found, f"Restore that {what}.")
         return kept
     made = prepare(recipe, say)
     if made.key != key:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,41 @@ from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.device import Device
-from educe.model.export import merged, write_model
+from educe.model.export import check_tokenizer, merged, write_model
 from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
-from educe.model.source import Say, find_model
-from educe.recipes.eval import answering_device, final_weights, recipe_of
+from educe.model.source import Say
+from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
 
 
 def export(run: RunDir, target: Path, say: Say) -> Path:
-    """Write `target` (new or empty), load it back, compare logits to the bit."""
+    """Write `target` (new or empty), load it back, compare logits to the bit and the tokenizer to the id."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(203, str(target), "is not an empty directory.", "Give a directory that does not exist yet.")
     recipe = recipe_of(run)
     weights = final_weights(run, say)
-    base = find_model(recipe.model, say)
+    prepared = data_of(run, recipe, say)
+    base, tokenizer, settings = prepared.model_dir, prepared.tokenizer, prepared.tokenizer.settings
     facts = describe_model(base, recipe.model)
     device = answering_device(recipe, run, say)
     need_space(target, 2 * facts.num_parameters * (2 if device.dtype == "bfloat16" else 4), "the exported model")
-    model = merged(base, weights, recipe.tuning, device)
+    model = merged(base, weights, recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
     provenance = run.load(run.provenance)
     scores = run.load(run.scores) if run.scores.is_file() else None
     with directory(target, about={"stage": "export", "run": run.path.name}) as part:
-        write_model(model, base, _card(recipe.name, provenance, scores), part)
+        write_model(model, base, tokenizer, _card(recipe.name, provenance, scores, settings), part)
         _read_back(part, model, device)
-    say(f"read back: logits are the same to the bit ({device.dtype})")
+        check_tokenizer(part, tokenizer)
+    say(f"read back: logits are the same to the bit ({device.dtype}), token ids and template are those of the training")
+    if settings:
+        say(f"it was trained with settings of the template; serve it with them: {_serve(target, settings)}")
     return target
+
+
+def _serve(place: Path | str, settings: Mapping[str, Any]) -> str:
+    """A command that serves the model with the template settings it was trained with."""
+    given = shlex.quote(json.dumps(dict(settings)))
+    return f"vllm serve {shlex.quote(str(place))} --default-chat-template-kwargs {given}"
 
 
 def _read_back(part: Path, model: CausalLM, device: Device) -> None:
@@ -54,7 +66,7 @@ def _read_back(part: Path, model: CausalLM, device: Device) -> None:
         )
 
 
-def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None) -> str:
+def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None, settings: Mapping[str, Any]) -> str:
     base = provenance["model"]
     lines = [
         "---",
@@ -74,6 +86,9 @@ def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None) 
         lines += ["", f"**{scores['verdict']}**", "", "| system | right | 95 % interval |", "|---|---|---|"]
         for system, s in scores["systems"].items():
             lines.append(f"| {system} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
+    if settings:
+        said = "Trained with these settings of the chat template, so serve it with them (`chat_template_kwargs`):"
+        lines += ["", said, "", "```bash", _serve(".", settings), "```"]
     lines += [
         "",
         "```json",

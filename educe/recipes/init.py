@@ -8,8 +8,10 @@ from pathlib import Path
 
 import psutil
 
+from educe.chat.examples import build_examples
+from educe.chat.render import Renderer
+from educe.chat.settle import settle
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
-from educe.chat.weights import build_examples
 from educe.config import parse_recipe
 from educe.data.formats import to_conversation
 from educe.data.sources import read_rows
@@ -117,13 +119,14 @@ def _look(data: Path, tokenizer: ChatTokenizer, positions: int) -> Looked:
         else:
             kept.append(made)
     lengths, answers, answer_tokens = [], [], []
-    for i in permute(len(kept), 0)[:SAMPLE_ROWS].tolist():
-        built = build_examples(kept[i], tokenizer, only_last=False, max_tokens=positions)
+    sample = [kept[i] for i in permute(len(kept), 0)[:SAMPLE_ROWS].tolist()]
+    renderer = Renderer(settle(tokenizer, sample).tokenizer)
+    for c, built in zip(sample, build_examples(sample, renderer, max_tokens=positions), strict=True):
         if isinstance(built, Refusal):
             first = first or built
             continue
         lengths += [int(e.ids_T.size) for e in built]
-        answers.append(next(m.content for m in reversed(kept[i].messages) if m.role == "assistant"))
+        answers.append(next(m.content for m in reversed(c.messages) if m.role == "assistant"))
         answer_tokens.append(int((built[-1].weights_T > 0).sum()))
     if not lengths:
         raise DataError(5, str(data), f"has no usable row; the first is refused: {first}", "Mend the rows.")

@@ -16,7 +16,9 @@ def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, *, packed: b
     if recipe.data.max_tokens > facts.max_positions:
         found = f"data.max_tokens is {recipe.data.max_tokens}, {facts.name} has {facts.max_positions} positions."
         raise ModelError(201, "data.max_tokens", found, "Lower it.")
-    if store.max_id >= facts.vocab_size:
+    added = sorted(prepared.tokenizer.new_tokens.values())
+    known = max(facts.vocab_size, added[-1] + 1) if added and added[0] <= facts.vocab_size else facts.vocab_size
+    if store.max_id >= known:
         found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
         raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
     plan = plan_packs(
@@ -46,7 +48,7 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
         said.append(f"only {s['rows']['test']} test rows: intervals will be wide (100 or more are better)")
     if s["refused"] + s["dropped"] > 0.01 * s["rows_in"]:
         said.append(f"{s['refused'] + s['dropped']} of {s['rows_in']} rows are not used")
-    if "strftime_now" in prepared.tokenizer.template.source:
+    if "strftime_now" in prepared.tokenizer.template.variables:
         said.append(
             f"the chat template prints the date: rows are trained with {FIXED_DATE:%Y-%m-%d}, a server sends today's"
         )

@@ -30,14 +30,19 @@ TRAIN_VERSION = 1
 
 def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[str, Any]:
     """Everything that decides the trained weights, flat: two runs with equal settings are the same run."""
+    template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
     tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump().items()}
     skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
     data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
+    policy = recipe.data.model_dump(mode="json", exclude={"train": True, "dev": {"file"}, "test": {"file"}})
     return {
         "model": _weights_hash(facts.directory),
-        "prepared data": prepared.key,
+        **template,
+        "template text": prepared.tokenizer.template_hash,
         **data,
+        **{f"data.{k}": v for k, v in policy.items()},
+        "prepared data": prepared.key,
         **tuning,
         **steps,
         "device": recipe.device,
@@ -97,7 +102,10 @@ def provenance_of(
             "licence": facts.licence,
             "sha256": _weights_hash(facts.directory),
         },
+        "template": prepared.tokenizer.template_name,
+        "template_settings": dict(prepared.tokenizer.settings),
         "template_sha256": prepared.tokenizer.template_hash,
+        "new_tokens": dict(prepared.tokenizer.new_tokens),
         "tokenizer_sha256": prepared.tokenizer.tokenizer_hash,
         "data": {name: {"file": file, "sha256": hashes[name]} for name, file in _data_files(recipe).items()},
         "prepared": prepared.key,

@@ -69,7 +69,13 @@ def _train(
     device = device_of_run(recipe, run)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
-    model = load_model(prepared.model_dir, device, recipe.tuning, checkpointing=recipe.train.activation_checkpointing)
+    model = load_model(
+        prepared.model_dir,
+        device,
+        recipe.tuning,
+        checkpointing=recipe.train.activation_checkpointing,
+        new_ids=prepared.tokenizer.new_tokens.values(),
+    )
     prove_head(model)
     packed = packs_are_blind(model)
     if not packed:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from educe.chat.render import render_prompt
+from educe.chat.prompt import render_prompt
 from educe.config import Recipe
 from educe.files.atomic import told
 from educe.files.jsonl import read_jsonl, write_jsonl
@@ -112,7 +112,7 @@ class Watch:
     def _answer(self) -> None:
         if not self._questions:
             return
-        prompts = [render_prompt(c.messages[:i], self._tokenizer) for c, i in self._questions]
+        prompts = [render_prompt(c.messages[:i], self._tokenizer, c.tools) for c, i in self._questions]
         sampler = LocalSampler(self._state.model, self._tokenizer)
         answers = sampler.answer(prompts, self._recipe.evaluation.max_new_tokens)
         release_free_memory()

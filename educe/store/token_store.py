@@ -1,4 +1,4 @@
-"""Examples as flat arrays on disk: `ids.npy`, `weights.npy`, `offsets.npy`, read through the page cache, written once.
+"""Examples as flat arrays on disk, read through the page cache, written once: ids, weights, offsets, prefix_of (each .npy).
 
 Shape legend: N examples, T tokens of all examples.
 """
@@ -17,21 +17,25 @@ from educe.files.atomic import verify
 from educe.types import Example
 
 # Bump when the same rows and settings would be stored differently.
-STORE_VERSION = 1
+STORE_VERSION = 2
 
 
 class TokenStore:
     """N examples, indexed from 0."""
 
-    def __init__(self, ids_T: np.ndarray, weights_T: np.ndarray, offsets: np.ndarray) -> None:
-        self._ids_T, self._weights_T, self._offsets = ids_T, weights_T, offsets
+    def __init__(self, ids_T: np.ndarray, weights_T: np.ndarray, offsets: np.ndarray, prefix_of: np.ndarray) -> None:
+        self._ids_T, self._weights_T, self._offsets, self.prefix_of = ids_T, weights_T, offsets, prefix_of
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, i: int) -> Example:
         span = slice(int(self._offsets[i]), int(self._offsets[i + 1]))
-        return Example(ids_T=np.array(self._ids_T[span]), weights_T=np.array(self._weights_T[span]))
+        return Example(
+            ids_T=np.array(self._ids_T[span]),
+            weights_T=np.array(self._weights_T[span]),
+            prefix_of=int(self.prefix_of[i]),
+        )
 
     @property
     def lengths(self) -> Int64[np.ndarray, " n"]:
@@ -55,19 +59,21 @@ def write_store(directory: Path, examples: Iterable[Example]) -> None:
     np.save(directory / "ids.npy", np.concatenate([e.ids_T for e in kept]) if kept else empty_ids)
     np.save(directory / "weights.npy", np.concatenate([e.weights_T for e in kept]) if kept else empty_weights)
     np.save(directory / "offsets.npy", np.cumsum([0, *(e.ids_T.size for e in kept)], dtype=np.int64))
+    np.save(directory / "prefix_of.npy", np.array([e.prefix_of for e in kept], np.int32))
 
 
 def open_store(directory: Path) -> TokenStore:
     """Map a store read-only. Whole-directory damage is found by `open_prepared`; here only that the arrays fit together."""
     try:
-        ids, weights, offsets = (np.load(directory / f"{n}.npy", mmap_mode="r") for n in ("ids", "weights", "offsets"))
-        fits = ids.shape == weights.shape and int(offsets[-1]) == ids.size
+        names = ("ids", "weights", "offsets", "prefix_of")
+        ids, weights, offsets, prefix_of = (np.load(directory / f"{n}.npy", mmap_mode="r") for n in names)
+        fits = ids.shape == weights.shape and int(offsets[-1]) == ids.size and prefix_of.size == offsets.size - 1
     except Exception as e:  # a damaged header makes numpy's parser raise nearly anything
         fix = "Delete the directory; the next `educe prepare` makes it again."
         raise StoreError(1, str(directory), f"cannot be read: {e}.", fix) from e
     if not fits:
         raise StoreError(301, str(directory), "has arrays of different lengths.", "Delete it and prepare again.")
-    return TokenStore(ids, weights, offsets)
+    return TokenStore(ids, weights, offsets, prefix_of)
 
 
 def open_prepared(directory: Path) -> dict[str, Any] | None:

@@ -1,0 +1,65 @@
+"""What inference sends, and how to read what comes back: training, evaluation and chat all ask here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from educe.chat.assemble import encode_pieces
+from educe.chat.template import TemplateRefusal
+from educe.chat.tokens import ChatTokenizer
+from educe.chat.turns import Row, Turn, Unproved, find_turn
+from educe.errors import ChatError
+from educe.types import Conversation, Message, Segment, Source
+
+_NOWHERE = Source(file="prompt", line=0)
+
+
+def render_prompt(
+    messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """Ids a server would send for `messages`, control strings in them as text. Raises `ChatError`."""
+    row = Row(Conversation(messages=tuple(messages), source=_NOWHERE, tools=tuple(tools)), tokenizer)
+    try:
+        pieces = row.text(len(messages), generation=True).pieces
+    except (TemplateRefusal, Unproved) as e:
+        raise ChatError(102, "prompt", f"the chat template refused it: {e.args[1]}.", "Change the messages.") from e
+    segments = [Segment(text=p.text, message=p.message, part=p.part, trained=False) for p in pieces]
+    return encode_pieces(segments, tokenizer)
+
+
+def expected_answer(conversation: Conversation, tokenizer: ChatTokenizer) -> str:
+    """What the last message, an assistant's, says: its content; its calls, as the template shows them, where it has none."""
+    message = conversation.messages[-1]
+    turn = _last_turn(conversation, tokenizer) if not message.content else None
+    if turn is None:
+        return message.content
+    text = "".join(p.text for p in turn.completion)
+    ends = [w for w, number in tokenizer.control.items() if number in tokenizer.stop and text.endswith(w)]
+    return text[: -len(max(ends, key=len))] if ends else text
+
+
+def answer_in(text: str, conversation: Conversation, tokenizer: ChatTokenizer) -> str:
+    """The part of a model's text that answers: without what the template makes it write first, an empty reasoning block, say.
+
+    `conversation` ends in the expected answer. The model learns to write the opening; a grader must not count it.
+    """
+    turn = _last_turn(conversation, tokenizer)
+    closing = tokenizer.habits.closing
+    if closing is not None and closing.strip() and closing.strip() in text:
+        return text.partition(closing.strip())[2].lstrip("\n")
+    if turn is None:
+        return text
+    opening = []
+    for piece in turn.completion:
+        if piece.from_data:
+            break
+        opening.append(piece.text)
+    return text.removeprefix("".join(opening))
+
+
+def _last_turn(conversation: Conversation, tokenizer: ChatTokenizer) -> Turn | None:
+    try:
+        return find_turn(Row(conversation, tokenizer), len(conversation.messages) - 1)
+    except (TemplateRefusal, Unproved):
+        return None  # such a row was refused before; nothing is graded by it

@@ -1,0 +1,334 @@
+"""Text that remembers where it came from, and what a template asked about it.
+
+A chat template is given `Traced` strings in place of a row's texts. Such a string holds marks (one private character for each
+text, its *leaf*) where the text would stand, so whatever the template writes shows who wrote it. A change the template makes to
+a text (trimming, splitting at `</think>`) gives a new leaf that knows the operation; a question it asks (`'x' in content`,
+`content.startswith(…)`) is answered from the real text and recorded as a condition. What comes out is therefore the rendering
+of every row with the same shape whose texts meet the same conditions (symbolic execution of one path).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# One character of plane 15 or 16 for each leaf.
+FIRST_MARK, LAST_MARK = 0xF0000, 0x10FFFD
+MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(LAST_MARK)}]")
+
+# An operation on a text: its name and its arguments, as JSON can hold them.
+Op = tuple[Any, ...]
+# Marked text, the question, its arguments (marked too), the answer.
+Condition = tuple[str, str, tuple[Any, ...], Any]
+
+
+class TooManyLeaves(Exception):
+    """A row has more texts than there are marks."""
+
+
+def apply_op(text: str, op: Op) -> str:
+    """The text after one operation: a str method, a part of a split, a slice, or JSON's escapes."""
+    name, *args = op
+    if name == "part":  # ("part", method, arguments, which)
+        method, given, which = args
+        return str(getattr(text, method)(*given)[which])
+    if name == "slice":
+        return text[slice(*args)]
+    if name == "item":
+        return text[args[0]]
+    if name == "json":
+        return _json_string(text, ensure_ascii=bool(args[0]))
+    return str(getattr(text, name)(*args))
+
+
+def ask(text: str, question: str, args: Sequence[Any]) -> Any:
+    """What the template asked about a text. Raises what Python raises (`index` of what is not there)."""
+    if question == "bool":
+        return bool(text)
+    if question == "len":
+        return len(text)
+    if question == "contains":
+        return args[0] in text
+    if question == "parts":  # how many a split gives
+        return len(getattr(text, args[0])(*args[1]))
+    if question in ("eq", "lt", "le", "gt", "ge"):
+        return getattr(text, f"__{question}__")(args[0])
+    return getattr(text, question)(*args)
+
+
+def _json_string(text: str, *, ensure_ascii: bool) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=ensure_ascii)[1:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One of a row's texts after the operations: `path` leads to it in the messages, `text` is what it holds in this row.
+
+    A path is (message, field, *keys). An empty path is a text that mixes several and can only be shown, not made again.
+    """
+
+    path: tuple[Any, ...]
+    ops: tuple[Op, ...]
+    text: str
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened to the texts of one row in one rendering. `leaked`: leaves whose text the template got without its mark."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    conditions: list[Condition] = field(default_factory=list)
+    leaked: set[int] = field(default_factory=set)
+    known: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def text(self, leaf: Leaf) -> Traced:
+        """The marked string that stands for a leaf; the same one for the same leaf."""
+        key = (leaf.path, repr(leaf.ops), leaf.text if not leaf.path else "")
+        mark = self.known.get(key)
+        if mark is None:
+            if FIRST_MARK + len(self.leaves) > LAST_MARK:
+                raise TooManyLeaves
+            mark = self.known[key] = chr(FIRST_MARK + len(self.leaves))
+            self.leaves.append(leaf)
+        return Traced(mark, self)
+
+    def wrap(self, marked: str) -> str:
+        """A plain string again where no mark is in it."""
+        return Traced(marked, self) if MARK.search(marked) else str.__str__(marked)
+
+    def real(self, marked: str) -> str:
+        """The text that a marked string stands for."""
+        return MARK.sub(lambda m: self.leaves[ord(m[0]) - FIRST_MARK].text, str.__str__(marked))
+
+    def leak(self, marked: str) -> str:
+        """The real text, handed out; right for rows with this very text only."""
+        real = self.real(marked)
+        self.leaked |= {ord(m) - FIRST_MARK for m in MARK.findall(str.__str__(marked))}
+        self.conditions.append((str.__str__(marked), "eq", (real,), True))
+        return real
+
+
+def _plain(value: Any) -> Any:
+    """An argument as the condition records it: marked text as a plain string."""
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+class Traced(str):
+    """A marked string; see the module. Its own characters are the marks and the literal text around them."""
+
+    trace: Trace
+    # C code sees the marks; Python code sees the methods below.
+
+    def __new__(cls, marked: str, trace: Trace) -> Traced:
+        self = super().__new__(cls, marked)
+        self.trace = trace
+        return self
+
+    def _ask(self, question: str, *args: Any) -> Any:
+        given = [self.trace.real(a) if isinstance(a, Traced) else a for a in args]
+        answer = ask(self.trace.real(self), question, given)
+        self.trace.conditions.append((str.__str__(self), question, tuple(map(_plain, args)), answer))
+        return answer
+
+    def _leaf(self) -> Leaf | None:
+        """The leaf, where this is one and nothing else."""
+        return self.trace.leaves[ord(self.mark) - FIRST_MARK] if str.__len__(self) == 1 else None
+
+    @property
+    def mark(self) -> str:
+        return str.__str__(self)
+
+    def _derive(self, op: Op) -> str:
+        leaf = self._leaf()
+        if leaf is not None:
+            return self.trace.text(Leaf(leaf.path, (*leaf.ops, op) if leaf.path else (), apply_op(leaf.text, op)))
+        return self.trace.text(Leaf((), (), apply_op(self.trace.real(self), op)))
+
+    # --- questions ---
+
+    def __bool__(self) -> bool:
+        return bool(self._ask("bool"))
+
+    def __len__(self) -> int:
+        return int(self._ask("len"))
+
+    def __contains__(self, needle: object) -> bool:
+        return bool(self._ask("contains", needle)) if isinstance(needle, str) else False
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._ask("eq", other)) if isinstance(other, str) else False
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __lt__(self, other: str) -> bool:
+        return bool(self._ask("lt", other))
+
+    def __le__(self, other: str) -> bool:
+        return bool(self._ask("le", other))
+
+    def __gt__(self, other: str) -> bool:
+        return bool(self._ask("gt", other))
+
+    def __ge__(self, other: str) -> bool:
+        return bool(self._ask("ge", other))
+
+    def __hash__(self) -> int:
+        return hash(self.trace.leak(self))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([self._derive(("item", k)) for k in range(len(self))])
+
+    def __repr__(self) -> str:
+        return repr(self.trace.leak(self))
+
+    # --- joining keeps the marks ---
+
+    def __str__(self) -> str:
+        return self
+
+    def __format__(self, spec: str) -> str:
+        return format(self.trace.leak(self), spec) if spec else str.__str__(self)
+
+    def __add__(self, other: str) -> str:
+        return self.trace.wrap(str.__add__(self, other))
+
+    def __radd__(self, other: str) -> str:
+        return self.trace.wrap(str.__add__(other, self))
+
+    def __mul__(self, count: Any) -> str:
+        return self.trace.wrap(str.__mul__(self, count))
+
+    __rmul__ = __mul__
+
+    def __mod__(self, values: Any) -> str:
+        return str(self.trace.leak(self) % values)
+
+    def join(self, parts: Any) -> str:
+        return self.trace.wrap(str.join(self, parts))
+
+    # --- changes ---
+
+    def __getitem__(self, key: Any) -> str:
+        if isinstance(key, slice):
+            return self._derive(("slice", key.start, key.stop, key.step))
+        return self._derive(("item", key))
+
+    def strip(self, chars: str | None = None) -> str:
+        return self._strip(chars, left=True, right=True)
+
+    def lstrip(self, chars: str | None = None) -> str:
+        return self._strip(chars, left=True, right=False)
+
+    def rstrip(self, chars: str | None = None) -> str:
+        return self._strip(chars, left=False, right=True)
+
+    def _strip(self, chars: str | None, *, left: bool, right: bool) -> str:
+        if self._leaf() is not None:
+            return self._derive(("strip" if left and right else "lstrip" if left else "rstrip", chars))
+        parts = split_marked(self)
+        if left:
+            parts = _strip_end(self.trace, parts, "lstrip", chars)
+        if right:
+            parts = _strip_end(self.trace, parts[::-1], "rstrip", chars)[::-1]
+        return self.trace.wrap("".join(map(str.__str__, parts)))
+
+    def replace(self, old: str, new: str, count: Any = -1) -> str:
+        if not self._ask("contains", old):
+            return self
+        old, new = (self.trace.leak(x) if isinstance(x, Traced) else x for x in (old, new))
+        return self._derive(("replace", old, new, count))
+
+    def _split(self, method: str, args: tuple[Any, ...]) -> list[str]:
+        """Parts as leaves of their own. Where only literal text holds the separator, the marked text is split."""
+        if isinstance(args[0], Traced):
+            return list(getattr(self.trace.leak(self), method)(self.trace.leak(args[0]), *args[1:]))
+        number = int(self._ask("parts", method, list(args)))
+        if number == 1 and method in ("split", "rsplit") and args[0] is not None:
+            return [self]
+        literal = getattr(str, method)(str.__str__(self), *args)
+        if self._leaf() is None and len(literal) == number:
+            return [self.trace.wrap(p) for p in literal]
+        return [self._derive(("part", method, list(args), k)) for k in range(number)]
+
+    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
+        return self._split("split", (sep, maxsplit))
+
+    def rsplit(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
+        return self._split("rsplit", (sep, maxsplit))
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        return self._split("splitlines", (keepends,))
+
+    def partition(self, sep: str) -> tuple[str, str, str]:
+        self._ask("contains", sep)
+        a, b, c = self._split("partition", (sep,))
+        return a, b, c
+
+    def rpartition(self, sep: str) -> tuple[str, str, str]:
+        self._ask("contains", sep)
+        a, b, c = self._split("rpartition", (sep,))
+        return a, b, c
+
+
+def split_marked(marked: str) -> list[str]:
+    """Literal stretches and single marks, in order."""
+    text = str.__str__(marked)
+    parts, at = [], 0
+    for found in MARK.finditer(text):
+        if found.start() > at:
+            parts.append(text[at : found.start()])
+        parts.append(found[0])
+        at = found.end()
+    if at < len(text):
+        parts.append(text[at:])
+    return parts
+
+
+def _strip_end(trace: Trace, parts: list[str], method: str, chars: str | None) -> list[str]:
+    """Strip the first of `parts`, and the next where nothing is left of it; each answer becomes a condition."""
+    kept = list(parts)
+    while kept:
+        first = trace.wrap(kept[0])
+        changed = getattr(first, method)(chars)
+        if changed:  # for a leaf this asks, and records the answer
+            kept[0] = str.__str__(changed)
+            break
+        kept.pop(0)
+    return kept
+
+
+def _question(name: str) -> Callable[..., Any]:
+    def asked(self: Traced, *args: Any) -> Any:
+        return self._ask(name, *args)
+
+    return asked
+
+
+def _change(name: str) -> Callable[..., str]:
+    def changed(self: Traced, *args: Any) -> str:
+        return self._derive((name, *map(_plain, args)))
+
+    return changed
+
+
+def _leaking(name: str) -> Callable[..., Any]:
+    def leaked(self: Traced, *args: Any, **more: Any) -> Any:
+        return getattr(self.trace.leak(self), name)(*args, **more)
+
+    return leaked
+
+
+_QUESTIONS = (
+    "startswith endswith find rfind index rindex count isalnum isalpha isascii isdecimal isdigit isidentifier islower"
+)
+_QUESTIONS += " isnumeric isprintable isspace istitle isupper"
+_CHANGES = "capitalize casefold lower upper swapcase title removeprefix removesuffix expandtabs"
+_LEAKS = "center ljust rjust zfill encode format format_map translate"
+for _names, _make in ((_QUESTIONS, _question), (_CHANGES, _change), (_LEAKS, _leaking)):
+    for _name in _names.split():
+        setattr(Traced, _name, _make(_name))

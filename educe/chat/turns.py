@@ -1,0 +1,341 @@
+"""One assistant turn: the prompt that inference sends before it, and what the model must then emit.
+
+    prompt_i     = render(M[:i], add_generation_prompt=True)
+    completion_i = everything the template puts after it, up to and including the stop token
+
+Where a template's generation prompt opens a reasoning block that history does not show, the completion is put together from
+what the block still needs and the answer's own rendering; anything else that does not follow its prompt is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from educe.chat.pieces import control_in, cut, joined, last_of, merged, starts_with
+from educe.chat.probe import CALLED, closes, user
+from educe.chat.template import Piece, Text
+from educe.chat.tokens import ChatTokenizer
+from educe.types import Conversation
+
+# Tags that open reasoning, and how each is closed.
+_OPENERS = re.compile(
+    r"<(?P<angle>think|thinking|thought|reasoning|seed:think)>|\[(?P<square>THINK)\]|<\|(?P<bar>START_THINKING)\|>"
+    r"|<\|channel>(?P<channel>thought|analysis)\n|<(?P<fish>[｜|]begin_of_thought[｜|])>"
+)
+
+
+class Unproved(Exception):
+    """One row cannot be trained: (code, what was found, what to do)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn as pieces. `exact`: prompt and completion fit together whatever the row's texts are."""
+
+    index: int
+    prompt: tuple[Piece, ...]
+    completion: tuple[Piece, ...]
+    bridged: bool
+    exact: bool
+
+    @property
+    def adds_stop(self) -> bool:
+        """The template writes no stop token: the end-of-sequence token is appended."""
+        return self.completion[-1].part == "eos"
+
+
+@dataclass(slots=True)
+class Row:
+    """A conversation before a template; what is rendered is kept."""
+
+    conversation: Conversation
+    tokenizer: ChatTokenizer
+    texts: dict[tuple[int, bool], Text] = field(default_factory=dict)
+    more: list[Text] = field(default_factory=list)
+
+    def text(self, end: int, *, generation: bool) -> Text:
+        """The first `end` messages as the template writes them. Raises `TemplateRefusal`."""
+        key = (end, generation)
+        if key not in self.texts:
+            c = self.conversation
+            self.texts[key] = self._guarded(
+                self.tokenizer.template.render(c.messages[:end], tools=c.tools, generation=generation), end
+            )
+        return self.texts[key]
+
+    def _guarded(self, text: Text, end: int) -> Text:
+        """Texts whose writer cannot be told are no trouble unless they hold control strings."""
+        messages = self.conversation.messages[:end]
+        hidden = list(text.leaked)
+        if self.conversation.tools:
+            tools = list(self.conversation.tools)
+            hidden += [*_strings(tools), *_keys(tools)]
+        hidden += [k for m in messages for c in m.tool_calls for k in _keys(c.arguments)]
+        if text.lost:
+            hidden += [t for m in messages for t in (m.content, m.reasoning or "")]
+            hidden += [t for m in messages for c in m.tool_calls for t in (c.name, *_strings(c.arguments))]
+        if any(map(self.tokenizer.holds_control, hidden)):
+            found = "the row holds a control string where it cannot be told from the template's own tokens."
+            raise Unproved("E-CHAT-305", found, "Remove the control string from the row.")
+        return replace(text, pieces=_searched(messages, text.text)) if text.lost else text
+
+
+def find_turn(row: Row, i: int) -> Turn:
+    """Prompt and completion of turn `i`. Raises `Unproved` and `TemplateRefusal`."""
+    prompt, full = row.text(i, generation=True), row.text(i + 1, generation=False)
+    if full.text.startswith(prompt.text):
+        start, bridged = len(prompt.text), False
+        rest = cut(full.pieces, start, len(full.text))
+        exact = starts_with(full.pieces, prompt.pieces)
+        before = cut(full.pieces, 0, start) if exact else prompt.pieces
+    elif (
+        joint := _behind_last_text(i, prompt, full)
+    ) is not None:  # what stands before is written otherwise in history
+        before, rest, bridged, exact = prompt.pieces, cut(full.pieces, joint, len(full.text)), False, True
+    else:
+        before, rest, bridged, exact = prompt.pieces, _bridge(row, i, prompt, full), True, True
+    completion = _stopped(row, i, rest)
+    _check_answer(row, i, before, completion)
+    lost = bool(full.lost or prompt.lost)
+    exact = exact and not lost and all(p.path for p in (*before, *completion) if p.from_data)
+    return Turn(i, before, merged(completion), bridged, exact)
+
+
+def _behind_last_text(i: int, prompt: Text, full: Text) -> int | None:
+    """Where turn `i` begins in `full` if both end the message before it alike, though the template rewrites what is earlier
+    (Mistral moves the system prompt to the last user message)."""
+    if prompt.lost or full.lost:
+        return None
+    ends = [last_of(t.pieces, i - 1) for t in (prompt, full)]
+    if ends[0] is None or ends[1] is None:
+        return None
+    tail = prompt.text[ends[0] :]
+    return ends[1] + len(tail) if tail and full.text.startswith(tail, ends[1]) else None
+
+
+# --- the end -------------------------------------------------------------------------------------------------------------
+
+
+def _stopped(row: Row, i: int, rest: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """The rest of a turn up to and including its stop token."""
+    tokenizer = row.tokenizer
+    end = last_of(rest, i)
+    if end is None and not row.conversation.messages[i].content.strip():
+        raise _no_call(i)
+    if end is None:
+        found = f"turn {i}: the template does not render the assistant's text unchanged."
+        raise Unproved("E-CHAT-302", found, "Change the text or the template so that the model learns what you wrote.")
+    text = joined(rest)
+    written = control_in(text[end:], tokenizer.control)
+    for _, stop, word in written:
+        if tokenizer.control[word] in tokenizer.stop:
+            return cut(rest, 0, end + stop)
+    following = _written_by_next(row, i, text[end:]) if tokenizer.habits.written_by_next else None
+    if following is not None:
+        return (*rest, Piece(following))
+    if written and not all(closes(w, tokenizer.control) for _, _, w in written):
+        found = f"turn {i} ends in {text[end:][:40]!r}, which holds no stop token."
+        fix = "Name the turn's end token: template: {kind: own, stop: ['…']} in the recipe."
+        raise Unproved("E-CHAT-304", found, fix)
+    return (*cut(rest, 0, max(end, len(text.rstrip()))), Piece("", part="eos"))
+
+
+def _written_by_next(row: Row, i: int, tail: str) -> str | None:
+    """The stop token that the next message would write, with the white space before it; None where there is none."""
+    c, tokenizer = row.conversation, row.tokenizer
+    calls = bool(c.messages[i].tool_calls)
+    word = tokenizer.habits.written_by_next.get("tool" if calls else "user")
+    if word is None:
+        return None
+    follow = (CALLED,) if calls else (user(),)
+    longer = tokenizer.template.render((*c.messages[: i + 1], *follow), tools=c.tools, generation=False)
+    row.more.append(longer)
+    at = last_of(longer.pieces, i)
+    after = longer.text[at:] if at is not None else ""
+    stop = after.find(word)
+    if not after.startswith(tail) or stop < 0 or after[len(tail) : stop].strip():
+        return None
+    return after[len(tail) : stop + len(word)]
+
+
+# --- reasoning that the prompt opens -------------------------------------------------------------------------------------
+
+
+def _bridge(row: Row, i: int, prompt: Text, full: Text) -> tuple[Piece, ...]:
+    """The rest of turn `i` where the generation prompt ends in a reasoning block that history does not show."""
+    message = row.conversation.messages[i]
+    sent, shown = prompt.text, full.text
+    split = next((k for k, (a, b) in enumerate(zip(sent, shown, strict=False)) if a != b), min(len(sent), len(shown)))
+    opener: re.Match[str] | None = None
+    for found in _OPENERS.finditer(sent):
+        if found.start() <= split and found.end() > split - 80:
+            opener = found
+    if opener is None or not shown.startswith(sent[: opener.start()]):
+        raise _not_following(i, sent, shown, split)
+    block, close = sent[opener.start() :], _close_of(opener)
+    answer = _own_answer(cut(full.pieces, opener.start(), len(shown)), i, opener, close, block)
+    if close.strip() in block:  # the prompt has closed it
+        if message.reasoning or _inline(message.content):
+            found = f"turn {i} has reasoning, but the prompt that inference sends has closed the reasoning block."
+            raise Unproved("E-CHAT-308", found, "Allow thinking in template.settings, or remove the reasoning.")
+        return answer
+    closing = row.tokenizer.habits.closing
+    if closing is None or close.strip() not in closing:
+        closing = f"\n{close.strip()}\n\n" if block.endswith("\n") else close
+    if _inline(message.content):
+        return _continued(message.content, i, opener[0], block, answer)
+    key = row.tokenizer.template.forms.reasoning_key
+    thought = Piece((message.reasoning or "").strip("\n"), i, "reasoning", (i, key), (("strip", "\n"),))
+    return (*((thought,) if message.reasoning else ()), Piece(closing), *answer)
+
+
+def _close_of(opener: re.Match[str]) -> str:
+    kind, name = next((k, v) for k, v in opener.groupdict().items() if v)
+    return {
+        "angle": f"</{name}>",
+        "square": "[/THINK]",
+        "bar": "<|END_THINKING|>",
+        "channel": "<channel|>",
+        "fish": f"<{name.replace('begin', 'end')}>",
+    }[kind]
+
+
+def _own_answer(shown: tuple[Piece, ...], i: int, opener: re.Match[str], close: str, block: str) -> tuple[Piece, ...]:
+    """The turn as history shows it, without a reasoning block that stands at its start."""
+    text = joined(shown)
+    if not text.startswith(opener[0].strip()):
+        return shown
+    end = text.find(close)
+    if end < 0:
+        return shown
+    end += len(close)
+    kept = cut(shown, end, len(text))
+    if block[-1:].isspace() and kept and kept[0].part == "template":  # the prompt has that white space already
+        kept = (replace(kept[0], text=kept[0].text.lstrip()), *kept[1:])
+    return tuple(p for p in kept if p.text or p.from_data)
+
+
+def _continued(content: str, i: int, opener: str, block: str, answer: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """A row that writes its reasoning into the text goes on where the prompt's opening tag ends."""
+    ops: list[tuple[Any, ...]] = [("lstrip", None), ("removeprefix", opener.strip())]
+    if block.endswith("\n"):
+        ops.append(("lstrip", "\n"))
+    text = content.lstrip().removeprefix(opener.strip())
+    text = text.lstrip("\n") if block.endswith("\n") else text
+    tail = last_of(answer, i)
+    after = cut(answer, tail, len(joined(answer))) if tail is not None else answer
+    return (Piece(text, i, "content", (i, "content"), tuple(ops)), *after)
+
+
+def _inline(content: str) -> bool:
+    """Whether a text starts with a reasoning block of its own."""
+    found = _OPENERS.match(content.lstrip())
+    return found is not None and _close_of(found).strip() in content
+
+
+def _not_following(i: int, sent: str, shown: str, at: int) -> Unproved:
+    found = f"turn {i} does not follow its prompt: inference sends {sent[at:][:30]!r} where history says {shown[at:][:30]!r}."
+    fix = "Use a template whose generation prompt opens the turn as history shows it; `educe template` proposes one."
+    return Unproved("E-CHAT-301", found, fix)
+
+
+# --- what the turn must hold ---------------------------------------------------------------------------------------------
+
+
+def _check_answer(row: Row, i: int, prompt: tuple[Piece, ...], completion: tuple[Piece, ...]) -> None:
+    """The assistant's text, reasoning and calls stand in the completion; what came before stands in the prompt."""
+    messages = row.conversation.messages
+    own = [p for p in completion if p.message == i]
+    text = joined(completion)
+    content, message = messages[i].content, messages[i]
+    whole = any(p.part == "content" and p.text and p.text in (content, content.strip()) for p in own) or any(
+        p.part == "content" and all(op[0] in ("strip", "lstrip", "rstrip") for op in p.ops) and p.path for p in own
+    )
+    if content.strip() and not whole:
+        _check_inline(i, content, text)
+    if message.reasoning and message.reasoning.strip() and message.reasoning.strip() not in text:
+        found = f"turn {i} has reasoning that the template does not put into the turn."
+        raise Unproved("E-CHAT-308", found, "Write it into content as <think>…</think>, or remove it.")
+    for call in message.tool_calls:
+        if call.name not in text or any(v not in text and _escaped(v) not in text for v in _strings(call.arguments)):
+            raise _no_call(i)
+    _check_context(row, i, prompt)
+
+
+def _no_call(i: int) -> Unproved:
+    found = f"turn {i} calls a tool, and the template does not show the call as it is."
+    return Unproved("E-CHAT-309", found, "Use a template that supports tools.")
+
+
+def _check_inline(i: int, content: str, text: str) -> None:
+    """Content that is not there in one piece: reasoning and answer of an inline block, each whole."""
+    found = _OPENERS.match(content.lstrip())
+    if found is None or _close_of(found) not in content:
+        if content.strip() in text:
+            return
+        raise Unproved(
+            "E-CHAT-302",
+            f"turn {i}: the template does not render the assistant's text unchanged.",
+            "Change the text or the template so that the model learns what you wrote.",
+        )
+    reasoning, _, answer = content.lstrip().removeprefix(found[0]).partition(_close_of(found))
+    if reasoning.strip() not in text:
+        said = f"turn {i} has reasoning that the template does not put into the turn."
+        raise Unproved("E-CHAT-308", said, "Give it as reasoning_content, or remove it.")
+    if answer.strip() not in text:
+        said = f"turn {i}: the template does not render the assistant's text unchanged."
+        raise Unproved("E-CHAT-302", said, "Change the text or the template.")
+
+
+def _check_context(row: Row, i: int, prompt: tuple[Piece, ...]) -> None:
+    """What is said to the assistant reaches it. (What it said itself may be shortened: inference does so too.)"""
+    shown = {p.message for p in prompt if p.from_data}
+    text = joined(prompt)
+    for j, m in enumerate(row.conversation.messages[:i]):
+        if m.role != "assistant" and m.content.strip() and j not in shown and m.content.strip() not in text:
+            found = f"the template leaves out message {j}, a {m.role} message, from the prompt of turn {i}."
+            raise Unproved("E-CHAT-309", found, "Remove the message, or use a template that shows it.")
+    for tool in row.conversation.tools:
+        name = str(tool.get("function", tool).get("name", ""))
+        if name not in text:
+            found = f"the template does not tell the model of the tool {name}."
+            raise Unproved("E-CHAT-309", found, "Use a template that supports tools, or remove tools from the row.")
+
+
+def _escaped(text: str) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _strings(value: Any) -> list[str]:
+    """All texts in a JSON value, keys not included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _strings(v)]
+    return [t for v in value for t in _strings(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _keys(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [*map(str, value), *(k for v in value.values() for k in _keys(v))]
+    return [k for v in value for k in _keys(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _searched(messages: Any, text: str) -> tuple[Piece, ...]:
+    """Who wrote what, by searching the texts in order: good enough to show, and used only where no text holds control strings."""
+    pieces, at = [], 0
+    for i, m in enumerate(messages):
+        for part, wanted in (("reasoning", m.reasoning or ""), ("content", m.content)):
+            for candidate in (wanted, wanted.strip()):
+                found = text.find(candidate, at) if candidate else -1
+                if found >= 0:
+                    pieces += [Piece(text[at:found])] if found > at else []
+                    pieces.append(Piece(candidate, i, part))  # type: ignore[arg-type]
+                    at = found + len(candidate)
+                    break
+    return (*pieces, Piece(text[at:])) if at < len(text) else tuple(pieces)
