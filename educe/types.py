@@ -145,7 +145,7 @@ class Example:
     def __post_init__(self) -> None:
         if self.ids_T.shape != self.weights_T.shape or self.ids_T.ndim != 1:
             raise ValueError(f"ids {self.ids_T.shape} and weights {self.weights_T.shape} must be equal vectors")
-        if not (self.weights_T > 0).any():
+        if not self.weights_T.any():
             raise ValueError("an example has at least one trained token")
         if self.weights_T[0] != 0:
             raise ValueError("the first token has no prediction and cannot be trained")

@@ -6,14 +6,14 @@ Shape legend: T tokens of one sequence, B tokens of all sequences of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from educe.chat.drafts import Draft, TokenizerKey, draft_of, written
 from educe.chat.engine import Flat
 from educe.chat.pieces import control_in
 from educe.chat.tokens import ChatTokenizer
@@ -26,54 +26,73 @@ class Unshared(Unproved):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A sequence whose ids are not known yet: its runs, each with its text, the control tokens the template wrote in it, and
-    what is encoded besides to prove that a server agrees: (run, its text behind the end of the run before it).
+class Proved:
+    """Sequences proved together. `edges[k]` is where run k of all runs begins in `ids_B`; draft n has the runs from
+    `first_run[n]` on. `wrong[n]` says why draft n is not proved. A draft in `by_hand` has no ids here.
     """
 
-    rendering: Rendering
-    runs: tuple[tuple[Segment, ...], ...]
-    texts: tuple[str, ...]
-    control: tuple[int, ...]
-    joints: tuple[tuple[int, str], ...]
+    drafts: Sequence[Draft]
+    ids_B: Int32[np.ndarray, " b"]
+    edges: Sequence[int]
+    first_run: Sequence[int]
+    wrong: Mapping[int, Unproved]
+    by_hand: frozenset[int]
 
-    @property
-    def appended(self) -> bool:
-        return self.rendering.segments[-1].part == "eos"
+    def rendered(self, n: int, tokenizer: ChatTokenizer) -> Rendered:
+        """Draft n with its ids and runs. Raises `Unproved`."""
+        if n in self.wrong:
+            raise self.wrong[n]
+        draft = self.drafts[n]
+        if n in self.by_hand:
+            return _by_hand(draft.rendering(), tokenizer)
+        first = self.first_run[n]
+        edges = self.edges[first : first + len(draft.texts) + 1]
+        return _whole(draft, self.ids_B[edges[0] : edges[-1]], [e - edges[0] for e in edges], tokenizer)
 
 
 def assemble_many(renderings: Sequence[Rendering], tokenizer: ChatTokenizer) -> list[Rendered | Unproved]:
     """Ids of many sequences at once, each proved, or why one is not."""
-    drafts = draft_many(renderings, tokenizer)
-    return finish(drafts, tokenizer.encode_many(texts_of(drafts)), tokenizer)
+    drafts = [draft_of(r, tokenizer) for r in renderings]
+    by_hand = needing_care(drafts, tokenizer)
+    return assembled(prove(drafts, by_hand, tokenizer.encode_many(texts_of(drafts, by_hand)), tokenizer), tokenizer)
 
 
-def draft_many(renderings: Sequence[Rendering], tokenizer: ChatTokenizer) -> list[Draft | Rendering]:
-    """Renderings ready for the batch. One that needs care stays a rendering: its texts hold control strings, or the tokenizer's
-    ids are not bytes in a row."""
-    if tokenizer.table is None:
-        return list(renderings)
-    texts = chain.from_iterable([s.text for s in r.segments if s.from_data] for r in renderings)
-    tame = not tokenizer.holds_control("\ue000".join(texts))  # one look at the whole batch
-    return [_draft(r, tokenizer) if tame or _tame(r, tokenizer) else r for r in renderings]
-
-
-def texts_of(drafts: Sequence[Draft | Rendering]) -> list[str]:
-    """What is to be encoded for these drafts, all in one call."""
-    ready = [d for d in drafts if isinstance(d, Draft)]
-    return [*(t for d in ready for t in d.texts), *(t for d in ready for _, t in d.joints)]
-
-
-def finish(drafts: Sequence[Draft | Rendering], flat: Flat, tokenizer: ChatTokenizer) -> list[Rendered | Unproved]:
-    """Prove all drafts, given the ids of `texts_of` them."""
-    proved = iter(_prove_batch([d for d in drafts if isinstance(d, Draft)], *flat, tokenizer))
+def assembled(proved: Proved, tokenizer: ChatTokenizer) -> list[Rendered | Unproved]:
+    """Every draft with its ids, or why it has none."""
     made: list[Rendered | Unproved] = []
-    for draft in drafts:
+    for n in range(len(proved.drafts)):
         try:
-            made.append(next(proved) if isinstance(draft, Draft) else _by_hand(draft, tokenizer))
+            made.append(proved.rendered(n, tokenizer))
         except Unproved as e:
             made.append(e)
     return made
+
+
+def needing_care(drafts: Sequence[Draft], tokenizer: ChatTokenizer) -> frozenset[int]:
+    """Drafts that are done one by one: their texts hold control strings, or the tokenizer's ids are not bytes in a row."""
+    if tokenizer.table is None:
+        return frozenset(range(len(drafts)))
+    varying = {id(d.row): d.row for d in drafts}.values()
+    fixed = {id(d.plan): d.plan for d in drafts}.values()
+    tame = not tokenizer.holds_control("\ue000".join([t for row in varying for t in row.values()]))  # one look at all
+    odd = {
+        id(p) for p in fixed if any(s.segment.from_data and tokenizer.holds_control(s.segment.text) for s in p.slots)
+    }
+    if tame and not odd:
+        return frozenset()
+    return frozenset(
+        n
+        for n, d in enumerate(drafts)
+        if id(d.plan) in odd or (not tame and any(map(tokenizer.holds_control, d.row.values())))
+    )
+
+
+def texts_of(drafts: Sequence[Draft], by_hand: frozenset[int]) -> list[str]:
+    """What is to be encoded for these drafts, all in one call."""
+    ready = [d for n, d in enumerate(drafts) if n not in by_hand] if by_hand else drafts
+    texts = [t for d in ready for t in d.texts]
+    texts += [t for d in ready if d.joints for _, t in d.joints]
+    return texts
 
 
 def assemble(rendering: Rendering, tokenizer: ChatTokenizer) -> Rendered:
@@ -117,92 +136,107 @@ def _eaten(text: str, before: str, after: str, tokenizer: ChatTokenizer) -> str:
 # --- many at once --------------------------------------------------------------------------------------------------------
 
 
-def _tame(rendering: Rendering, tokenizer: ChatTokenizer) -> bool:
-    return not any(s.from_data and tokenizer.holds_control(s.text) for s in rendering.segments)
-
-
-def _draft(rendering: Rendering, tokenizer: ChatTokenizer) -> Draft:
-    runs = tuple(tuple(g) for _, g in groupby(rendering.segments, key=_is_trained))
-    texts = tuple(["".join([s.text for s in run]) for run in runs])
-    key = _Key(tokenizer)
-    control = tuple([n for s in rendering.segments if s.part == "template" for _, _, n in _written(s.text, key)])
-    joints = [
-        (k, loose + texts[k])
-        for k in range(1, len(runs) - 1)  # the last completion is in no prompt of this sequence
-        if runs[k][0].trained and (loose := _after_control(runs[k - 1], key))
-    ]
-    return Draft(rendering, runs, texts, control, tuple(joints))
-
-
-def _is_trained(s: Segment) -> bool:
-    return s.trained
-
-
-def _after_control(run: Sequence[Segment], key: _Key) -> str:
-    """The end of a run's text behind the last control token that the template wrote."""
-    loose = ""
-    for s in reversed(run):
-        if s.part == "template" and (found := _written(s.text, key)):
-            return s.text[found[-1][1] :] + loose
-        loose = s.text + loose
-    return loose
-
-
-class _Key:
-    """A tokenizer as a key of the cache below."""
-
-    __slots__ = ("tokenizer",)
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def __hash__(self) -> int:
-        return hash(self.tokenizer.tokenizer_hash)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and other.tokenizer.tokenizer_hash == self.tokenizer.tokenizer_hash
-
-
-@lru_cache(maxsize=4096)
-def _written(text: str, key: _Key) -> tuple[tuple[int, int, int], ...]:
-    """Control tokens in a stretch of the template: (start, end, id)."""
-    words = key.tokenizer.control
-    return tuple((start, end, words[word]) for start, end, word in control_in(text, words))
-
-
-def _prove_batch(
-    drafts: Sequence[Draft],
-    ids_B: Int32[np.ndarray, " b"],
-    starts: Int64[np.ndarray, " n"],
-    tokenizer: ChatTokenizer,
-) -> list[Rendered | Unproved]:
-    """Prove all runs with a few operations on whole arrays; where one fails, say which and why."""
-    table = tokenizer.table
-    assert table is not None or not drafts
-    if not drafts or table is None:
-        return []
-    texts = [t for d in drafts for t in d.texts]
+def prove(drafts: Sequence[Draft], by_hand: frozenset[int], flat: Flat, tokenizer: ChatTokenizer) -> Proved:
+    """Prove all drafts with a few operations on whole arrays, given the ids of `texts_of` them."""
+    ids_B, starts = flat
+    ready = [n for n in range(len(drafts)) if n not in by_hand]
+    texts = [t for n in ready for t in drafts[n].texts]
     bounds = starts[: len(texts) + 1]
-    misread = _misread_runs(texts, ids_B[: bounds[-1]], bounds, tokenizer)
-    is_control = tokenizer.is_control_V[ids_B]
-    made: list[Rendered | Unproved] = []
     edges = bounds.tolist()
-    run, joint = 0, len(texts)
-    for d in drafts:
-        end = run + len(d.runs)
-        ids_T, control_T = ids_B[edges[run] : edges[end]], is_control[edges[run] : edges[end]]
-        try:
-            if misread and (wrong := misread.intersection(range(run, end))):
-                raise _misread(ids_B[edges[min(wrong)] : edges[min(wrong) + 1]].tolist(), texts[min(wrong)], tokenizer)
-            if ids_T[control_T].tolist() != list(d.control):
-                raise _foreign_control()
-            for n, (k, _) in enumerate(d.joints, joint):
-                _prove_joint(ids_B, edges[run + k - 1 : run + k + 2], starts[n : n + 2], is_control)
-            made.append(_whole(d, ids_T, [e - edges[run] for e in edges[run : end + 1]], tokenizer))
-        except Unproved as e:
-            made.append(e)
-        run, joint = end, joint + len(d.joints)
-    return made
+    first_run, run = [0] * len(drafts), 0
+    for n in ready:
+        first_run[n] = run
+        run += len(drafts[n].texts)
+    wrong: dict[int, Unproved] = {}
+    if ready:
+        control_B = tokenizer.is_control_V[ids_B]
+        misread = _misread_runs(texts, ids_B[: edges[-1]], bounds, tokenizer)
+        suspects = ready if misread else _suspects(drafts, ready, first_run, ids_B, edges, control_B, tokenizer)
+        for n in suspects:
+            if (
+                why := _why_wrong(drafts[n], first_run[n], texts, ids_B, edges, control_B, misread, tokenizer)
+            ) is not None:
+                wrong[n] = why
+        _prove_joints(drafts, ready, first_run, starts[len(texts) :], ids_B, edges, control_B, wrong)
+    return Proved(drafts, ids_B, edges, first_run, wrong, by_hand)
+
+
+def _suspects(
+    drafts: Sequence[Draft],
+    ready: Sequence[int],
+    first_run: Sequence[int],
+    ids_B: Int32[np.ndarray, " b"],
+    edges: Sequence[int],
+    control_B: np.ndarray,
+    tokenizer: ChatTokenizer,
+) -> Sequence[int]:
+    """None, if all control tokens in order, their number in each draft and the last token of each completion are right; else
+    all are looked at one by one."""
+    end = edges[-1]
+    wanted = [i for n in ready for i in drafts[n].plan.control]
+    numbers = [len(drafts[n].plan.control) for n in ready]
+    ends = np.concatenate([[0], np.cumsum(control_B[:end])])
+    firsts = np.array([edges[first_run[n]] for n in ready] + [end])
+    lasts = [edges[first_run[n] + k + 1] - 1 for n in ready for k in _closed_by_stop(drafts[n])]
+    right = (
+        ids_B[:end][control_B[:end]].tolist() == wanted
+        and np.diff(ends[firsts]).tolist() == numbers
+        and bool(tokenizer.is_stop_V[ids_B[lasts]].all())
+    )
+    return () if right else ready
+
+
+def _closed_by_stop(draft: Draft) -> Iterable[int]:
+    """Runs whose own text ends in a stop token."""
+    last = len(draft.texts) - 1
+    return [k for k, t in enumerate(draft.plan.turns) if t is not None and not (draft.plan.appended and k == last)]
+
+
+def _why_wrong(
+    draft: Draft,
+    first: int,
+    texts: Sequence[str],
+    ids_B: Int32[np.ndarray, " b"],
+    edges: Sequence[int],
+    control_B: np.ndarray,
+    misread: set[int],
+    tokenizer: ChatTokenizer,
+) -> Unproved | None:
+    end = first + len(draft.texts)
+    for k in range(first, end):
+        if k in misread:
+            return _misread(ids_B[edges[k] : edges[k + 1]].tolist(), texts[k], tokenizer)
+    span = slice(edges[first], edges[end])
+    if ids_B[span][control_B[span]].tolist() != list(draft.plan.control):
+        return _foreign_control()
+    for k in _closed_by_stop(draft):
+        low, high = edges[first + k], edges[first + k + 1]
+        if low == high or not tokenizer.is_stop_V[ids_B[high - 1]]:
+            return _no_stop(ids_B[max(low, high - 1) : high].tolist(), tokenizer)
+    return None
+
+
+def _prove_joints(
+    drafts: Sequence[Draft],
+    ready: Sequence[int],
+    first_run: Sequence[int],
+    starts: Int64[np.ndarray, " n"],
+    ids_B: Int32[np.ndarray, " b"],
+    edges: Sequence[int],
+    control_B: np.ndarray,
+    wrong: dict[int, Unproved],
+) -> None:
+    """The end of a context and the completion behind it have, encoded together, the ids they have apart."""
+    joint = 0
+    for n in ready:
+        for k, _ in drafts[n].joints:
+            run = first_run[n] + k
+            first, middle, end = edges[run - 1], edges[run], edges[run + 1]
+            controls = np.flatnonzero(control_B[first:middle])
+            loose = first + int(controls[-1]) + 1 if controls.size else first
+            if n not in wrong and not np.array_equal(ids_B[starts[joint] : starts[joint + 1]], ids_B[loose:end]):
+                wrong[n] = _unshared()
+            joint += 1
 
 
 def _misread_runs(
@@ -211,48 +245,31 @@ def _misread_runs(
     """Runs whose ids do not decode to their text: none, if all bytes in a row and the number of each run's are right."""
     table = tokenizer.table
     assert table is not None
-    written = b"".join(map(table.bytes_V.__getitem__, ids_B.tolist()))
-    wanted = "".join(texts)
+    found, ends = table.decode(ids_B)
+    wanted = "".join(texts).encode()
     sizes = np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), np.int64, len(texts))
-    ends = np.concatenate([[0], np.cumsum(table.lengths_V[ids_B])])
-    if np.array_equal(ends[bounds[1:]] - ends[bounds[:-1]], sizes) and written == wanted.encode():
+    if np.array_equal(np.diff(ends[bounds]), sizes) and np.array_equal(found, np.frombuffer(wanted, np.uint8)):
         return set()
-    at = ends[bounds].tolist()
-    wrong = {k for k, t in enumerate(texts) if written[at[k] : at[k + 1]] != t.encode()}
+    at, read = ends[bounds].tolist(), found.tobytes()
+    wrong = {k for k, t in enumerate(texts) if read[at[k] : at[k + 1]] != t.encode()}
     if table.normal_form:
-        wrong = {k for k in wrong if written[at[k] : at[k + 1]] != tokenizer.normalized(texts[k]).encode()}
+        wrong = {k for k in wrong if read[at[k] : at[k + 1]] != tokenizer.normalized(texts[k]).encode()}
     return wrong
 
 
-def _prove_joint(
-    ids_B: Int32[np.ndarray, " b"], edges: Sequence[int], joint: Int64[np.ndarray, " 2"], is_control: np.ndarray
-) -> None:
-    """The end of a context and the completion behind it have, encoded together, the ids they have apart."""
-    first, middle, end = edges
-    controls = np.flatnonzero(is_control[first:middle])
-    loose = first + int(controls[-1]) + 1 if controls.size else first
-    if not np.array_equal(ids_B[joint[0] : joint[1]], ids_B[loose:end]):
-        raise _unshared()
-
-
 def _whole(d: Draft, ids_T: Int32[np.ndarray, " t"], edges: Sequence[int], tokenizer: ChatTokenizer) -> Rendered:
-    if d.appended:
+    if d.plan.appended:
         ids_T = np.append(ids_T, np.int32(tokenizer.eos))
         edges = [*edges[:-1], edges[-1] + 1]
-    runs = tuple(
-        [Run(first=first, end=end, segments=run) for run, first, end in zip(d.runs, edges, edges[1:], strict=False)]
-    )
-    _prove_stops(ids_T, runs, tokenizer)
-    return Rendered(ids_T=ids_T, runs=runs, rendering=d.rendering)
+    rendering = d.rendering()
+    groups = groupby(rendering.segments, key=lambda s: s.trained)
+    runs = [Run(first=a, end=b, segments=tuple(g)) for (_, g), (a, b) in zip(groups, pairwise(edges), strict=True)]
+    return Rendered(ids_T=ids_T, runs=tuple(runs), rendering=rendering)
 
 
-def _prove_stops(ids_T: Int32[np.ndarray, " t"], runs: Sequence[Run], tokenizer: ChatTokenizer) -> None:
-    for run in runs:
-        if run.trained and (run.end == run.first or int(ids_T[run.end - 1]) not in tokenizer.stop):
-            last = tokenizer.decode(ids_T[max(run.first, run.end - 1) : run.end].tolist())
-            found = f"the completion ends in {last!r}, not in a stop token."
-            fix = "Name the turn's end token: template: {kind: own, stop: ['…']} in the recipe."
-            raise Unproved("E-CHAT-304", found, fix)
+def _no_stop(last: list[int], tokenizer: ChatTokenizer) -> Unproved:
+    found = f"the completion ends in {tokenizer.decode(last)!r}, not in a stop token."
+    return Unproved("E-CHAT-304", found, "Name the turn's end token: template: {kind: own, stop: ['…']} in the recipe.")
 
 
 def _foreign_control() -> Unproved:
@@ -292,13 +309,15 @@ def _by_hand(rendering: Rendering, tokenizer: ChatTokenizer) -> Rendered:
         made.append(Run(first=len(ids), end=len(ids) + len(new), segments=run))
         ids += new
         start = end
-    key = _Key(tokenizer)
-    expected = [n for s in segments if s.part == "template" for _, _, n in _written(s.text, key)]
+    key = TokenizerKey(tokenizer)
+    expected = [n for s in segments if s.part == "template" for _, _, n in written(s.text, key)]
     expected += [tokenizer.eos for s in segments if s.part == "eos"]
     if [i for i in ids if i in tokenizer.control_ids] != expected:
         raise _foreign_control()
     ids_T = np.array(ids, np.int32)
-    _prove_stops(ids_T, made, tokenizer)
+    for run_ in made:
+        if run_.trained and (run_.end == run_.first or ids[run_.end - 1] not in tokenizer.stop):
+            raise _no_stop(ids[max(run_.first, run_.end - 1) : run_.end], tokenizer)
     return Rendered(ids_T=ids_T, runs=tuple(made), rendering=rendering)
 
 

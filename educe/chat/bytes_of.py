@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64, UInt8
 from tokenizers import Tokenizer
 
 _SAMPLES = ("Hello, world!\n\n  x=1\t", "naïve café 日本語 😀👩\u200d👧", " leading", "a<b> c\r\n", "ﬁ ½ é e\u0301 ü")
@@ -15,11 +15,23 @@ _SAMPLES = ("Hello, world!\n\n  x=1\t", "naïve café 日本語 😀👩\u200d�
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteTable:
-    """`bytes_V[i]` are the bytes of id i, `lengths_V[i]` how many (V ids). `normal_form`: text is compared after NFC."""
+    """`flat` has the bytes of all V ids in a row: those of id i are `lengths_V[i]` from `starts_V[i]` on.
 
-    bytes_V: Sequence[bytes]
-    lengths_V: Int32[np.ndarray, " v"]
+    `normal_form`: text is compared after NFC.
+    """
+
+    lengths_V: Int64[np.ndarray, " v"]
     normal_form: bool
+    flat: UInt8[np.ndarray, " n"]
+    starts_V: Int64[np.ndarray, " v"]
+
+    def decode(self, ids_B: Int32[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, " n"], Int64[np.ndarray, " b+1"]]:
+        """The bytes of all ids in a row, and where each id's begin (and the last one's end)."""
+        lengths = self.lengths_V[ids_B]
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        where = np.repeat(self.starts_V[ids_B] - ends[:-1], lengths)
+        where += np.arange(int(ends[-1]))
+        return self.flat[where], ends
 
 
 def table_of(
@@ -37,7 +49,9 @@ def table_of(
     added = {int(t["id"]) for t in tree.get("added_tokens", [])}
     for token, number in vocabulary.items():
         table[number] = token.encode() if number in added and kind == "bytes" else _bytes_of(token, kind)
-    made = ByteTable(table, np.array([len(b) for b in table], np.int32), kind == "bytes" and normalizer is not None)
+    lengths = np.array([len(b) for b in table], np.int64)
+    flat = np.frombuffer(b"".join(table), np.uint8)
+    made = ByteTable(lengths, kind == "bytes" and normalizer is not None, flat, np.cumsum(lengths) - lengths)
     for text in _SAMPLES:
         ids = stock.encode(text, add_special_tokens=False).ids
         expected = stock.normalizer.normalize_str(text) if made.normal_form and stock.normalizer else text

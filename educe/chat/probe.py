@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from educe.chat.pieces import control_in, joined, last_of
 from educe.chat.template import ChatTemplate, Forms, Piece, TemplateRefusal, Text
@@ -77,14 +77,16 @@ def find_forms(template: ChatTemplate) -> Forms:
     """The first way of passing text and tool calls under which the template shows what is in them once, as it is."""
     template = template.with_(forms=_content_form(template))
     talk = (user(), CALL, CALLED, assistant())
-    for no_content, arguments in product(("null", "empty"), ("object", "string")):
+    nothing: tuple[Literal["null", "empty"], ...] = ("null", "empty")
+    given: tuple[Literal["object", "string"], ...] = ("object", "string")
+    for no_content, arguments in product(nothing, given):
         forms = replace(template.forms, arguments=arguments, no_content=no_content)
         text = try_render(template.with_(forms=forms), talk, tools=(TOOL,))
         if text is None or text.text.count(CITY) != 1 or RESULT not in text.text:
             continue
         if "None" not in text.text and f'\\"{CITY}\\"' not in text.text:
             return forms
-    return template.forms
+    return replace(template.forms, no_content="empty")  # it shows no calls: what it then says should not be about null
 
 
 def _content_form(template: ChatTemplate) -> Forms:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from educe.chat.drafts import Draft, Plan, Slot, fill, plan_sequence
 from educe.chat.pieces import cut, joined, starts_with
 from educe.chat.template import Asked, Piece, TemplateRefusal, remade
 from educe.chat.tokens import ChatTokenizer
@@ -25,19 +27,11 @@ MAX_LAYOUTS = 64  # remembered for one shape; a template that asks ever other th
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
-    """A stretch of a layout: a segment that is the same in every row, or where a row's text goes."""
-
-    segment: Segment
-    piece: Piece | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Layout:
-    """The sequences of a row, as they are for all rows that meet the conditions."""
+    """The sequences of a row, as they are for all rows of its shape that meet the conditions."""
 
     conditions: tuple[Asked, ...]
-    sequences: tuple[tuple[tuple[_Slot, ...], tuple[int, ...], Apart], ...]
+    plans: tuple[Plan, ...]
 
 
 class Renderer:
@@ -61,6 +55,18 @@ class Renderer:
 
         `turns` are the assistant turns to train (all). `apart`: no two share a sequence. `fresh`: ask the template itself.
         """
+        made = self.draft(conversation, turns, apart=apart, fresh=fresh)
+        return made if isinstance(made, Refusal) else [d.rendering() for d in made]
+
+    def draft(
+        self,
+        conversation: Conversation,
+        turns: Sequence[int] | None = None,
+        *,
+        apart: bool = False,
+        fresh: bool = False,
+    ) -> list[Draft] | Refusal:
+        """As `render`, ready for encoding."""
         wanted = tuple(trainable_turns(conversation.messages) if turns is None else turns)
         texts: dict[tuple[Any, ...], str] = {}
         shape = (_shape(conversation, texts), wanted, apart)
@@ -71,7 +77,7 @@ class Renderer:
                     return filled
         self.num_rendered += 1
         try:
-            made, new = _render(Row(conversation, self.tokenizer), wanted, apart)
+            new, exact = _render(Row(conversation, self.tokenizer), wanted, apart)
         except TemplateRefusal as e:
             code, said = e.args
             fix = "Change the conversation to what the template accepts."
@@ -80,9 +86,9 @@ class Renderer:
         except Unproved as e:
             code, found, fix = e.args
             return Refusal(code=code, where=str(conversation.source), found=found, fix=fix)
-        if new is not None and self._remembers and not fresh and len(known) < MAX_LAYOUTS:
+        if exact and self._remembers and not fresh and len(known) < MAX_LAYOUTS:
             known.append(new)
-        return made
+        return [fill(plan, texts) for plan in new.plans]
 
 
 def trainable_turns(messages: Sequence[Message]) -> list[int]:
@@ -90,10 +96,11 @@ def trainable_turns(messages: Sequence[Message]) -> list[int]:
     return [i for i, m in enumerate(messages) if m.role == "assistant" and i > 0]
 
 
-def _render(row: Row, wanted: Sequence[int], apart: bool) -> tuple[list[Rendering], _Layout | None]:
+def _render(row: Row, wanted: Sequence[int], apart: bool) -> tuple[_Layout, bool]:
+    """The row's layout, and whether it holds for other rows too (else its plans have this row's texts in them)."""
     if not wanted:
-        found = "no assistant turn of the row is to be trained"
-        raise Unproved("E-CHAT-310", found + ".", "Give the row an answer after a user's message, or a weight above 0.")
+        found = "no assistant turn of the row is to be trained."
+        raise Unproved("E-CHAT-310", found, "Give the row an answer after a user's message, or a weight above 0.")
     turns = [find_turn(row, i) for i in wanted]
     exact = all(t.exact for t in turns)
     groups: list[list[Turn]] = []
@@ -106,38 +113,34 @@ def _render(row: Row, wanted: Sequence[int], apart: bool) -> tuple[list[Renderin
             groups[-1].append(turn)
             exact = exact and starts_with(turn.prompt, done)
         else:
-            reasons.append(
+            reason: Apart = (
                 "" if last is None else "eos" if last.adds_stop and follows else "ids" if follows else "text"
             )
+            reasons.append(reason)
             groups.append([turn])
-    sequences = tuple(
-        (tuple(_slots(group)), tuple(t.index for t in group), reason)
+    plans = tuple(
+        plan_sequence(tuple(_slots(group, exact)), tuple(t.index for t in group), reason, row.tokenizer)
         for group, reason in zip(groups, reasons, strict=True)
     )
-    made = [
-        Rendering(segments=tuple(s.segment for s in slots), turns=indices, apart=reason)
-        for slots, indices, reason in sequences
-    ]
     asked = (c for t in (*row.texts.values(), *row.more) for c in t.conditions)
-    conditions = dict.fromkeys(asked) if exact else {}
-    return made, _Layout(tuple(conditions), sequences) if exact else None
+    return _Layout(tuple(dict.fromkeys(asked)) if exact else (), plans), exact
 
 
-def _slots(group: Sequence[Turn]) -> Iterable[_Slot]:
+def _slots(group: Sequence[Turn], exact: bool) -> Iterable[Slot]:
     """The turns of one sequence end to end: what stands between two completions is context."""
     done = 0
     for turn in group:
         start = sum(len(p.text) for p in turn.prompt)
         for piece in cut(turn.prompt, done, start):
-            yield _slot(piece, piece.message, trained=False)
+            yield _slot(piece, piece.message, exact, trained=False)
         for piece in turn.completion:
-            yield _slot(piece, turn.index, trained=True)
+            yield _slot(piece, turn.index, exact, trained=True)
         done = start + sum(len(p.text) for p in turn.completion)
 
 
-def _slot(piece: Piece, message: int | None, *, trained: bool) -> _Slot:
+def _slot(piece: Piece, message: int | None, exact: bool, *, trained: bool) -> Slot:
     segment = Segment(text=piece.text, message=message, part=piece.part, trained=trained)
-    return _Slot(segment, piece if piece.from_data else None)
+    return Slot(segment, piece if exact and piece.from_data else None)
 
 
 def _shape(c: Conversation, texts: dict[tuple[Any, ...], str]) -> Any:
@@ -184,16 +187,10 @@ def _meets(conditions: Sequence[Asked], texts: Mapping[tuple[Any, ...], str]) ->
     return True
 
 
-def _filled(layout: _Layout, texts: Mapping[tuple[Any, ...], str]) -> list[Rendering] | None:
+def _filled(layout: _Layout, texts: Mapping[tuple[Any, ...], str]) -> list[Draft] | None:
     """The layout with a row's texts; None where a sequence that was split off would go on in this row."""
-    made: list[Rendering] = []
-    for slots, turns, reason in layout.sequences:
-        segments = tuple(s.segment if s.piece is None else _put(s.segment, _text(s.piece, texts)) for s in slots)
-        made.append(Rendering(segments=segments, turns=turns, apart=reason))
-        if reason == "text" and made[-1].text.startswith(made[-2].text):
+    made = [fill(plan, texts) for plan in layout.plans]
+    for before, now in pairwise(made):
+        if now.plan.apart == "text" and "".join(now.texts).startswith("".join(before.texts)):
             return None
     return made
-
-
-def _put(s: Segment, text: str) -> Segment:
-    return Segment(text=text, message=s.message, part=s.part, trained=s.trained)

@@ -58,6 +58,8 @@ class ChatTokenizer:
     known_stop: frozenset[int]
     control_ids: frozenset[int]
     is_control_V: Bool[np.ndarray, " v"] = field(repr=False)
+    is_stop_V: Bool[np.ndarray, " v"] = field(repr=False)
+    _starts: tuple[str, ...] = field(repr=False)
     _mark: re.Pattern[str] = field(repr=False)
 
     @property
@@ -71,7 +73,7 @@ class ChatTokenizer:
 
     def holds_control(self, text: str) -> bool:
         """Whether a text holds the text of a control token."""
-        return self._mark.search(text) is not None
+        return any(start in text for start in self._starts) and self._mark.search(text) is not None
 
     def encode(self, text: str, *, inside: bool = False) -> list[int]:
         """Ids of text a server would send: added tokens are recognised, no BOS is put before (the template writes it).
@@ -146,8 +148,9 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     settings = _json(model_dir / "tokenizer_config.json")
     special = {k: text for k, v in settings.items() if k.endswith("_token") and (text := _token_text(v)) is not None}
     source, name = _source(model_dir, settings, choice)
+    words = NAMED[name].control if name in NAMED else ()
     try:
-        parsed = _parsed(raw, NAMED[name].control if name in NAMED else ())
+        parsed = _parsed(raw, words)
     except Exception as e:  # tokenizers raises plain Exception for a file it cannot use
         raise ModelError(2, str(file), f"is not a usable tokenizer: {e}.", "Download the model again.") from e
     stock, new = parsed.stock, parsed.new
@@ -161,13 +164,15 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     made = ChatTokenizer(
         stock=stock,
         plain=parsed.plain,
-        json=_exported(raw, parsed.added, new),
+        json=_exported(raw, words),
         engine_json=parsed.text,
         control=control,
         stop=frozenset(known),
         known_stop=frozenset(known),
         control_ids=frozenset(control.values()),
         is_control_V=_flags(control.values(), parsed.size),
+        is_stop_V=_flags(known, parsed.size),
+        _starts=tuple({w[:3] for w in control}),
         eos=eos if eos is not None else min(known, default=0),
         template=template,
         template_name=name,
@@ -238,7 +243,9 @@ def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatTokenizer:
     except TemplateRefusal as e:
         raise ChatError(103, "chat template", f"{e.args[1]}.", "Give another template.") from e
     ends = {tokenizer.control[w] for w in habits.ends}
-    return replace(tokenizer, template=template, habits=habits, stop=tokenizer.known_stop | ends)
+    stop = tokenizer.known_stop | ends
+    is_stop_V = _flags(stop, tokenizer.is_stop_V.size)
+    return replace(tokenizer, template=template, habits=habits, stop=stop, is_stop_V=is_stop_V)
 
 
 def _raw(file: Path) -> str:
@@ -291,7 +298,7 @@ def _items(mapping: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def _flags(ids: Collection[int], size: int) -> Bool[np.ndarray, " v"]:
     flags = np.zeros(size, bool)
-    flags[list(ids)] = True
+    flags[[i for i in ids if i < size]] = True
     return flags
 
 
@@ -302,13 +309,12 @@ def _vocabulary(tree: dict[str, Any]) -> dict[str, int]:
     return dict(vocabulary)
 
 
-def _exported(raw: str, added: Mapping[str, int], new: Mapping[str, int]) -> str:
-    """tokenizer.json as it is to be saved: the model's own, with the new tokens."""
-    if not new:
-        return raw
-    tree = json.loads(raw)
-    _add_tokens(tree, tuple(added))
-    return json.dumps(tree, ensure_ascii=False)
+def _exported(raw: str, words: tuple[str, ...]) -> str:
+    """tokenizer.json as it is to be saved: the model's own, with the control tokens that were added."""
+    tree = json.loads(raw) if words else {}
+    have = len(tree.get("added_tokens", []))
+    _add_tokens(tree, words)
+    return raw if not words or len(tree["added_tokens"]) == have else json.dumps(tree, ensure_ascii=False)
 
 
 def _adds_bos(raw: str, bos: str | None) -> bool:

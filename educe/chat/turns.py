@@ -170,9 +170,9 @@ def _bridge(row: Row, i: int, prompt: Text, full: Text) -> tuple[Piece, ...]:
     sent, shown = prompt.text, full.text
     split = next((k for k, (a, b) in enumerate(zip(sent, shown, strict=False)) if a != b), min(len(sent), len(shown)))
     opener: re.Match[str] | None = None
-    for found in _OPENERS.finditer(sent):
-        if found.start() <= split and found.end() > split - 80:
-            opener = found
+    for tag in _OPENERS.finditer(sent):
+        if tag.start() <= split and tag.end() > split - 80:
+            opener = tag
     if opener is None or not shown.startswith(sent[: opener.start()]):
         raise _not_following(i, sent, shown, split)
     block, close = sent[opener.start() :], _close_of(opener)

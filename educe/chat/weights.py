@@ -47,6 +47,11 @@ class Weighing:
     prompt_weight: float = 0.0
     reasoning_weight: float = 1.0
 
+    @property
+    def is_even_inside(self) -> bool:
+        """Whether all tokens of a completion weigh the same, and everything else nothing."""
+        return self.prompt_weight == 0 and self.reasoning_weight == 1
+
     def turns(self, messages: Sequence[Message]) -> dict[int, float]:
         """Weights of the turns that are trained at all."""
         return {i: w for i, w in self.policy(messages, trainable_turns(messages)).items() if w > 0}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from educe.chat.engine import Engine, choose_engine
-from educe.chat.examples import Distrust, Encode, build_rendered, build_stream, examples_of
+from educe.chat.examples import Distrust, Encode, Made, build_rendered, build_stream
 from educe.chat.render import Renderer
 from educe.chat.settle import settle
 from educe.chat.tokens import ChatTokenizer
@@ -23,18 +28,18 @@ from educe.data.sources import read_rows
 from educe.data.split import draw, prompt_key, row_key
 from educe.errors import DataError, Refusal
 from educe.files.atomic import directory
-from educe.files.hashes import hash_json
 from educe.files.jsonl import write_jsonl
 from educe.model.source import Say
 from educe.seeds import derive, permute
 from educe.stats import percentile
 from educe.store.token_store import write_store
-from educe.types import Conversation, Example, Rendered, Source
+from educe.types import Conversation, Example, Source
 
 SPLITS = ("train", "dev", "test")
 NUM_PREVIEWS = 3
 NUM_SHOTS = 256
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 2048
+TEMPLATE = "chat_template.jinja"
 # A template that exceeds its limits on so many rows is stopped: each costs two seconds.
 MAX_LIMIT_REFUSALS = 3
 
@@ -61,17 +66,39 @@ def build(
     recipe: Recipe, tokenizer: ChatTokenizer, files: Mapping[str, Path], path: Path, about: dict[str, Any], say: Say
 ) -> None:
     """Prepare into `path`. Raises `DataError` when no row is left, `ChatError` for a template that cannot be used."""
+    with _no_garbage():
+        _build(recipe, tokenizer, files, path, about, say)
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Rows are many small values without cycles: looking for cycles among them again and again takes a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _build(
+    recipe: Recipe, tokenizer: ChatTokenizer, files: Mapping[str, Path], path: Path, about: dict[str, Any], say: Say
+) -> None:
     data = recipe.data
     weighing = weighing_of(data)
     unread: list[dict[str, Any]] = []
-    rows = _split(data, files, unread)
+    with ThreadPoolExecutor(1, thread_name_prefix="engine") as pool:  # an engine is loaded and proved while rows are read
+        size = sum(file.stat().st_size for file in files.values())
+        choosing = pool.submit(choose_engine, tokenizer.engine_json, tokenizer.stock, about_chars=size)
+        rows, keys = _split(data, files, unread)
+        engine = choosing.result()
     settled = tokenizer
     if recipe.template.settings is None:
         found = settle(tokenizer, [c for s, c in rows if s == "train"], weighing)
         settled = found.tokenizer
         if found.why:
             say(found.why)
-    engine = choose_engine(settled.engine_json, settled.stock, about_chars=_characters(rows))
     built = _all(rows, settled, weighing, data.max_tokens, engine, say)
     built.ledger += unread
     order = {str(file): k for k, file in enumerate(files.values())}
@@ -79,12 +106,11 @@ def build(
     if not built.kept["train"]:
         raise _nothing_left(data.train, built.ledger)
     with directory(path, about={"stage": "prepare", **about}) as part:
-        _write(part, built, recipe, settled, weighing, engine)
+        _write(part, built, recipe, settled, weighing)
+        _dump(part / "summary.json", _summary(built, keys, settled, engine))
 
 
-def _write(
-    part: Path, built: _Built, recipe: Recipe, tokenizer: ChatTokenizer, weighing: Weighing, engine: Engine
-) -> None:
+def _write(part: Path, built: _Built, recipe: Recipe, tokenizer: ChatTokenizer, weighing: Weighing) -> None:
     for split in ("train", "dev"):
         write_store(part / split, built.examples[split])
     for name in ("dev", "test"):
@@ -92,29 +118,32 @@ def _write(
     train = built.kept["train"]
     order = permute(len(train), derive(recipe.train.seed, "shots"))[:NUM_SHOTS].tolist()
     write_jsonl(part / "shots.jsonl", [as_line(train[i]) for i in order])
-    write_jsonl(part / "ledger.jsonl", built.ledger)
+    (part / "ledger.jsonl").write_bytes(
+        b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in built.ledger)
+    )
+    (part / TEMPLATE).write_text(tokenizer.template.source, encoding="utf-8")
     _dump(part / "preview.json", _previews(train[:NUM_PREVIEWS], tokenizer, weighing))
-    _dump(part / "summary.json", _summary(built, tokenizer, engine))
 
 
 # --- rows in -------------------------------------------------------------------------------------------------------------
 
 
-def _split(data: Data, files: Mapping[str, Path], ledger: list[dict[str, Any]]) -> list[tuple[str, Conversation]]:
-    """Every readable row with its split; rows that cannot be read go to the ledger at once."""
+def _split(
+    data: Data, files: Mapping[str, Path], ledger: list[dict[str, Any]]
+) -> tuple[list[tuple[str, Conversation]], dict[str, list[str]]]:
+    """Every readable row with its split, and the keys of each split's prompts; rows that cannot be read go to the ledger."""
     read = {name: list(_readable(path, data.system, ledger)) for name, path in files.items()}
-    train = read.pop("train")
-    shares = [(n, s) for n, s in (("dev", data.dev), ("test", data.test)) if not isinstance(s, FileSplit)]
-    keys = [prompt_key(c) for c in train] if shares else []
+    keyed = {name: [prompt_key(c) for c in rows] for name, rows in read.items()}
+    train, keys = read.pop("train"), keyed.pop("train")
     held: dict[str, str] = {}
-    for name, split in shares:
-        assert not isinstance(split, FileSplit)
-        free = [hash_json([name, k]) + k for k in keys if k not in held]
-        held |= {drawn[64:]: name for drawn in draw(free, split.share)}
-    rows = (
-        [(held.get(k, "train"), c) for k, c in zip(keys, train, strict=True)] if keys else [("train", c) for c in train]
-    )
-    return [*rows, *((name, c) for name, cs in read.items() for c in cs)]
+    for turned, (name, split) in ((0, ("dev", data.dev)), (32, ("test", data.test))):
+        if not isinstance(split, FileSplit):  # digits of the key that the other split does not look at
+            free = {k[turned:] + k[:turned]: k for k in keys if k not in held}
+            held |= {free[drawn]: name for drawn in draw(free, split.share)}
+    rows = [(held.get(k, "train"), c) for k, c in zip(keys, train, strict=True)]
+    for k in keys:
+        keyed.setdefault(held.get(k, "train"), []).append(k)
+    return [*rows, *((name, c) for name, cs in read.items() for c in cs)], keyed
 
 
 def _readable(path: Path, system: str | None, ledger: list[dict[str, Any]]) -> Iterable[Conversation]:
@@ -124,10 +153,6 @@ def _readable(path: Path, system: str | None, ledger: list[dict[str, Any]]) -> I
             ledger.append(_refused(source, made))
         else:
             yield made
-
-
-def _characters(rows: Sequence[tuple[str, Conversation]]) -> int:
-    return sum(len(m.content) for _, c in rows for m in c.messages)
 
 
 # --- rows to examples ----------------------------------------------------------------------------------------------------
@@ -162,11 +187,14 @@ def _once(
     built = _Built()
     asked = Weighing(policy=answered_turn)
     for split in SPLITS:
-        mine = asked if split == "test" else weighing
         conversations = [c for s, c in rows if s == split]
-        for chunk, made in build_stream(_chunks(conversations), renderer, mine, encode):
-            for c, rendered in zip(chunk, made, strict=True):
-                _keep(built, split, c, rendered, renderer.tokenizer, mine, max_tokens)
+        chunks = _chunks(conversations)
+        for chunk, proved in build_stream(chunks, renderer, asked if split == "test" else weighing, encode):
+            for c, made in zip(chunk.rows, chunk.examples(proved, max_tokens), strict=True):
+                if isinstance(made, Refusal):
+                    _refuse(built, c, made)
+                else:
+                    _keep(built, split, c, made)
     return built
 
 
@@ -175,56 +203,34 @@ def _chunks(rows: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
         yield rows[start : start + CHUNK_ROWS]
 
 
-def _keep(
-    built: _Built,
-    split: str,
-    c: Conversation,
-    rendered: list[Rendered] | Refusal,
-    tokenizer: ChatTokenizer,
-    weighing: Weighing,
-    max_tokens: int,
-) -> None:
-    examples = rendered if isinstance(rendered, Refusal) else examples_of(c, rendered, tokenizer, weighing, max_tokens)
-    if isinstance(examples, Refusal) or isinstance(rendered, Refusal):
-        assert isinstance(examples, Refusal)
-        if examples.code == "E-CHAT-103":
-            built.counts["over limits"] += 1
-            if built.counts["over limits"] >= MAX_LIMIT_REFUSALS:
-                raise DataError(
-                    5, examples.where, f"is the third row on which {examples.found}", "Give another template."
-                )
-        built.ledger.append(_refused(c.source, examples))
-        return
+def _refuse(built: _Built, c: Conversation, refusal: Refusal) -> None:
+    if refusal.code == "E-CHAT-103":
+        built.counts["over limits"] += 1
+        if built.counts["over limits"] >= MAX_LIMIT_REFUSALS:
+            found = f"is one of {MAX_LIMIT_REFUSALS} rows on which {refusal.found}"
+            raise DataError(5, refusal.where, found, "Give another template.")
+    built.ledger.append(_refused(c.source, refusal))
+
+
+def _keep(built: _Built, split: str, c: Conversation, made: Made) -> None:
     built.kept[split].append(c)
-    built.examples[split] += examples
-    tokens = sum([e.ids_T.size for e in examples])
-    trained = sum([num_trained(e) for e in examples])
+    built.examples[split] += made.examples
+    trained = sum(made.num_trained)
+    sizes = [e.ids_T.size for e in made.examples]
     line = {"file": c.source.file, "line": c.source.line, "status": split, "code": None, "reason": None}
-    built.ledger.append({**line, "tokens": tokens, "trained_tokens": trained})
-    if split == "train":
-        _count(built, c, rendered, tokens)
-
-
-def num_trained(e: Example) -> int:
-    """Trained tokens of an example."""
-    return int((e.weights_T > 0).sum())
-
-
-def _count(built: _Built, c: Conversation, rendered: Sequence[Rendered], tokens: int) -> None:
-    """Turns and the stop token of each, answers that the template trims, what splitting costs."""
-    for r in rendered:
-        for run in r.runs:
-            if run.trained:
-                built.stops[int(r.ids_T[run.end - 1])] += 1
-                for s in run.segments:
-                    if s.part == "content" and len(s.text) != len(c.messages[s.message or 0].content):
-                        built.counts["trimmed turns"] += 1
-    if len(rendered) > 1:
-        built.counts["split rows"] += 1
-        trained = sum(run.end - run.first for r in rendered[:-1] for run in r.runs if run.trained)
-        built.counts["repeated tokens"] += tokens - rendered[-1].ids_T.size - trained
+    built.ledger.append({**line, "tokens": sum(sizes), "trained_tokens": trained})
+    if split != "train":
+        return
+    counts = built.counts
+    counts["trained tokens"] += trained
+    built.stops.update(made.stops)
+    if made.num_trimmed:
+        counts["trimmed turns"] += made.num_trimmed
+    if len(sizes) > 1:
+        counts["split rows"] += 1
+        counts["repeated tokens"] += sum(sizes[:-1]) - sum(made.num_trained[:-1])
     if c.messages[0].role == "assistant":
-        built.counts["opening turns"] += 1
+        counts["opening turns"] += 1
 
 
 # --- what is written about them --------------------------------------------------------------------------------------------
@@ -253,10 +259,12 @@ def _previews(rows: Sequence[Conversation], tokenizer: ChatTokenizer, weighing: 
     ]
 
 
-def _summary(built: _Built, tokenizer: ChatTokenizer, engine: Engine) -> dict[str, Any]:
+def _summary(
+    built: _Built, keys: Mapping[str, Sequence[str]], tokenizer: ChatTokenizer, engine: Engine
+) -> dict[str, Any]:
     kept, train, counts = built.kept, built.examples["train"], built.counts
     lengths = [int(e.ids_T.size) for e in train]
-    prompts = {s: {prompt_key(c) for c in kept[s]} for s in SPLITS}
+    prompts = {s: set(keys.get(s, ())) for s in SPLITS}
     names = {number: word for word, number in tokenizer.control.items()}
     return {
         "rows_in": len(built.ledger),
@@ -265,7 +273,7 @@ def _summary(built: _Built, tokenizer: ChatTokenizer, engine: Engine) -> dict[st
         "refused": sum(line["status"] == "refused" for line in built.ledger),
         "examples": len(lengths),
         "tokens": sum(lengths),
-        "trained_tokens": sum(map(num_trained, train)),
+        "trained_tokens": counts["trained tokens"],
         "length": {"median": percentile(lengths, 0.5), "p95": percentile(lengths, 0.95), "max": max(lengths)},
         "duplicates": len(kept["train"]) - len({row_key(c) for c in kept["train"]}),
         "leaks": {s: len(prompts["train"] & prompts[s]) for s in ("dev", "test")},

@@ -13,12 +13,12 @@ from typing import Any
 
 from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
-from educe.config.recipe import Data, FileSplit
+from educe.config.recipe import Data, FileSplit, FileTemplate
 from educe.data.sources import read_rows
 from educe.files.hashes import hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.model.source import Say, find_model
-from educe.recipes.build import build
+from educe.recipes.build import TEMPLATE, build
 from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, open_store
 from educe.types import Conversation, Message, Source, ToolCall
 
@@ -79,7 +79,10 @@ def open_prepared_data(recipe: Recipe, key: str, say: Say) -> Prepared | None:
     if open_prepared(_place(recipe, key)) is None:
         return None
     model_dir = find_model(recipe.model, say)
-    return _opened(recipe, key, model_dir, load_tokenizer(model_dir, recipe.template))
+    choice = recipe.template
+    if isinstance(choice, FileTemplate):  # as it was then
+        choice = choice.model_copy(update={"file": str(_place(recipe, key) / TEMPLATE)})
+    return _opened(recipe, key, model_dir, load_tokenizer(model_dir, choice))
 
 
 def _place(recipe: Recipe, key: str) -> Path:

@@ -1,0 +1,225 @@
+"""Every chat template there is × the tokenizers that fit it × every shape of conversation: what becomes of each row.
+
+`python tests/matrix.py` writes tests/golden/chat_matrix.txt anew; test_chat_matrix_a.py and _b.py compare with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from educe.chat.examples import build_rendered
+from educe.chat.render import Renderer
+from educe.chat.settle import settle
+from educe.chat.template import Forms
+from educe.chat.tokens import ChatTokenizer, load_tokenizer
+from educe.chat.weights import weigh
+from educe.data.formats import to_conversation
+from educe.errors import Refusal
+from educe.types import Conversation, Source
+
+from fitting import fitting_dirs, template_files
+from oracle import judge_proved, judge_refused
+from shapes import CONTENTS, REASONING, SHAPES, TOOLS, TURNS
+
+GOLDEN = Path(__file__).parent / "golden" / "chat_matrix.txt"
+COMMAND = "python tests/matrix.py"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+KINDS = {"turns": TURNS, "contents": CONTENTS, "reasoning": REASONING, "tools": TOOLS}
+LARGE = "qwen2_5+marks"  # 23 tokenizers of 5 MB: `slow`; "gpt2+marks, ends learned" stands for them
+LEARNED = "gpt2+marks, ends learned"  # no generation_config.json: turn ends are learned from the template
+HEAD = f"""\
+Every chat template × the tokenizers that fit it × {len(SHAPES)} shapes (tests/shapes.py). Made by `{COMMAND}`.
+
+== template [= others of the same text]
+-- tokenizer: short hashes of all ids and weights of the shapes in {", ".join(KINDS)}
+   stop: tokens that end a turn; (learned) from the template; user→X: X is written by the next user's message
+   outcome: shapes. "proved N": N sequences of one row. !! what tests/oracle.py says is wrong
+"""
+
+
+@dataclass
+class Cell:
+    """A template with a tokenizer: outcome and settings of each shape, what is wrong, hashes by kind of shape."""
+
+    outcomes: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, list[str]] = field(default_factory=dict)
+    hashes: str = ""
+    habits: str = ""
+
+    def body(self) -> list[str]:
+        """The lines that say it."""
+        lines = [f"   {self.habits}"]
+        for what, groups in (("settings", self.settings), ("", self.outcomes)):
+            grouped: dict[str, list[str]] = {}
+            for shape, outcome in groups.items():
+                grouped.setdefault(outcome, []).append(shape)
+            largest = max(grouped, key=lambda g: len(grouped[g])) if grouped and not what else None
+            for outcome, shapes in sorted(grouped.items()):
+                many = outcome == largest and len(shapes) > 10
+                listed = f"the other {len(shapes)}" if many else "; ".join(shapes)
+                lines.append(f"   {what + ' ' if what else ''}{outcome}: {listed}")
+        lines += [f"   !! {shape}: {w}" for shape, found in self.wrong.items() for w in found]
+        return lines
+
+
+@cache
+def rows() -> dict[str, Conversation]:
+    made = {name: to_conversation(row, Source(file=name, line=1)) for name, row in SHAPES.items()}
+    return {name: row for name, row in made.items() if isinstance(row, Conversation)}
+
+
+def templates() -> dict[str, tuple[str, list[str]]]:
+    """Source and other names of each; trl's training templates have a test of their own."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    by_text: dict[str, str] = {}
+    for name, source in template_files(SHARED).items():
+        if source in by_text:
+            found[by_text[source]][1].append(name)
+        elif not name.endswith("_training"):
+            by_text[source] = name
+            found[name] = (source, [])
+    return found
+
+
+def dirs_of(name: str, source: str, place: Path) -> dict[str, Path]:
+    """Model directories by tokenizer, one of them without turn ends in its files."""
+    found = fitting_dirs(name, source, SHARED, place)
+    if "gpt2+marks" not in found:
+        return found
+    home = found["gpt2+marks"]
+    made = home.with_name("gpt2+marks-learned")
+    made.mkdir(exist_ok=True)
+    for file in home.iterdir():
+        if file.name != "generation_config.json" and not (made / file.name).exists():
+            (made / file.name).symlink_to(file.resolve())
+    return {"gpt2+marks": home, LEARNED: made, LARGE: found[LARGE]}
+
+
+def fill_cell(tokenizer: ChatTokenizer) -> Cell:
+    """All shapes before one template, each judged."""
+    cell = Cell(habits=_habits(tokenizer))
+    seen = {kind: hashlib.sha256() for kind in KINDS}
+    for name, row in rows().items():
+        settled = settle(tokenizer, [row]).tokenizer
+        made = build_rendered([row], Renderer(settled))[0]
+        if isinstance(made, Refusal):
+            cell.outcomes[name] = f"{made.code} {_short(made.found)}"
+            wrong = judge_refused(row, made, settled)
+        else:
+            cell.outcomes[name] = f"proved {len(made)}"
+            wrong = judge_proved(row, made, settled)
+            kind = next(k for k, shapes in KINDS.items() if name in shapes)
+            for r in made:
+                seen[kind].update(r.ids_T.tobytes() + weigh(r, row.messages, settled).tobytes())
+        if wrong:
+            cell.wrong[name] = wrong
+        if settled.settings:
+            cell.settings[name] = json.dumps(dict(settled.settings))
+    cell.hashes = " ".join(h.hexdigest()[:8] for h in seen.values())
+    return cell
+
+
+def _short(found: str) -> str:
+    return re.sub(r"(\\n|\s)+", lambda m: m[0][:6], found)[:130]
+
+
+def _habits(t: ChatTokenizer) -> str:
+    habits, forms, usual = t.habits, t.template.forms, Forms()
+    learned = {t.control[w] for w in habits.ends} - t.known_stop
+    stops = [w + " (learned)" * (i in learned) for w, i in sorted(t.control.items(), key=lambda c: c[1]) if i in t.stop]
+    said = [f"stop {' '.join(stops)}", *(f"{role}→{w}" for role, w in habits.written_by_next.items())]
+    if habits.closing is not None:
+        said.append(f"reasoning in {habits.opening!r} … {habits.closing!r}")
+    names = ("reasoning_key", "arguments", "no_content", "content")
+    said += [f"{n}={getattr(forms, n)}" for n in names if getattr(forms, n) != getattr(usual, n)]
+    return "; ".join(said)
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------------
+
+
+def part_of(name: str) -> str:
+    """Half of the work, for two processes."""
+    return "a" if name.startswith("trl/") else "b"
+
+
+def fill(part: str, place: Path, *, large: bool) -> dict[tuple[str, str], Cell]:
+    """The cells of one half, by template and tokenizer, in the order of the tokenizer files; `large` alone, or all others."""
+    work = []
+    for name, (source, _) in templates().items():
+        if part_of(name) == part:
+            for tokenizer, home in dirs_of(name, source, place).items():
+                if (tokenizer == LARGE) == large:
+                    work.append((str((home / "tokenizer.json").resolve()), name, tokenizer, home))
+    return {(name, tokenizer): fill_cell(load_tokenizer(home)) for _, name, tokenizer, home in sorted(work)}
+
+
+def lines_of(cells: dict[tuple[str, str], Cell]) -> Iterator[str]:
+    """The golden file, tokenizers that agree in one block."""
+    order = ["smollm2", "qwen2_5", "qwen3"]
+    for name, (_, others) in templates().items():
+        yield f"\n== {' = '.join((name, *others))}"
+        blocks: dict[tuple[str, ...], list[str]] = {}
+        mine = [(t, c) for (n, t), c in cells.items() if n == name]
+        for tokenizer, cell in sorted(mine, key=lambda m: (m[0] not in order, m[0])):
+            blocks.setdefault(tuple(cell.body()), []).append(f"-- {tokenizer}: {cell.hashes}")
+        for body, heads in blocks.items():
+            yield from (*heads, *body)
+
+
+def parsed(lines: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Lines of each cell of a golden file."""
+    found: dict[tuple[str, str], list[str]] = {}
+    name, heads, open_ = "", [], False
+    for line in lines:
+        if line.startswith("== "):
+            name, heads = line.removeprefix("== ").split(" = ")[0], []
+        elif line.startswith("-- "):
+            heads = [] if not open_ else heads
+            heads.append(line.removeprefix("-- ").split(": ")[0])
+            found[name, heads[-1]] = [line]
+        elif line.startswith("   ") and name:
+            for h in heads:
+                found[name, h].append(line)
+        open_ = line.startswith("-- ")
+    return found
+
+
+def differences(cells: dict[tuple[str, str], Cell]) -> str:
+    """What differs from the golden file, and how to accept it; "" where nothing does."""
+    golden = parsed(GOLDEN.read_text(encoding="utf-8").splitlines())
+    found: list[str] = []
+    for key, cell in cells.items():
+        now = [f"-- {key[1]}: {cell.hashes}", *cell.body()]
+        if now != golden.get(key):
+            found.append(f"== {key[0]}")
+            found += list(difflib.unified_diff(golden.get(key, []), now, n=0, lineterm=""))[2:]
+    return "\n".join([*found[:120], f"({len(found)} lines) If this is meant: {COMMAND}"]) if found else ""
+
+
+def main(argv: Sequence[str]) -> None:
+    place = Path(argv[0] if argv else "/tmp/educe-fitting")
+    place.mkdir(parents=True, exist_ok=True)
+    cells: dict[tuple[str, str], Cell] = {}
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        jobs = [pool.submit(fill, part, place, large=large) for large in (False, True) for part in "ab"]
+        for job in jobs:
+            cells |= job.result()
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text("\n".join([HEAD, *lines_of(cells)]).strip() + "\n", encoding="utf-8")
+    print(f"{len(cells)} cells of {len(SHAPES)} shapes → {GOLDEN}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,439 @@
+"""What a server computes, by other means than educe's: jinja as transformers sets it up and the raw tokenizer. A judge of every
+row that educe proved or refused.
+
+Of educe's it asks only how a message is handed to a template and the settings that were chosen; nothing of how it renders.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+from unicodedata import normalize
+
+import jinja2
+import numpy as np
+from educe.chat.tokens import ChatTokenizer
+from educe.chat.weights import weigh
+from educe.errors import Refusal
+from educe.types import Conversation, Message, Rendered
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+END = "QZX"  # put behind a text to see what a template writes after it
+# Tags around reasoning.
+BLOCKS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought\n", "<channel|>"),
+)
+
+
+class Raised(Exception):
+    """The template refused."""
+
+
+# --- rendering -----------------------------------------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    tags = {"generation"}  # noqa: RUF012 - jinja's interface
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:  # type: ignore[no-untyped-def]
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> jinja2.Environment:
+    import datetime
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    made.filters["tojson"] = _tojson
+    made.globals["raise_exception"] = _raise
+    made.globals["strftime_now"] = datetime.date(2025, 1, 1).strftime
+    return made
+
+
+_ENVIRONMENT = _environment()
+_COMPILED: dict[str, jinja2.Template] = {}
+_TEXTS: dict[Any, str | None] = {}  # None: refused
+
+
+@dataclass(frozen=True)
+class Server:
+    """A tokenizer and its template, as a server runs them."""
+
+    tokenizer: ChatTokenizer
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        t = self.tokenizer.template
+        return (t.source, *(tuple(sorted(m.items())) for m in (t.special, t.settings)), t.forms)
+
+    def text(self, row: Conversation, messages: Sequence[Message], *, generation: bool) -> str:
+        """What the template writes. Raises `Raised`."""
+        # `id`: rows live as long as the process, and messages are slices of a row's or made for it
+        key = (*self._key, json.dumps([repr(messages), len(row.tools)]), generation, row.source.file)
+        if key not in _TEXTS:
+            t = self.tokenizer.template
+            if t.source not in _COMPILED:
+                _COMPILED[t.source] = _ENVIRONMENT.from_string(t.source)
+            said = [t._said(m) for m in messages]
+            given = {**t.special, **t.settings, "tools": list(row.tools) or None, "documents": None}
+            try:
+                _TEXTS[key] = _COMPILED[t.source].render(messages=said, add_generation_prompt=generation, **given)
+            except Exception:
+                _TEXTS[key] = None
+        found = _TEXTS[key]
+        if found is None:
+            raise Raised
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.stock.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.stock.decode(list(ids), skip_special_tokens=False))
+
+    def words(self, texts: Sequence[str]) -> list[str]:
+        """Control tokens whose text stands in one of these."""
+        return [w for w in self.tokenizer.control if any(w in t for t in texts)]
+
+    def first_stop(self, text: str) -> int | None:
+        """Where the first stop token in a text ends."""
+        stops = [w for w, i in self.tokenizer.control.items() if i in self.tokenizer.stop]
+        found = [(text.index(w), text.index(w) + len(w)) for w in stops if w in text]
+        return min(found)[1] if found else None
+
+
+# --- what a turn says ----------------------------------------------------------------------------------------------------
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from strings(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from strings(v)
+
+
+def inline(content: str) -> tuple[str, str]:
+    """(reasoning, answer) of a text that may start with a block of reasoning."""
+    text = content.strip()
+    for opener, closer in BLOCKS:
+        if text.startswith(opener) and closer in text:
+            reasoning, _, answer = text.removeprefix(opener).partition(closer)
+            return reasoning.strip(), answer.strip()
+    return "", text
+
+
+def texts_of(row: Conversation) -> list[str]:
+    """Everything a row says."""
+    found = [t for m in row.messages for t in (m.content, m.reasoning or "")]
+    return found + [t for m in row.messages for c in m.tool_calls for t in (c.name, *strings(dict(c.arguments)))]
+
+
+def said_in(text: str, wanted: str) -> bool:
+    """Whether a text is there: as it is, as JSON has it, or in the tokenizer's normal form."""
+    forms = {wanted, json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1]}
+    return any(_plain(f) in _plain(text) for f in forms)
+
+
+def missing(message: Message, text: str) -> list[str]:
+    """What a turn says and `text` does not."""
+    reasoning, answer = inline(message.content)
+    wanted = [answer, reasoning, (message.reasoning or "").strip()]
+    wanted += [t for c in message.tool_calls for t in (c.name, *strings(dict(c.arguments)))]
+    return [w for w in wanted if w and not said_in(text, w)]
+
+
+def marked(message: Message) -> Message:
+    """The turn with `END` behind the last thing it says."""
+    if not message.tool_calls:
+        return replace(message, content=message.content.rstrip() + END)
+    last = message.tool_calls[-1]
+    arguments = dict(last.arguments)
+    key = next((k for k in reversed(arguments) if isinstance(arguments[k], str)), None)
+    changed = replace(last, name=last.name + END) if key is None else None
+    changed = changed or replace(last, arguments={**arguments, key: arguments[key] + END})
+    return replace(message, tool_calls=(*message.tool_calls[:-1], changed))
+
+
+# --- one trained turn ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Turn `i` of a row in a sequence: ids before it, its own, and their text."""
+
+    i: int
+    before: list[int]
+    ids: list[int]
+    text: str
+
+
+def trained(sequence: Rendered, server: Server) -> list[Trained]:
+    """The trained turns of a sequence; two that touch (no header stands between them) are told apart by their stop tokens."""
+    ids, stop = sequence.ids_T.tolist(), server.tokenizer.stop
+    turns = iter(sequence.rendering.turns)
+    made = []
+    for run in (r for r in sequence.runs if r.trained):
+        num = len(dict.fromkeys(s.message for s in run.segments if s.message is not None))
+        inside = [k + 1 for k in range(run.first, run.end - 1) if ids[k] in stop] if num > 1 else []
+        edges = [run.first, *inside[: num - 1], run.end]
+        for first, end in pairwise(edges):
+            start, now = server.decode(ids[:first]), server.decode(ids[:end])
+            text = now[len(start) :] if now.startswith(start) else server.decode(ids[first:end])
+            made.append(Trained(next(turns), ids[:first], ids[first:end], text))
+    return made
+
+
+def _plain(text: str) -> str:
+    """Text as tokenizers may normalise it: NFC; to SentencePiece a low line like this is a space."""
+    return normalize("NFC", text).replace("▁", " ")
+
+
+def _same(one: str, other: str) -> bool:
+    return _plain(one) == _plain(other)
+
+
+def judge_turn(row: Conversation, turn: Trained, server: Server) -> Iterator[str]:
+    """What is wrong with a trained turn."""
+    i, message, tokenizer = turn.i, row.messages[turn.i], server.tokenizer
+    try:
+        prompt = server.text(row, row.messages[:i], generation=True)
+        full = server.text(row, row.messages[: i + 1], generation=False)
+    except Raised:
+        yield f"turn {i} is trained and the template refuses it"
+        return
+    if not server.words(texts_of(row)) and turn.before != server.encode(prompt):
+        yield f"turn {i}: the ids before it are not those of its prompt"
+    stops = [k for k, n in enumerate(turn.ids) if n in tokenizer.stop]
+    if stops != [len(turn.ids) - 1]:
+        yield f"turn {i}: stop tokens at {stops} of {len(turn.ids)} trained"
+    if lost := missing(message, turn.text):
+        yield f"turn {i}: not in what is trained: {lost[0][:40]!r}"
+    if tokenizer.table is not None and not _same(server.decode(turn.before), prompt):
+        yield f"turn {i}: what stands before it does not decode to its prompt"
+    yield from _judge_text(row, turn, server, prompt, full)
+
+
+def _judge_text(row: Conversation, turn: Trained, server: Server, prompt: str, full: str) -> Iterator[str]:
+    """Whether the trained text is what the template puts after the prompt, up to and including the stop token."""
+    i, text = turn.i, turn.text
+    tail = _tail(row, i, server)
+    stop = server.first_stop(tail) if tail is not None else None
+    last = server.decode(turn.ids[-1:])
+    if full.startswith(prompt):
+        rest = full[len(prompt) :]
+        if stop is not None:
+            wanted = rest[: len(rest) - len(tail or "") + stop]
+            if not _same(text, wanted):
+                at = next((k for k, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), min(len(text), len(wanted)))
+                yield f"turn {i}: trained …{text[max(0, at - 20) :][:60]!r}, wanted …{wanted[max(0, at - 20) :][:60]!r}"
+            return
+        spoken = text.removesuffix(last)
+        if _same(spoken, rest) or _same(spoken, rest.rstrip()):
+            return  # the end-of-sequence token is appended, or the next message writes the stop
+        for role in ("user", "tool"):
+            more = Message(role=role, content="more", name="get_weather", call_id="callRome1")
+            try:
+                longer = server.text(row, (*row.messages[: i + 1], more), generation=False)
+            except Raised:
+                continue
+            if _plain(longer).startswith(_plain(prompt + text)):
+                return
+        yield f"turn {i}: trained {text!r}, and the template writes no stop token after {rest[-60:]!r}"
+        return
+    yield from _judge_bridge(i, row.messages[i], text, prompt, full)
+
+
+def _judge_bridge(i: int, message: Message, text: str, prompt: str, full: str) -> Iterator[str]:
+    """A turn that history shows otherwise than after its prompt."""
+    if _plain(text) in _plain(full):
+        at = _plain(full).rindex(_plain(text))
+        if full[:at].endswith(prompt[-12:]) or not text.strip():
+            return  # what differs stands before the last message
+    opened = next(((o, c) for o, c in BLOCKS if o.strip() in prompt[-80:]), None)
+    if opened is None:
+        yield f"turn {i} does not follow its prompt {prompt[-40:]!r}, which opens no reasoning"
+        return
+    opener, closer = (t.strip() for t in opened)
+    block = prompt[prompt.rindex(opener) :] + text
+    if block.count(opener) != 1 + message.content.count(opener) - message.content.strip().startswith(opener) or (
+        block.count(closer) - message.content.count(closer) + message.content.strip().startswith(opener) != 1
+    ):
+        yield f"turn {i}: reasoning is opened and closed unevenly: {block[:80]!r}"
+    answer = inline(message.content)[1]
+    behind = text.rpartition(answer)[2] if answer else text.rpartition(closer)[2]
+    if not _plain(full).rstrip().endswith(_plain(behind)) and behind not in full:
+        yield f"turn {i}: {behind!r} after the answer is not what history shows"
+
+
+def _tail(row: Conversation, i: int, server: Server) -> str | None:
+    """What the template writes behind the last thing that turn `i` says."""
+    try:
+        text = server.text(row, (*row.messages[:i], marked(row.messages[i])), generation=False)
+    except Raised:
+        return None
+    return text.rpartition(END)[2] if END in text else None
+
+
+# --- a whole row ---------------------------------------------------------------------------------------------------------
+
+
+def wanted_turns(row: Conversation) -> list[int]:
+    return [i for i, m in enumerate(row.messages) if m.role == "assistant" and i > 0 and m.weight != 0]
+
+
+def judge_proved(row: Conversation, built: Sequence[Rendered], tokenizer: ChatTokenizer) -> list[str]:
+    """What is wrong with a row's sequences."""
+    server = Server(tokenizer)
+    wrong = []
+    turns = [t for s in built for t in trained(s, server)]
+    if [t.i for t in turns] != wanted_turns(row):
+        wrong.append(f"turns {[t.i for t in turns]} are trained")
+    for t in turns:
+        wrong += judge_turn(row, t, server)
+    for s in built:
+        weights_T = np.zeros(s.ids_T.size, np.float32)
+        for t in trained(s, server):
+            weights_T[len(t.before) : len(t.before) + len(t.ids)] = 1 if (w := row.messages[t.i].weight) is None else w
+        if not np.array_equal(weights_T, weigh(s, row.messages, tokenizer)):
+            wrong.append("the weights are not those of the trained turns")
+        wrong += _judge_control(row, s, server)
+    wrong += _judge_split(row, built, server)
+    return wrong
+
+
+def _judge_control(row: Conversation, sequence: Rendered, server: Server) -> Iterator[str]:
+    """Control strings that the row says are text: it has the control tokens of a row that says others in their place."""
+    tokenizer, last = server.tokenizer, sequence.rendering.turns[-1]
+    words = server.words(texts_of(row))
+    if not words:
+        return
+    order = sorted(words, key=len, reverse=True)
+
+    def tame(value: Any) -> Any:
+        if isinstance(value, str):
+            for w in order:
+                value = value.replace(w, "".join(c for c in w if c.isalnum()))
+            return value
+        if isinstance(value, dict):
+            return {k: tame(v) for k, v in value.items()}
+        return [tame(v) for v in value] if isinstance(value, list) else value
+
+    messages = tuple(
+        replace(
+            m,
+            content=tame(m.content),
+            reasoning=tame(m.reasoning) if m.reasoning else None,
+            tool_calls=tuple(replace(c, arguments=tame(dict(c.arguments))) for c in m.tool_calls),
+        )
+        for m in row.messages
+    )
+    ids = sequence.ids_T.tolist()
+    run = [r for r in sequence.runs if r.trained][-1]
+    try:
+        prompt = server.encode(server.text(row, messages[:last], generation=True))
+        full = server.encode(server.text(row, messages[: last + 1], generation=False))
+    except Raised:
+        yield "the row is refused with other texts in place of control strings"
+        return
+    known = set(tokenizer.control.values())
+    sent, shown = ([n for n in some if n in known] for some in (prompt, full))
+    if [n for n in ids[: run.first] if n in known] != sent:
+        yield "control tokens in the prompt are not those the template writes"
+    mine = [n for n in ids[: run.end] if n in known]
+    if shown[: len(sent)] == sent and mine != shown[: len(mine)] and mine[:-1] != shown[: len(mine) - 1]:
+        yield "control tokens in the answer are not those the template writes"
+
+
+def _judge_split(row: Conversation, built: Sequence[Rendered], server: Server) -> Iterator[str]:
+    """A row is split only where a later prompt does not go on from what came before."""
+    for before, now in zip(built, built[1:], strict=False):
+        if server.words(texts_of(row)):
+            return
+        prompt = server.text(row, row.messages[: now.rendering.turns[0]], generation=True)
+        ids = before.ids_T.tolist()
+        if server.encode(prompt)[: len(ids)] == ids and before.rendering.segments[-1].part != "eos":
+            yield f"turn {now.rendering.turns[0]} is apart, though its prompt goes on from the turn before"
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def judge_refused(row: Conversation, refusal: Refusal, tokenizer: ChatTokenizer) -> list[str]:
+    """Why a refusal is not true."""
+    server = Server(tokenizer)
+    numbers = re.search(r"turn (\d+)", refusal.found)
+    i = int(numbers[1]) if numbers else None
+    refused = [j for j in wanted_turns(row) if _refused(row, j, server)]
+    if refusal.code == "E-CHAT-102":
+        return [] if refused else ["the template does not refuse it"]
+    if refusal.code == "E-CHAT-310":
+        return [f"turns {wanted_turns(row)} could be trained"] if wanted_turns(row) else []
+    if i is None:
+        named = re.search(r"the tool (\w+)", refusal.found)
+        i = wanted_turns(row)[0] if named else None
+        if i is not None and named:
+            hidden = named[1] not in server.text(row, row.messages[:i], generation=True)
+            return [] if hidden else [f"the prompt of turn {i} names {named[1]}"]
+        return [f"unjudged: {refusal.found}"]
+    if i in refused:
+        return ["the template refuses it"]
+    return list(_judge_reason(row, refusal, i, server))
+
+
+def _refused(row: Conversation, i: int, server: Server) -> bool:
+    try:
+        server.text(row, row.messages[:i], generation=True)
+        server.text(row, row.messages[: i + 1], generation=False)
+    except Raised:
+        return True
+    return False
+
+
+def _judge_reason(row: Conversation, refusal: Refusal, i: int, server: Server) -> Iterator[str]:
+    message = row.messages[i]
+    prompt = server.text(row, row.messages[:i], generation=True)
+    full = server.text(row, row.messages[: i + 1], generation=False)
+    rest = full[len(prompt) :] if full.startswith(prompt) else full
+    if refusal.code == "E-CHAT-301":
+        if full.startswith(prompt):
+            yield f"turn {i} follows its prompt"
+    elif refusal.code == "E-CHAT-302":
+        if message.content.strip() in rest and full.startswith(prompt):
+            yield f"the template shows the text of turn {i} unchanged"
+    elif refusal.code == "E-CHAT-304":
+        if (tail := _tail(row, i, server)) is not None and server.first_stop(tail) is not None:
+            yield f"turn {i} has a stop token in {tail!r}"
+    elif refusal.code == "E-CHAT-308":
+        thoughts = [t for t in ((message.reasoning or "").strip(), inline(message.content)[0]) if t]
+        closed = any(c.strip() in prompt[-60:] for _, c in BLOCKS)
+        if all(t in rest for t in thoughts) and not closed:
+            yield f"the template shows the reasoning of turn {i}"
+    elif refusal.code == "E-CHAT-309":
+        left_out = re.search(r"leaves out message (\d+)", refusal.found)
+        if left_out and row.messages[int(left_out[1])].content.strip() in prompt:
+            yield f"message {left_out[1]} is in the prompt of turn {i}"
+        if not left_out and not missing(replace(message, reasoning=None), rest):
+            yield f"the template shows the call of turn {i}"
+    else:
+        yield f"unjudged: {refusal.code} {refusal.found}"
