@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from educe.chat.turns import Row, Turn, Unproved, find_turn
 from educe.errors import ChatError
 from educe.types import Conversation, Message, Segment, Source
 
+_CLOSING = re.compile(r"</[\w:]+>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>")
 _NOWHERE = Source(file="prompt", line=0)
 
 
@@ -45,17 +47,19 @@ def answer_in(text: str, conversation: Conversation, tokenizer: ChatTokenizer) -
     `conversation` ends in the expected answer. The model learns to write the opening; a grader must not count it.
     """
     turn = _last_turn(conversation, tokenizer)
-    closing = tokenizer.habits.closing
-    if closing is not None and closing.strip() and closing.strip() in text:
-        return text.partition(closing.strip())[2].lstrip("\n")
     if turn is None:
         return text
     opening = []
     for piece in turn.completion:
-        if piece.from_data:
+        if piece.part == "content":
             break
-        opening.append(piece.text)
-    return text.removeprefix("".join(opening))
+        opening.append(piece)
+    written = opening[-1].text if opening and not opening[-1].from_data else ""
+    tags = [tokenizer.habits.closing or "", *(tag[0] for tag in _CLOSING.finditer(written))]
+    for tag in filter(None, map(str.strip, tags)):
+        if tag in text:
+            return text.partition(tag)[2].lstrip("\n")
+    return text.removeprefix("".join(p.text for p in opening))
 
 
 def _last_turn(conversation: Conversation, tokenizer: ChatTokenizer) -> Turn | None:

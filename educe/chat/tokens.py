@@ -6,19 +6,19 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
-from educe.chat.bytes_of import ByteTable, table_of
+from educe.chat.bytes_of import ByteTable
 from educe.chat.engine import Flat, encode_reference
 from educe.chat.named import NAMED
 from educe.chat.probe import Habits, find_forms, find_habits
 from educe.chat.template import ChatTemplate, Forms, TemplateRefusal, compile_template
+from educe.chat.tokenizer_file import Parsed, adds_bos, parse, read_raw, with_tokens
 from educe.config.recipe import FileTemplate, NamedTemplate, OwnTemplate
 from educe.errors import ChatError, ModelError
 from educe.files.hashes import hash_bytes
@@ -144,17 +144,17 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     Raises `ModelError` for files that cannot be used and `ChatError` for a template that cannot.
     """
     file = model_dir / "tokenizer.json"
-    raw = _raw(file)
+    raw = read_raw(file)
     settings = _json(model_dir / "tokenizer_config.json")
     special = {k: text for k, v in settings.items() if k.endswith("_token") and (text := _token_text(v)) is not None}
     source, name = _source(model_dir, settings, choice)
     words = NAMED[name].control if name in NAMED else ()
     try:
-        parsed = _parsed(raw, words)
+        parsed = parse(raw, words)
     except Exception as e:  # tokenizers raises plain Exception for a file it cannot use
         raise ModelError(2, str(file), f"is not a usable tokenizer: {e}.", "Download the model again.") from e
     stock, new = parsed.stock, parsed.new
-    if name in NAMED and _adds_bos(raw, special.get("bos_token")):
+    if name in NAMED and adds_bos(raw, special.get("bos_token")):
         source = "{{- bos_token }}" + source
     known = _known_stop(model_dir, stock, special, choice.stop)
     control = {**parsed.control, **{str(w): i for w, i in parsed.added.items() if i in known}}
@@ -164,7 +164,7 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     made = ChatTokenizer(
         stock=stock,
         plain=parsed.plain,
-        json=_exported(raw, words),
+        json=with_tokens(raw, words),
         engine_json=parsed.text,
         control=control,
         stop=frozenset(known),
@@ -191,45 +191,6 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class _Parsed:
-    """What a tokenizer.json gives, whatever the template: see `ChatTokenizer`. `added` are all its added tokens."""
-
-    stock: Tokenizer
-    plain: Tokenizer
-    text: str
-    added: Mapping[str, int]
-    control: Mapping[str, int]
-    new: Mapping[str, int]
-    table: ByteTable | None
-    eats: Mapping[str, tuple[bool, bool]]
-    size: int
-
-
-@lru_cache(maxsize=8)
-def _parsed(raw: str, words: tuple[str, ...]) -> _Parsed:
-    """Parse a tokenizer.json and add control tokens to it. Raises whatever is wrong with it."""
-    tree = json.loads(raw)
-    new = _add_tokens(tree, words)
-    tree["truncation"] = tree["padding"] = tree["post_processor"] = None  # some files were saved with truncation on
-    text = json.dumps(tree, ensure_ascii=False)
-    stock = Tokenizer.from_str(text)
-    plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": []}, ensure_ascii=False))
-    control = _separate(tree["added_tokens"], plain)
-    vocabulary = stock.get_vocab()
-    return _Parsed(
-        stock=stock,
-        plain=plain,
-        text=text,
-        added={str(t["content"]): int(t["id"]) for t in tree["added_tokens"]},
-        control=control,
-        new=new,
-        table=table_of(vocabulary, stock, tree, control),
-        eats={t["content"]: (t["lstrip"], t["rstrip"]) for t in tree["added_tokens"] if t["lstrip"] or t["rstrip"]},
-        size=max(vocabulary.values()) + 1,
-    )
-
-
 def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatTokenizer:
     names = {v: k for k, v in tokenizer.control.items()}
     known = tuple(sorted(names[i] for i in tokenizer.known_stop if i in names))
@@ -248,16 +209,6 @@ def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatTokenizer:
     return replace(tokenizer, template=template, habits=habits, stop=stop, is_stop_V=is_stop_V)
 
 
-def _raw(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        fix = "The model needs a fast tokenizer: load it once with transformers' AutoTokenizer and save_pretrained."
-        raise ModelError(1, str(file), "does not exist.", fix) from e
-    except (OSError, ValueError) as e:
-        raise ModelError(2, str(file), f"cannot be read: {e}.", "Download the model again.") from e
-
-
 def _known_stop(model_dir: Path, stock: Tokenizer, special: Mapping[str, str], more: Sequence[str]) -> set[int]:
     known = set()
     if "eos_token" in special and (eos := stock.token_to_id(special["eos_token"])) is not None:
@@ -274,24 +225,6 @@ def _known_stop(model_dir: Path, stock: Tokenizer, special: Mapping[str, str], m
     return known
 
 
-def _add_tokens(tree: dict[str, Any], words: Sequence[str]) -> dict[str, int]:
-    """Put control tokens into a tokenizer's tree. Returns those it did not have at all, with the ids they get."""
-    added = tree.setdefault("added_tokens", [])
-    have = {t["content"] for t in added}
-    vocabulary = _vocabulary(tree)
-    free = max([*vocabulary.values(), *(t["id"] for t in added)], default=-1) + 1
-    new: dict[str, int] = {}
-    for word in words:
-        if word in have:
-            continue
-        number = vocabulary.get(word)
-        if number is None:
-            number = new[word] = free + len(new)
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added.append({"id": number, "content": word, **flags, "special": True})
-    return new
-
-
 def _items(mapping: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(mapping.items())
 
@@ -302,40 +235,7 @@ def _flags(ids: Collection[int], size: int) -> Bool[np.ndarray, " v"]:
     return flags
 
 
-def _vocabulary(tree: dict[str, Any]) -> dict[str, int]:
-    vocabulary = tree.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: [[piece, score], ...]
-        return {piece: i for i, (piece, _) in enumerate(vocabulary)}
-    return dict(vocabulary)
-
-
-def _exported(raw: str, words: tuple[str, ...]) -> str:
-    """tokenizer.json as it is to be saved: the model's own, with the control tokens that were added."""
-    tree = json.loads(raw) if words else {}
-    have = len(tree.get("added_tokens", []))
-    _add_tokens(tree, words)
-    return raw if not words or len(tree["added_tokens"]) == have else json.dumps(tree, ensure_ascii=False)
-
-
-def _adds_bos(raw: str, bos: str | None) -> bool:
-    """Whether the tokenizer itself puts BOS before a text: then the model has always seen it there."""
-    if bos is None:
-        return False
-    whole = Tokenizer.from_str(raw)
-    return bool((ids := whole.encode("a").ids) and ids[0] == whole.token_to_id(bos))
-
-
-def _separate(added: list[dict[str, Any]], plain: Tokenizer) -> dict[str, int]:
-    """The added tokens that mean something, by text. Those that text gives anyway (Gemma's newlines) go back into `plain`."""
-    free = [t for t in added if not t.get("special")]
-    ordinary = [t for t in free if plain.encode(t["content"], add_special_tokens=False).ids == [t["id"]]]
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    plain.add_tokens([AddedToken(t["content"], **{k: t[k] for k in flags}) for t in ordinary])
-    known = {t["id"] for t in ordinary}
-    return {str(t["content"]): int(t["id"]) for t in added if t["id"] not in known}
-
-
-def _starts_with_space(parsed: _Parsed, control: Mapping[str, int]) -> bool:
+def _starts_with_space(parsed: Parsed, control: Mapping[str, int]) -> bool:
     """Whether text alone gets other ids than the same text behind a control token."""
     word = next(iter(control), None)
     if word is None:
