@@ -6,6 +6,7 @@ Of educe's it asks only how a message is handed to a template and the settings t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -245,27 +246,25 @@ def _judge_text(row: Conversation, turn: Trained, server: Server, prompt: str, f
         if stop is not None:
             wanted = rest[: len(rest) - len(tail or "") + stop]
             if not _same(text, wanted):
-                at = next((k for k, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), min(len(text), len(wanted)))
+                at = next(
+                    (k for k, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b),
+                    min(len(text), len(wanted)),
+                )
                 yield f"turn {i}: trained …{text[max(0, at - 20) :][:60]!r}, wanted …{wanted[max(0, at - 20) :][:60]!r}"
             return
         spoken = text.removesuffix(last)
-        if _same(spoken, rest) or _same(spoken, rest.rstrip()):
+        if _same(spoken.rstrip(), rest.rstrip()) and _plain(rest).startswith(_plain(spoken)):
             return  # the end-of-sequence token is appended, or the next message writes the stop
-        for role in ("user", "tool"):
-            more = Message(role=role, content="more", name="get_weather", call_id="callRome1")
-            try:
-                longer = server.text(row, (*row.messages[: i + 1], more), generation=False)
-            except Raised:
-                continue
-            if _plain(longer).startswith(_plain(prompt + text)):
-                return
+        if any(_plain(t).startswith(_plain(prompt + text)) for t in _longer(row, i, server)):
+            return
         yield f"turn {i}: trained {text!r}, and the template writes no stop token after {rest[-60:]!r}"
         return
-    yield from _judge_bridge(i, row.messages[i], text, prompt, full)
+    yield from _judge_bridge(row, i, server, text, prompt, full)
 
 
-def _judge_bridge(i: int, message: Message, text: str, prompt: str, full: str) -> Iterator[str]:
+def _judge_bridge(row: Conversation, i: int, server: Server, text: str, prompt: str, full: str) -> Iterator[str]:
     """A turn that history shows otherwise than after its prompt."""
+    message = row.messages[i]
     if _plain(text) in _plain(full):
         at = _plain(full).rindex(_plain(text))
         if full[:at].endswith(prompt[-12:]) or not text.strip():
@@ -275,15 +274,23 @@ def _judge_bridge(i: int, message: Message, text: str, prompt: str, full: str) -
         yield f"turn {i} does not follow its prompt {prompt[-40:]!r}, which opens no reasoning"
         return
     opener, closer = (t.strip() for t in opened)
-    block = prompt[prompt.rindex(opener) :] + text
-    if block.count(opener) != 1 + message.content.count(opener) - message.content.strip().startswith(opener) or (
-        block.count(closer) - message.content.count(closer) + message.content.strip().startswith(opener) != 1
-    ):
-        yield f"turn {i}: reasoning is opened and closed unevenly: {block[:80]!r}"
+    block, own = prompt[prompt.rindex(opener) :] + text, message.content + (message.reasoning or "")
+    own = own.removeprefix(opener) if (thought := inline(message.content)[0]) else own
+    own = own.replace(closer, "", 1) if thought else own
+    if any(block.count(tag) - own.count(tag) != 1 for tag in (opener, closer)):
+        yield f"turn {i}: reasoning is opened and closed unevenly: {block[:30]!r} … {block[-60:]!r}"
     answer = inline(message.content)[1]
-    behind = text.rpartition(answer)[2] if answer else text.rpartition(closer)[2]
-    if not _plain(full).rstrip().endswith(_plain(behind)) and behind not in full:
+    behind = _plain((text.rpartition(answer)[2] if answer else text.rpartition(closer)[2]).strip())
+    if not any(behind in _plain(t) for t in (full, *_longer(row, i, server))):
         yield f"turn {i}: {behind!r} after the answer is not what history shows"
+
+
+def _longer(row: Conversation, i: int, server: Server) -> Iterator[str]:
+    """The conversation up to turn `i` and one message more, for stop tokens that the next message writes."""
+    for role in ("user", "tool"):
+        more = Message(role=role, content="more", name="get_weather", call_id="callRome1")  # type: ignore[arg-type]
+        with contextlib.suppress(Raised):
+            yield server.text(row, (*row.messages[: i + 1], more), generation=False)
 
 
 def _tail(row: Conversation, i: int, server: Server) -> str | None:
@@ -366,14 +373,19 @@ def _judge_control(row: Conversation, sequence: Rendered, server: Server) -> Ite
 
 
 def _judge_split(row: Conversation, built: Sequence[Rendered], server: Server) -> Iterator[str]:
-    """A row is split only where a later prompt does not go on from what came before."""
-    for before, now in zip(built, built[1:], strict=False):
-        if server.words(texts_of(row)):
+    """A row is split only where a later prompt does not go on from what came before. (Where the ids of one turn do not, all
+    turns are apart.)"""
+    if server.words(texts_of(row)):
+        return
+    needless = []
+    for before, now in pairwise(built):
+        ids = server.encode(server.text(row, row.messages[: now.rendering.turns[0]], generation=True))
+        goes_on = before.ids_T.tolist() == ids[: before.ids_T.size] and before.rendering.segments[-1].part != "eos"
+        needless += [now.rendering.turns[0]] if goes_on else []
+        if not goes_on and now.rendering.apart == "ids":
             return
-        prompt = server.text(row, row.messages[: now.rendering.turns[0]], generation=True)
-        ids = before.ids_T.tolist()
-        if server.encode(prompt)[: len(ids)] == ids and before.rendering.segments[-1].part != "eos":
-            yield f"turn {now.rendering.turns[0]} is apart, though its prompt goes on from the turn before"
+    if needless:
+        yield f"turn {needless[0]} is apart, though its prompt goes on from the turn before"
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------

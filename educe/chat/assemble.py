@@ -90,7 +90,7 @@ def needing_care(drafts: Sequence[Draft], tokenizer: ChatTokenizer) -> frozenset
 def texts_of(drafts: Sequence[Draft], by_hand: frozenset[int]) -> list[str]:
     """What is to be encoded for these drafts, all in one call."""
     ready = [d for n, d in enumerate(drafts) if n not in by_hand] if by_hand else drafts
-    texts = [t for d in ready for t in d.texts]
+    texts = [t for d in ready for t in d.stretches()]
     texts += [t for d in ready if d.joints for _, t in d.joints]
     return texts
 
@@ -138,10 +138,9 @@ def _eaten(text: str, before: str, after: str, tokenizer: ChatTokenizer) -> str:
 
 def prove(drafts: Sequence[Draft], by_hand: frozenset[int], flat: Flat, tokenizer: ChatTokenizer) -> Proved:
     """Prove all drafts with a few operations on whole arrays, given the ids of `texts_of` them."""
-    ids_B, starts = flat
     ready = [n for n in range(len(drafts)) if n not in by_hand]
     texts = [t for n in ready for t in drafts[n].texts]
-    bounds = starts[: len(texts) + 1]
+    ids_B, bounds, num_used = _woven([drafts[n] for n in ready], *flat)
     edges = bounds.tolist()
     first_run, run = [0] * len(drafts), 0
     for n in ready:
@@ -150,15 +149,37 @@ def prove(drafts: Sequence[Draft], by_hand: frozenset[int], flat: Flat, tokenize
     wrong: dict[int, Unproved] = {}
     if ready:
         control_B = tokenizer.is_control_V[ids_B]
-        misread = _misread_runs(texts, ids_B[: edges[-1]], bounds, tokenizer)
+        misread = _misread_runs(texts, ids_B, bounds, tokenizer)
         suspects = ready if misread else _suspects(drafts, ready, first_run, ids_B, edges, control_B, tokenizer)
         for n in suspects:
             if (
                 why := _why_wrong(drafts[n], first_run[n], texts, ids_B, edges, control_B, misread, tokenizer)
             ) is not None:
                 wrong[n] = why
-        _prove_joints(drafts, ready, first_run, starts[len(texts) :], ids_B, edges, control_B, wrong)
+        joints = (flat[0], flat[1][num_used:].tolist())
+        _prove_joints(drafts, ready, first_run, joints, ids_B, edges, control_B, wrong)
     return Proved(drafts, ids_B, edges, first_run, wrong, by_hand)
+
+
+def _woven(
+    drafts: Sequence[Draft], ids: Int32[np.ndarray, " m"], starts: Int64[np.ndarray, " n"]
+) -> tuple[Int32[np.ndarray, " b"], Int64[np.ndarray, " r"], int]:
+    """The ids of all runs: those that were made for this row between those that are the same in every row; where each run
+    begins; how many of the encoded texts were used."""
+    at = starts.tolist()
+    parts: list[np.ndarray] = [ids[:0]]
+    sizes: list[int] = []
+    k = 0
+    for d in drafts:
+        for run in d.plan.cuts:
+            size = 0
+            for part in run:
+                if isinstance(part, tuple):
+                    part, k = ids[at[k] : at[k + 1]], k + 1
+                parts.append(part)
+                size += part.size
+            sizes.append(size)
+    return np.concatenate(parts), np.cumsum([0, *sizes]), k
 
 
 def _suspects(
@@ -220,13 +241,14 @@ def _prove_joints(
     drafts: Sequence[Draft],
     ready: Sequence[int],
     first_run: Sequence[int],
-    starts: Int64[np.ndarray, " n"],
+    joints: tuple[Int32[np.ndarray, " m"], Sequence[int]],
     ids_B: Int32[np.ndarray, " b"],
     edges: Sequence[int],
     control_B: np.ndarray,
     wrong: dict[int, Unproved],
 ) -> None:
     """The end of a context and the completion behind it have, encoded together, the ids they have apart."""
+    ids, starts = joints
     joint = 0
     for n in ready:
         for k, _ in drafts[n].joints:
@@ -234,7 +256,7 @@ def _prove_joints(
             first, middle, end = edges[run - 1], edges[run], edges[run + 1]
             controls = np.flatnonzero(control_B[first:middle])
             loose = first + int(controls[-1]) + 1 if controls.size else first
-            if n not in wrong and not np.array_equal(ids_B[starts[joint] : starts[joint + 1]], ids_B[loose:end]):
+            if n not in wrong and not np.array_equal(ids[starts[joint] : starts[joint + 1]], ids_B[loose:end]):
                 wrong[n] = _unshared()
             joint += 1
 

@@ -43,8 +43,9 @@ def table_of(
     if kind is None or not _normalizer_is(normalizer, kind) or _adds_prefix(tree.get("pre_tokenizer")):
         return None
     flags = ("lstrip", "rstrip", "single_word")
-    if any(t[f] for t in tree.get("added_tokens", []) if t["content"] in control for f in flags):
-        return None
+    own = [t for t in tree.get("added_tokens", []) if t["content"] in control]
+    if any(t[f] for t in own for f in flags) or (normalizer is not None and any(t["normalized"] for t in own)):
+        return None  # else encoding a text is encoding the stretches between control tokens
     table = [b"\x00"] * (max(vocabulary.values()) + 1)
     added = {int(t["id"]) for t in tree.get("added_tokens", [])}
     for token, number in vocabulary.items():

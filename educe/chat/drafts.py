@@ -11,6 +11,9 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int32
+
 from educe.chat.pieces import control_in
 from educe.chat.template import REASONING_KEYS, Piece, remade
 from educe.chat.tokens import ChatTokenizer
@@ -47,6 +50,8 @@ def _text(piece: Piece, texts: Texts) -> str:
     return remade(piece, texts) if piece.ops else texts[piece.path]
 
 
+# Ids that are the same in every row.
+Fixed = Int32[np.ndarray, " t"]
 # A text with %s where the pieces' texts go.
 Form = tuple[str, tuple[Piece, ...]]
 
@@ -65,8 +70,9 @@ class Plan:
     """One sequence. `runs` are stretches that are all trained or all context, each as texts and places for texts; `turns` the
     turn of each, None for context; `control` the control tokens that the template writes, in order.
 
-    `joints` are what is encoded besides, to prove that a server agrees with turns that share a sequence: for a completion that
-    is not the last, what stands behind the last control token before it, and the completion.
+    `cuts` has each run as it is encoded: cut at the control tokens that the template writes, ids where a stretch is the same in
+    every row, else a text. `joints` are what is encoded besides, to prove that a server agrees with turns that share a
+    sequence: for a completion that is not the last, what stands behind the last control token before it, and the completion.
     """
 
     slots: tuple[Slot, ...]
@@ -75,6 +81,7 @@ class Plan:
     runs: tuple[Form, ...]
     turns: tuple[int | None, ...]
     control: tuple[int, ...]
+    cuts: tuple[tuple[Form | Fixed, ...], ...]
     joints: tuple[tuple[int, Form], ...]
     appended: bool
 
@@ -87,6 +94,10 @@ class Draft:
     row: Texts
     texts: tuple[str, ...]
     joints: tuple[tuple[int, str], ...]
+
+    def stretches(self) -> list[str]:
+        """What is encoded for its runs, in order."""
+        return [_put(part, self.row) for run in self.plan.cuts for part in run if isinstance(part, tuple)]
 
     def rendering(self) -> Rendering:
         """With its segments."""
@@ -111,9 +122,41 @@ def plan_sequence(slots: Sequence[Slot], turns: tuple[int, ...], apart: Apart, t
         runs=tuple(_form(tuple(map(_item, g))) for g in groups),
         turns=tuple(g[0].segment.message if g[0].segment.trained else None for g in groups),
         control=tuple(control),
+        cuts=tuple(_cut(tuple(map(_item, g)), key) for g in groups) if tokenizer.table is not None else (),
         joints=tuple(joints),
         appended=bool(slots) and slots[-1].segment.part == "eos",
     )
+
+
+def _cut(run: Sequence[str | Piece], key: TokenizerKey) -> tuple[Form | Fixed, ...]:
+    """A run cut at the template's control tokens: encoding a text is encoding the stretches between them (see `bytes_of`)."""
+    cuts: list[Form | Fixed] = []
+    fixed, stretch = "", list[str | Piece]()
+
+    def close(word: str) -> None:
+        nonlocal fixed, stretch
+        if any(isinstance(i, Piece) for i in stretch):
+            if fixed:
+                cuts.append(np.array(key.tokenizer.encode(fixed), np.int32))
+            cuts.append(_form(stretch))
+            fixed, stretch = word, []
+        else:
+            fixed, stretch = "".join([fixed, *map(str, stretch), word]), []
+
+    for item in run:
+        if isinstance(item, Piece):
+            stretch.append(item)
+            continue
+        at = 0
+        for start, end, _ in written(item, key):
+            stretch.append(item[at:start])
+            close(item[start:end])
+            at = end
+        stretch.append(item[at:])
+    close("")
+    if fixed:
+        cuts.append(np.array(key.tokenizer.encode(fixed), np.int32))
+    return tuple(cuts)
 
 
 def fill(plan: Plan, row: Texts) -> Draft:

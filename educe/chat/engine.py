@@ -1,7 +1,8 @@
 """Text → ids through the fastest engine that is proved, on this machine and for this tokenizer, to give what `tokenizers` gives.
 
 The one candidate today is fastokens (`pip install educe[fast]`): 3.5 to 28 times the rows a second of `tokenizers` on two cores.
-It proves itself on about 4,000 hard texts before it is used and on a sample of every call after; where it is absent, cannot load the
+It proves itself on about 4,000 hard texts before it is used (once for a machine, a tokenizer and the versions) and on a sample of
+every call after; where it is absent, cannot load the
 tokenizer or differs anywhere, `tokenizers` does the work and the engine says why. Candidates that were refused, with the texts on
 which they differ: docs/decisions/002-dependencies.md.
 """
@@ -18,6 +19,8 @@ from jaxtyping import Int32, Int64
 from tokenizers import Tokenizer
 
 from educe.chat.hard_texts import hard_texts
+from educe.files.atomic import write_text
+from educe.files.hashes import cache_dir, hash_bytes
 
 # N ids in all, B texts: the ids of text b are ids_N[starts[b]:starts[b + 1]].
 Flat: TypeAlias = tuple[Int32[np.ndarray, " N"], Int64[np.ndarray, " B+1"]]
@@ -25,6 +28,7 @@ Encoder: TypeAlias = Callable[[Sequence[str]], Flat]
 
 # A panic in Rust arrives as a BaseException, so all are caught but these.
 _NOT_ITS_FAULT = (KeyboardInterrupt, SystemExit, MemoryError)
+PROOF_VERSION = 1  # bump when the hard texts change: what was proved before is then proved again
 _SAMPLE = 64  # one text in so many, and one of every call, is encoded a second time by `tokenizers`
 WORTH_CHARS = 10_000_000  # loading and proving takes 1 to 3 s, in which `tokenizers` encodes about so much
 
@@ -95,17 +99,30 @@ def choose_engine(tokenizer_json: str, reference: Tokenizer, *, about_chars: int
     stock = f"tokenizers {metadata.version('tokenizers')}"
     if about_chars is not None and about_chars < WORTH_CHARS:
         return Engine(stock, f"about {about_chars:,} characters: loading another would take longer", None, reference)
-    texts = hard_texts([t.content for _, t in sorted(reference.get_added_tokens_decoder().items())])
     try:
         name, fast = _load_fastokens(tokenizer_json)
-        _check(fast(texts), texts, range(len(texts)), reference)
+        number = _prove(f"{name} {stock}", tokenizer_json, fast, reference)
     except ImportError:
         return Engine(stock, "fastokens is not installed: pip install 'educe[fast]'", None, reference)
     except _NOT_ITS_FAULT:
         raise
     except BaseException as e:
         return Engine(stock, f"fastokens is not used: {_told(e)}", None, reference)
-    return Engine(name, f"identical to {stock} on {len(texts):,} hard texts", fast, reference)
+    return Engine(name, f"identical to {stock} on {number:,} hard texts", fast, reference)
+
+
+def _prove(versions: str, tokenizer_json: str, fast: Encoder, reference: Tokenizer) -> int:
+    """How many hard texts it is proved on: now, or earlier on this machine with the same versions and tokenizer."""
+    proof = cache_dir() / "engines" / f"{hash_bytes(f'{PROOF_VERSION} {versions} {tokenizer_json}'.encode())[:24]}.json"
+    texts = hard_texts([t.content for _, t in sorted(reference.get_added_tokens_decoder().items())])
+    if proof.is_file():  # a few again: is this what was proved?
+        few = texts[:: len(texts) // 64]
+        _check(fast(few), few, range(len(few)), reference)
+        return len(texts)
+    _check(fast(texts), texts, range(len(texts)), reference)
+    proof.parent.mkdir(parents=True, exist_ok=True)
+    write_text(proof, f"{len(texts)}\n")
+    return len(texts)
 
 
 def _load_fastokens(tokenizer_json: str) -> tuple[str, Encoder]:

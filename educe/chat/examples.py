@@ -82,7 +82,15 @@ class Chunk:
                 raise Distrust(str(self.rows[k].source))
 
     def prove(self, flat: Flat) -> Proved:
-        return prove(self.drafts, self.by_hand, flat, self.renderer.tokenizer)
+        """Raises `Distrust` where the prompt of some rows, encoded whole, has other ids than its stretches."""
+        proved = prove(self.drafts, self.by_hand, flat, self.renderer.tokenizer)
+        for n in range(0, len(self.drafts), max(1, len(self.drafts) // NUM_COMPARED)):
+            if n not in self.by_hand and n not in proved.wrong:
+                first = proved.first_run[n]
+                ids = proved.ids_B[proved.edges[first] : proved.edges[first + 1]].tolist()
+                if ids != self.renderer.tokenizer.encode(self.drafts[n].texts[0]):
+                    raise Distrust(f"{self.drafts[n].texts[0][-80:]!r}")
+        return proved
 
     def rendered(self, k: int, proved: Proved) -> list[Rendered] | Refusal:
         """The sequences of row k, or why it is refused."""
@@ -185,12 +193,25 @@ class _Quick:
 
 
 def build_stream(
-    chunks: Iterable[Sequence[Conversation]], renderer: Renderer, weighing: Weighing, encode: Encode
+    chunks: Iterable[Sequence[Conversation]],
+    renderer: Renderer,
+    weighing: Weighing,
+    encode: Encode,
+    *,
+    threaded: bool = True,
 ) -> Iterator[tuple[Chunk, Proved]]:
-    """Chunks of rows, proved; ids of the next chunk are made in a thread while the last one is proved.
+    """Chunks of rows, proved; ids of the next chunk are made in a thread while the last one is proved (unless every core has
+    a process already).
 
     Raises `Distrust` where the template does not do for a row what it did for the row that was remembered.
     """
+    if not threaded:
+        for rows in chunks:
+            chunk = Chunk.of(rows, renderer, weighing)
+            ids = encode(chunk.texts)
+            chunk.compare()
+            yield chunk, chunk.prove(ids)
+        return
     with _nimble(), ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
         ahead: list[tuple[Chunk, Future[Flat]]] = []
         for rows in chunks:
@@ -198,10 +219,10 @@ def build_stream(
             ahead.append((chunk, pool.submit(encode, chunk.texts)))
             chunk.compare()
             if len(ahead) > 1:
-                done, ids = ahead.pop(0)
-                yield done, done.prove(ids.result())
-        for chunk, ids in ahead:
-            yield chunk, chunk.prove(ids.result())
+                done, coming = ahead.pop(0)
+                yield done, done.prove(coming.result())
+        for chunk, coming in ahead:
+            yield chunk, chunk.prove(coming.result())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     head = _checked_head(path)
     if path.suffix == ".parquet" or head.startswith(b"PAR1"):
         rows = _parquet_rows(path)
-    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    elif _is_array(head):
         rows = _array_rows(path)
     else:
         rows = _json_lines(path)
@@ -29,6 +30,49 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield row
     if empty:
         raise DataError(3, str(path), "holds no row.", "Give a file with at least one row.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of a data file: whole (`end` None), or the lines that begin in some bytes of it, the first numbered `first`."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+    first: int = 1
+
+
+def spans_of(path: Path, number: int) -> list[Span]:
+    """The file in about so many stretches of lines; in one where it is not lines. Raises `DataError` for what is no data file."""
+    head = _checked_head(path)
+    lines = path.suffix != ".parquet" and not head.startswith(b"PAR1") and not _is_array(head)
+    if number < 2 or not lines:
+        return [Span(path=path)]
+    size = path.stat().st_size
+    cuts = [(0, 1)]  # where a stretch begins, and the number of its first line
+    with path.open("rb") as f:
+        line = 1
+        for k in range(1, number):
+            wanted, at = size * k // number, cuts[-1][0]
+            while at < wanted:
+                block = f.read(min(1 << 20, wanted - at))
+                at += len(block)
+                line += block.count(b"\n")
+            at += len(f.readline())
+            line += 1
+            if cuts[-1][0] < at < size:
+                cuts.append((at, line))
+    ends = [*(start for start, _ in cuts[1:]), size]
+    return [Span(path=path, start=start, end=end, first=line) for (start, line), end in zip(cuts, ends, strict=True)]
+
+
+def read_span(span: Span) -> Iterator[Row]:
+    """The rows of a stretch, as `read_rows` gives them."""
+    return read_rows(span.path) if span.end is None else _json_lines(span.path, span)
+
+
+def _is_array(head: bytes) -> bool:
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _checked_head(path: Path) -> bytes:
@@ -64,8 +108,9 @@ def _refuse_impostor(head: bytes, shown: str) -> None:
         raise DataError(6, shown, "is an HTML page, not the data.", "Download the raw file.")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in read_lines(path, str(path)):
+def _json_lines(path: Path, span: Span | None = None) -> Iterator[Row]:
+    where = (span.start, span.end, span.first) if span is not None else ()
+    for number, line in read_lines(path, str(path), *where):
         source = Source(file=str(path), line=number)
         value = line if isinstance(line, Refusal) else parse_json(line, str(source))
         yield source, _as_row(value, source)

@@ -137,13 +137,21 @@ def _unfit(value: Any) -> re.Match[str] | None:
     return next(filter(None, map(_unfit, value)), None) if isinstance(value, list) else None
 
 
-def read_lines(path: Path, shown: str) -> Iterator[tuple[int, str | Refusal]]:
-    """Lines of a UTF-8 file, split on \\n only (U+2028 inside a string is text), numbered from 1; blank lines are skipped.
+def read_lines(
+    path: Path, shown: str, start: int = 0, end: int | None = None, first: int = 1
+) -> Iterator[tuple[int, str | Refusal]]:
+    """Lines of a UTF-8 file, split on \\n only (U+2028 inside a string is text), numbered from `first`; blank lines are skipped.
 
-    A byte order mark and \\r\\n are tolerated. `shown` is the file's name in messages.
+    A byte order mark and \\r\\n are tolerated. `shown` is the file's name in messages. Only the lines that begin in the bytes
+    `start` to `end` are read; `start` is where a line begins.
     """
     with path.open("rb") as f:
-        for number, raw in enumerate(f, 1):
+        f.seek(start)
+        at = start
+        for number, raw in enumerate(f, first):
+            if end is not None and at >= end:
+                return
+            at += len(raw)
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             line = line.rstrip(b"\r\n")
             if not line.strip():

@@ -19,6 +19,7 @@ from educe.files.hashes import hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.model.source import Say, find_model
 from educe.recipes.build import TEMPLATE, build
+from educe.recipes.part import Split
 from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, open_store
 from educe.types import Conversation, Message, Source, ToolCall
 
@@ -96,9 +97,10 @@ def _opened(recipe: Recipe, key: str, model_dir: Path, tokenizer: ChatTokenizer)
     return Prepared(path=path, key=key, model_dir=model_dir, tokenizer=settled, summary=summary)
 
 
-def files_of(data: Data) -> dict[str, Path]:
-    files = {"train": Path(data.train)}
-    for name, split in (("dev", data.dev), ("test", data.test)):
+def files_of(data: Data) -> dict[Split, Path]:
+    files: dict[Split, Path] = {"train": Path(data.train)}
+    held: tuple[tuple[Split, Any], ...] = (("dev", data.dev), ("test", data.test))
+    for name, split in held:
         if isinstance(split, FileSplit):
             files[name] = Path(split.file)
     return files

@@ -5,7 +5,7 @@ Shape legend: N examples, T tokens of all examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,28 @@ class TokenStore:
 def write_store(directory: Path, examples: Iterable[Example]) -> None:
     """Write examples into a directory that is being built (see `files.atomic.directory`)."""
     kept = list(examples)
-    empty_ids, empty_weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    write_arrays(
+        directory,
+        [e.ids_T for e in kept],
+        [e.weights_T for e in kept],
+        [e.ids_T.size for e in kept],
+        [e.prefix_of for e in kept],
+    )
+
+
+def write_arrays(
+    directory: Path,
+    ids: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray],
+    lengths: Sequence[int],
+    prefix_of: Sequence[int],
+) -> None:
+    """The same from stretches of ids and weights (end to end, in any cut), and the tokens of each example."""
     directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / "ids.npy", np.concatenate([e.ids_T for e in kept]) if kept else empty_ids)
-    np.save(directory / "weights.npy", np.concatenate([e.weights_T for e in kept]) if kept else empty_weights)
-    np.save(directory / "offsets.npy", np.cumsum([0, *(e.ids_T.size for e in kept)], dtype=np.int64))
-    np.save(directory / "prefix_of.npy", np.array([e.prefix_of for e in kept], np.int32))
+    np.save(directory / "ids.npy", np.concatenate([np.zeros(0, np.int32), *ids]))
+    np.save(directory / "weights.npy", np.concatenate([np.zeros(0, np.float32), *weights]))
+    np.save(directory / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(directory / "prefix_of.npy", np.array(prefix_of, np.int32))
 
 
 def open_store(directory: Path) -> TokenStore:
