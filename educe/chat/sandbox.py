@@ -53,9 +53,34 @@ class _Generator(CodeGenerator):
             self.write(", ")
         self.write(")))")
 
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
+        """`a in b` asks the environment."""
+        if len(node.ops) != 1 or node.ops[0].op not in ("in", "notin"):
+            super().visit_Compare(node, frame)
+            return
+        self.write("(not " if node.ops[0].op == "notin" else "(")
+        self.write("environment.inside(")
+        self.visit(node.expr, frame)
+        self.write(", ")
+        self.visit(node.ops[0].expr, frame)
+        self.write("))")
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
+
+    @staticmethod
+    def inside(value: Any, holder: Any) -> bool:
+        """`value in holder`, where a plain text must not look at marks."""
+        return (_real(value) if isinstance(holder, str) and not isinstance(holder, Traced) else value) in holder
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **more: Any) -> Any:  # noqa: N805 - as jinja does
+        """A call in the template. A method of a plain text gets real texts, but for those that only join."""
+        if type(getattr(__obj, "__self__", None)) is str and __obj.__name__ not in ("join", "format", "format_map"):
+            args, more = tuple(map(_real, args)), {k: _real(v) for k, v in more.items()}
+        made = super().call(__context, __obj, *args, **more)
+        return _TRACE.wrap(made) if type(made) is str else made
+
     concat = staticmethod(lambda parts: _TRACE.wrap("".join(parts)))
 
 
@@ -138,6 +163,7 @@ def build_environment() -> jinja2.Environment:
     safe = environment.filters["safe"]
     environment.filters["safe"] = lambda value: value if isinstance(value, Traced) else safe(value)
     environment.filters.update(tojson=_tojson, join=_join)
+    environment.tests["in"] = environment.inside
     for name in ("iterable", "sequence"):  # a text is both; asking shows nothing of it
         stock = environment.tests[name]
         environment.tests[name] = lambda value, stock=stock: isinstance(value, str) or stock(value)  # type: ignore[misc]

@@ -25,6 +25,7 @@ from educe.files.hashes import hash_bytes
 
 _LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
 DEFAULT_NAME = "plain"
+MORE_TEMPLATES = "additional_chat_templates"
 OWN = OwnTemplate(kind="own")
 _HABITS: dict[Any, tuple[Forms, Habits]] = {}  # what probing found, by all that it depends on
 
@@ -37,7 +38,8 @@ class ChatTokenizer:
     the model's files, those the recipe names (together `known_stop`), and those the template itself ends turns with (`habits`).
     `new_tokens` are control tokens that the model's own tokenizer did not have; `json` is tokenizer.json with them,
     `engine_json` what `stock` was made from. `template_name` says where the template is from. `table` has the bytes of each
-    id, where ids are no more than bytes in a row. `eats` are control tokens that take white space before or after them.
+    id, where ids are no more than bytes in a row. `tool_use` is the same with the template that the model has for rows with tools,
+    where it has two (named `default` and `tool_use`). `eats` are control tokens that take white space before or after them.
     """
 
     stock: Tokenizer
@@ -61,6 +63,7 @@ class ChatTokenizer:
     is_stop_V: Bool[np.ndarray, " v"] = field(repr=False)
     _starts: tuple[str, ...] = field(repr=False)
     _mark: re.Pattern[str] = field(repr=False)
+    tool_use: ChatTokenizer | None = None
 
     @property
     def settings(self) -> Mapping[str, bool | int | str]:
@@ -69,7 +72,12 @@ class ChatTokenizer:
 
     @property
     def template_hash(self) -> str:
-        return hash_bytes(self.template.source.encode())
+        both = (self, self.tool_use) if self.tool_use is not None else (self,)
+        return hash_bytes("\x00".join(t.template.source for t in both).encode())
+
+    def for_row(self, has_tools: bool) -> ChatTokenizer:
+        """With the template that servers take for a row with or without tools."""
+        return self.tool_use if has_tools and self.tool_use is not None else self
 
     def holds_control(self, text: str) -> bool:
         """Whether a text holds the text of a control token."""
@@ -111,11 +119,10 @@ class ChatTokenizer:
 
     def with_settings(self, settings: Mapping[str, bool | int | str]) -> ChatTokenizer:
         """The same with other variables for the template; what it does is found anew. Raises `ChatError`."""
-        return (
-            self
-            if dict(settings) == dict(self.settings)
-            else _probed(self, self.template.with_(settings=dict(settings)))
-        )
+        if dict(settings) == dict(self.settings):
+            return self
+        tools = self.tool_use.with_settings(settings) if self.tool_use is not None else None
+        return _with_both(_probed(self, self.template.with_(settings=dict(settings))), tools)
 
     def pieces(self, ids: list[int]) -> list[str]:
         """The text each id adds to what stands before it; a byte of an unfinished character adds none, the last one adds it.
@@ -185,6 +192,9 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
         _mark=_any_of(control),
     )
     made = _probed(made, template)
+    if isinstance(choice, OwnTemplate) and (tool_source := _named_sources(model_dir, settings).get("tool_use")):
+        other = compile_template(tool_source, special, "chat template tool_use").with_(settings=template.settings)
+        made = _with_both(made, _probed(made, other))
     if not made.stop:
         found = "names no end-of-sequence token, and the template ends turns with none."
         raise ModelError(202, str(model_dir), found, "Set eos_token in tokenizer_config.json.")
@@ -207,6 +217,16 @@ def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatTokenizer:
     stop = tokenizer.known_stop | ends
     is_stop_V = _flags(stop, tokenizer.is_stop_V.size)
     return replace(tokenizer, template=template, habits=habits, stop=stop, is_stop_V=is_stop_V)
+
+
+def _with_both(tokenizer: ChatTokenizer, tool_use: ChatTokenizer | None) -> ChatTokenizer:
+    """One tokenizer of two templates: what ends a turn in either is a stop token in both."""
+    if tool_use is None:
+        return replace(tokenizer, tool_use=None)
+    stop = tokenizer.stop | tool_use.stop
+    flags = _flags(stop, tokenizer.is_stop_V.size)
+    other = replace(tool_use, tool_use=None, stop=stop, is_stop_V=flags)
+    return replace(tokenizer, tool_use=other, stop=stop, is_stop_V=flags)
 
 
 def _known_stop(model_dir: Path, stock: Tokenizer, special: Mapping[str, str], more: Sequence[str]) -> set[int]:
@@ -276,13 +296,21 @@ def _own_source(model_dir: Path, settings: dict[str, Any]) -> str | None:
         return read_template(file)
     found = settings.get("chat_template")
     if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        if not isinstance(named.get("default"), str):
+        named = _named_sources(model_dir, settings)
+        if "default" not in named:
             raise ChatError(
                 1, str(model_dir), f"has templates named {list(named)}, none 'default'.", "Name one 'default'."
             )
-        return str(named["default"])
+        return named["default"]
     return found if isinstance(found, str) else None
+
+
+def _named_sources(model_dir: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """A model's templates by name, where it has more than one: in tokenizer_config.json or in files of their own."""
+    found = settings.get("chat_template")
+    listed = [t for t in found if isinstance(t, dict)] if isinstance(found, list) else []
+    named = {str(t.get("name")): t["template"] for t in listed if isinstance(t.get("template"), str)}
+    return named | {f.stem: read_template(f) for f in sorted((model_dir / MORE_TEMPLATES).glob("*.jinja"))}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class Row:
     texts: dict[tuple[int, bool], Text] = field(default_factory=dict)
     more: list[Text] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.tokenizer = self.tokenizer.for_row(bool(self.conversation.tools))
+
     def text(self, end: int, *, generation: bool) -> Text:
         """The first `end` messages as the template writes them. Raises `TemplateRefusal`."""
         key = (end, generation)

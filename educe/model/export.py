@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from educe.chat.tokens import ChatTokenizer
+from educe.chat.tokens import MORE_TEMPLATES, ChatTokenizer
 from educe.config import Full, Lora
 from educe.errors import ModelError
 from educe.model.device import Device
@@ -63,6 +63,9 @@ def write_model(model: CausalLM, base: Path, tokenizer: ChatTokenizer, card: str
             shutil.copyfile(base / name, directory / name)
     (directory / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     (directory / "chat_template.jinja").write_text(tokenizer.template.source, encoding="utf-8")
+    if tokenizer.tool_use is not None:
+        (directory / MORE_TEMPLATES).mkdir()
+        (directory / MORE_TEMPLATES / "tool_use.jinja").write_text(tokenizer.tool_use.template.source, encoding="utf-8")
     settings = _read(base / "tokenizer_config.json")
     settings.pop("chat_template", None)  # older than the file, or the template that was replaced
     if "added_tokens_decoder" in settings:  # transformers then reads added tokens here alone
@@ -83,7 +86,7 @@ def check_tokenizer(directory: Path, tokenizer: ChatTokenizer) -> None:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     text = "".join(f"{token}\nRow 12345,  naïve\n\n{token} x" for token in tokenizer.control)
     ours, theirs = tokenizer.encode(text), loaded.encode(text, add_special_tokens=False)
-    if ours != theirs or loaded.chat_template != tokenizer.template.source:
+    if ours != theirs or loaded.get_chat_template() != tokenizer.template.source:
         at = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
         first = tokenizer.decode(ours[at : at + 1])
         found = f"read back by transformers, its tokenizer gives other ids than in training (first at {first!r})."
