@@ -28,7 +28,7 @@ from educe.errors import Refusal
 from educe.types import Conversation, Source
 
 from fitting import fitting_dirs, template_files
-from oracle import judge_proved, judge_refused
+from judge import judge_proved, judge_refused
 from shapes import CONTENTS, REASONING, SHAPES, TOOLS, TURNS
 
 GOLDEN = Path(__file__).parent / "golden" / "chat_matrix.txt"
@@ -37,7 +37,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 KINDS = {"turns": TURNS, "contents": CONTENTS, "reasoning": REASONING, "tools": TOOLS}
 LARGE = "qwen2_5+marks"  # 23 tokenizers of 5 MB: `slow`; "gpt2+marks, ends learned" stands for them
 LEARNED = "gpt2+marks, ends learned"  # no generation_config.json: turn ends are learned from the template
-# What the oracle minds and is no fault of educe, as "template, tokenizer: what": why.
+# What the judge minds and is no fault of educe, as "template, tokenizer: what": why.
 EXPLAINED = {
     r"trl/muse_glimmer, gpt2\+marks: turn \d: stop tokens at": "fitting.py guesses that <|eom|> ends an answer, as in Llama "
     "3.1, and names it in generation_config.json; here it ends a message inside an answer"
@@ -49,7 +49,7 @@ Every chat template × the tokenizers that fit it × {len(SHAPES)} shapes (tests
 -- tokenizer: short hashes of all ids and weights of the shapes in {", ".join(KINDS)}; tokens that end a turn, (learned) those
    that no file names; user→X: the next user's message writes X; how reasoning is closed; forms other than the usual ones
    outcome: shapes ("proved 2": two sequences of one row); settings: shapes for which they are not the template's defaults
-   !! what tests/oracle.py says is wrong
+   !! what tests/judge.py says is wrong
 """
 
 
@@ -156,7 +156,7 @@ def _short(found: str) -> str:
     """A reason without what differs from row to row."""
     found = re.sub(r"\b(turn|message) \d+", r"\1 N", found.removesuffix("."))
     found = re.sub(r"(the tool) \w+$", r"\1 F", found)
-    found = re.sub(r"[^']*\[TOOL_CALLS\]", "…", found)
+    found = re.sub(r" where history says .*", " and history has other text", found)
     return re.sub(r"\s+", " ", found)[:150]
 
 

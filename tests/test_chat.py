@@ -10,15 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from educe.chat.render import render_prompt
+from educe.chat.examples import build_examples
+from educe.chat.prompt import render_prompt
+from educe.chat.render import Renderer
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.chat.view import joined, view
-from educe.chat.weights import build_examples, build_rendered, weigh
+from educe.chat.weights import EVEN
 from educe.errors import Refusal
-from educe.types import Conversation, Message, Rendered, Role, Source
+from educe.types import Conversation, Example, Message, Rendered, Role, Source
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+
+from chat_proof import LAST, build, weights_of
 
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 START, STOP = "<|im_start|>", "<|im_end|>"
@@ -113,7 +117,7 @@ def _runs(weights: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def _built(messages: tuple[Message, ...], chat: ChatTokenizer, *, only_last: bool = False) -> list[Rendered]:
-    built = build_rendered(_row(*messages), chat, only_last)
+    built = build(messages, chat, LAST if only_last else EVEN)
     assert not isinstance(built, Refusal), built
     return built
 
@@ -121,7 +125,7 @@ def _built(messages: tuple[Message, ...], chat: ChatTokenizer, *, only_last: boo
 def _prove(messages: tuple[Message, ...], oracle: Oracle, *, only_last: bool) -> None:
     """Every invariant of the rule, on every sequence of a row. Only an answer that the vocabulary cannot spell is refused."""
     asked = [i for i, m in enumerate(messages) if m.role == "assistant"][-1 if only_last else 0 :]
-    built = build_rendered(_row(*messages), oracle.chat, only_last)
+    built = build(messages, oracle.chat, LAST if only_last else EVEN)
     if isinstance(built, Refusal):
         assert built.code == "E-CHAT-306"
         assert not all(oracle.spells(messages[i].content) for i in asked)
@@ -129,7 +133,7 @@ def _prove(messages: tuple[Message, ...], oracle: Oracle, *, only_last: bool) ->
     start = oracle.server.token_to_id(START)
     seen: list[int] = []
     for sequence in built:
-        ids, weights = sequence.ids_T.tolist(), weigh(sequence).tolist()
+        ids, weights = sequence.ids_T.tolist(), weights_of(sequence, messages, oracle.chat)
         assert set(weights) <= {0.0, 1.0}
         runs, turns = _runs(weights), sequence.rendering.turns
         assert len(runs) == len(turns)
@@ -186,14 +190,18 @@ def test_prompt_of_evaluation_and_chat_is_the_prompt_that_was_trained(
 @given(dialogues(), st.booleans())
 def test_examples_are_the_proved_sequences(tiny: Oracle, messages: tuple[Message, ...], only_last: bool) -> None:
     built = _built(messages, tiny.chat, only_last=only_last)
-    made = build_examples(_row(*messages), tiny.chat, only_last=only_last, max_tokens=100_000)
-    assert not isinstance(made, Refusal)
-    assert [e.ids_T.tolist() for e in made] == [r.ids_T.tolist() for r in built]
-    assert [e.weights_T.tolist() for e in made] == [weigh(r).tolist() for r in built]
-    longest = max(e.ids_T.size for e in made)
-    fits = build_examples(_row(*messages), tiny.chat, only_last=only_last, max_tokens=longest)
-    assert not isinstance(fits, Refusal)
-    over = build_examples(_row(*messages), tiny.chat, only_last=only_last, max_tokens=longest - 1)
+
+    def made(max_tokens: int) -> list[Example] | Refusal:
+        weighing = LAST if only_last else EVEN
+        return build_examples([_row(*messages)], Renderer(tiny.chat), max_tokens=max_tokens, weighing=weighing)[0]
+
+    examples = made(100_000)
+    assert not isinstance(examples, Refusal)
+    assert [e.ids_T.tolist() for e in examples] == [r.ids_T.tolist() for r in built]
+    assert [e.weights_T.tolist() for e in examples] == [weights_of(r, messages, tiny.chat) for r in built]
+    longest = max(e.ids_T.size for e in examples)
+    assert not isinstance(made(longest), Refusal)
+    over = made(longest - 1)
     assert isinstance(over, Refusal)
     assert over.code == "E-DATA-201"
     assert str(longest) in over.found
@@ -210,10 +218,15 @@ def test_control_strings_in_every_role_are_text(smollm2: Oracle) -> None:
     assert smollm2.server.decode(ids, skip_special_tokens=False).count(attack) == 3
 
 
-def test_a_row_that_starts_with_the_assistant_is_refused_with_its_place(tiny: Oracle) -> None:
-    refused = build_rendered(_row(_says("assistant", "hi"), _says("user", "a")), tiny.chat, False)
+def test_an_answer_that_opens_the_conversation_is_context(tiny: Oracle) -> None:
+    """Nobody asks for it: it has no prompt. Alone, it leaves nothing to train."""
+    refused = build((_says("assistant", "hi"), _says("user", "a")), tiny.chat)
     assert isinstance(refused, Refusal)
-    assert (refused.code, refused.where) == ("E-CHAT-301", "rows.jsonl:7")
+    assert refused.code == "E-CHAT-310"
+    messages = (_says("assistant", "hi"), _says("user", "a"), _says("assistant", "b"))
+    (sequence,) = _built(messages, tiny.chat)
+    assert sequence.rendering.turns == (2,)
+    assert sequence.ids_T.tolist()[: len(tiny.prompt(messages[:2]))] == tiny.prompt(messages[:2])
 
 
 VIEWED = [
@@ -242,10 +255,10 @@ def test_view_joins_back_to_the_rendered_text(tiny: Oracle, messages: tuple[Mess
 def _prove_view(messages: tuple[Message, ...], oracle: Oracle) -> None:
     marks = {t.content for t in oracle.server.get_added_tokens_decoder().values()}
     for sequence in _built(messages, oracle.chat):
-        spans = view(sequence, oracle.chat)
+        spans = view(sequence, messages, oracle.chat)
         assert "".join(s.text for s in spans) == sequence.rendering.text
         assert [s.token for s in spans] == sequence.ids_T.tolist()
-        assert [s.weight for s in spans] == weigh(sequence).tolist()
+        assert [s.weight for s in spans] == weights_of(sequence, messages, oracle.chat)
         assert all(s.text in marks for s in spans if s.control)
         assert [s.kind == "trained" for s in spans] == [s.weight > 0 for s in spans]
         emitted = "".join(s.text for s in spans if s.kind == "trained")
@@ -257,8 +270,9 @@ def _prove_view(messages: tuple[Message, ...], oracle: Oracle) -> None:
 
 def test_view_tells_the_row_from_the_template(tiny: Oracle) -> None:
     """The same word as role and as content: only the row's own is content."""
-    (sequence,) = _built((_says("user", "user"), _says("assistant", "user")), tiny.chat)
-    runs = [(r["kind"], r["control"], r["text"]) for r in joined(view(sequence, tiny.chat))]
+    messages = (_says("user", "user"), _says("assistant", "user"))
+    (sequence,) = _built(messages, tiny.chat)
+    runs = [(r["kind"], r["control"], r["text"]) for r in joined(view(sequence, messages, tiny.chat))]
     assert runs == [
         ("template", True, START),
         ("template", False, "user\n"),
@@ -289,7 +303,8 @@ def test_truncation_and_padding_saved_in_the_tokenizer_do_nothing(tiny_tokenizer
 
 def test_answers_of_a_hundred_thousand_tokens(tiny: Oracle) -> None:
     text = "日 x " * 12_500
-    (sequence,) = _built((_says("user", "long?"), _says("assistant", text)), tiny.chat)
+    messages = (_says("user", "long?"), _says("assistant", text))
+    (sequence,) = _built(messages, tiny.chat)
     assert sequence.ids_T.size > 50_000
-    ((first, end),) = _runs(weigh(sequence).tolist())
+    ((first, end),) = _runs(weights_of(sequence, messages, tiny.chat))
     assert tiny.server.decode(sequence.ids_T[first:end].tolist(), skip_special_tokens=False) == text + STOP

@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from educe.chat.template import ChatTemplate
+from educe.chat.examples import build_rendered
+from educe.chat.render import Renderer
+from educe.chat.template import compile_template
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
-from educe.chat.weights import weigh
+from educe.config.recipe import NamedTemplate
 from educe.errors import ChatError, Refusal
 from educe.types import Message, Rendered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_proof import START, STOP, build, prove, talk, with_template
+from chat_proof import START, STOP, build, prove, row_of, talk, with_template
 
 # --- what a template may do ----------------------------------------------------------------------------------------------
 
@@ -34,7 +36,9 @@ def tiny(tiny_tokenizer_dir: Path) -> ChatTokenizer:
 def _emitted(built: list[Rendered] | Refusal, chat: ChatTokenizer) -> list[str]:
     """What is trained, one text a sequence."""
     assert not isinstance(built, Refusal), built
-    return [chat.decode(r.ids_T[weigh(r) > 0].tolist()) for r in built]
+    return [
+        chat.decode([i for run in r.runs if run.trained for i in r.ids_T[run.first : run.end].tolist()]) for r in built
+    ]
 
 
 def test_rewritten_history_gets_sequences_with_the_prompts_of_inference(tiny: ChatTokenizer) -> None:
@@ -72,13 +76,12 @@ def test_the_first_stop_token_ends_the_turn(tiny: ChatTokenizer) -> None:
 
 
 REFUSED = {
-    "the end of the turn is no stop token": ("E-CHAT-304", ONE_LINE.replace(STOP, "<|endoftext|>") + OPEN, TWO),
     "white space differs": (
         "E-CHAT-301",
         ONE_LINE + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
         TWO,
     ),
-    "starts with the assistant": ("E-CHAT-301", ONE_LINE + OPEN, TWO[1:]),
+    "nothing but an answer": ("E-CHAT-310", ONE_LINE + OPEN, TWO[1:2]),
     "changes the answer": ("E-CHAT-302", ONE_LINE.replace("m.content", "m.content | upper") + OPEN, TWO),
     "leaves the answer out": ("E-CHAT-302", ONE_LINE.replace("{{ m.content }}", "") + OPEN, TWO),
     "raises": ("E-CHAT-102", "{{ raise_exception('no cats') }}" + ONE_LINE + OPEN, TWO),
@@ -134,7 +137,7 @@ def test_a_template_that_looks_into_contents_is_proved_or_refused(
 
 
 def _prove_answers(messages: tuple[Message, ...], sequence: Rendered, chat: ChatTokenizer) -> None:
-    trained = chat.decode(sequence.ids_T[weigh(sequence) > 0].tolist())
+    (trained,) = _emitted([sequence], chat)
     assert trained == "".join(f"{messages[t].content.strip()}<|im_end|>" for t in sequence.rendering.turns)
     assert sequence.ids_T.tolist().count(chat.control[START]) == sequence.rendering.turns[-1] + 1
 
@@ -166,7 +169,7 @@ def test_a_tokenizer_that_turns_typed_marks_into_control_tokens_is_refused(
 
 
 def test_the_date_is_fixed() -> None:
-    shown = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}).render(TWO, add_generation_prompt=True)
+    shown = compile_template("{{ strftime_now('%d %b %Y') }}", {}).render(TWO, generation=True).text
     assert shown == "01 Jan 2025"
 
 
@@ -219,7 +222,7 @@ def test_hostile_templates_end_in_a_code_and_in_time(tiny: ChatTokenizer, what: 
     ["{{ messages.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ self._TemplateReference__context }}"],
 )
 def test_hidden_attributes_render_as_nothing(source: str) -> None:
-    assert ChatTemplate(source, {}).render(TWO, add_generation_prompt=True) == ""
+    assert compile_template(source, {}).render(TWO, generation=True).text == ""
 
 
 @pytest.mark.parametrize(
@@ -241,14 +244,41 @@ def test_named_templates(tiny_tokenizer_dir: Path, tmp_path: Path, found: list[d
             load_tokenizer(tmp_path)
         assert caught.value.code == code
     else:
-        assert load_tokenizer(tmp_path).template.render(TWO, add_generation_prompt=True) == "x"
+        assert load_tokenizer(tmp_path).template.render(TWO, generation=True).text == "x"
 
 
-def test_a_model_without_a_template_gets_chatml_and_says_so(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_template_gets_plain_and_new_control_tokens(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_text((tiny_tokenizer_dir / name).read_text(encoding="utf-8"), encoding="utf-8")
-    bare, given_one = load_tokenizer(tmp_path), load_tokenizer(tiny_tokenizer_dir)
-    assert (bare.template_is_default, given_one.template_is_default) == (True, False)
-    for add in (True, False):
-        shown = [chat.template.render(TWO, add_generation_prompt=add) for chat in (bare, given_one)]
-        assert shown[0] == shown[1]
+    bare = load_tokenizer(tmp_path)
+    assert bare.template_name == "plain"
+    assert list(bare.new_tokens) == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert min(bare.new_tokens.values()) == load_tokenizer(tiny_tokenizer_dir).stock.get_vocab_size()
+    (sequence,) = build(TWO, bare)  # type: ignore[misc]
+    prove(TWO, bare, [sequence])
+    assert sequence.rendering.text == (
+        "<|user|>the cat<|end|>\n<|assistant|>sat<|end|>\n<|user|>the mat<|end|>\n<|assistant|>hello<|end|>"
+    )
+    chatml = load_tokenizer(tmp_path, NamedTemplate(kind="chatml"))
+    assert (chatml.template_name, dict(chatml.new_tokens)) == ("chatml", {})
+    assert (
+        chatml.template.render(TWO, generation=True).text
+        == load_tokenizer(tiny_tokenizer_dir).template.render(TWO, generation=True).text
+    )
+
+
+def test_a_template_named_tool_use_is_taken_for_rows_with_tools(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    text = (tiny_tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    tools = "<|im_start|>tools {{ tools | tojson }}<|im_end|>\n"
+    sources = [{"name": "default", "template": EACH + ONE_LINE + OPEN}]
+    sources.append({"name": "tool_use", "template": tools + EACH + ONE_LINE + OPEN})
+    settings = {"eos_token": STOP, "chat_template": sources}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    chat = load_tokenizer(tmp_path)
+    row = replace(row_of(*TWO), tools=({"type": "function", "function": {"name": "get_cat"}},))
+    plain, tooled = build_rendered([row_of(*TWO), row], Renderer(chat))
+    assert not isinstance(plain, Refusal)
+    assert not isinstance(tooled, Refusal)
+    assert "get_cat" not in plain[0].rendering.text
+    assert tooled[0].rendering.text.startswith("<|im_start|>tools [")

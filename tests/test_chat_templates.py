@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from educe.chat.render import render_prompt
-from educe.chat.template import ChatTemplate, TemplateRefusal
+from educe.chat.prompt import render_prompt
+from educe.chat.template import ChatTemplate, TemplateRefusal, compile_template
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.errors import CODES, ChatError, Refusal
 from educe.types import Message
@@ -71,9 +71,7 @@ def test_ids_are_those_of_transformers(shared: Path, name: str) -> None:
 def _prove_typed_marks_are_text(chat: ChatTokenizer) -> None:
     """A user who types all that the template writes adds no control token to the row."""
     control = set(chat.control.values())
-    marks = "".join(
-        sorted({w for w in chat.control if w in chat.template.render(talk("u:a"), add_generation_prompt=True)})
-    )
+    marks = "".join(sorted({w for w in chat.control if w in chat.template.render(talk("u:a"), generation=True).text}))
     assert marks
     tame, typed = (build(talk(f"u:{said}", f"a:{said}"), chat) for said in ("x", f"x{marks}x"))
     assert not isinstance(tame, Refusal)
@@ -157,11 +155,11 @@ def _same_text(template: ChatTemplate) -> None:
         theirs = jinja.render_jinja_template([said], chat_template=template.source, **SPECIAL)[0][0]
     except (jinja2.TemplateError, TypeError):
         with pytest.raises(TemplateRefusal):
-            template.render(FIRM[1], add_generation_prompt=False)
+            template.render(FIRM[1], generation=False)
     else:
-        assert template.render(FIRM[1], add_generation_prompt=False) == theirs, template.source
+        assert template.render(FIRM[1], generation=False).text == theirs, template.source
 
 
 @pytest.mark.parametrize("how", ["", "(indent=2)", "(separators=(',', ':'))", "(sort_keys=true)", "(true)"])
 def test_json_is_written_as_transformers_does(how: str) -> None:
-    _same_text(ChatTemplate("{{ {'b': [1, '<é>'], 'a': none} | tojson" + how + " }}", SPECIAL))
+    _same_text(compile_template("{{ {'b': [1, '<é>'], 'a': none} | tojson" + how + " }}", SPECIAL))

@@ -1,70 +1,225 @@
-"""One row, token by token: on the terminal or as a page."""
+"""One row, token by token, on the terminal. `educe.cli.inspection_page` makes the page."""
 
 from __future__ import annotations
 
-import html as escaping
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from rich.table import Table
 from rich.text import Text
 
 from educe.cli.screens import console
-from educe.files.atomic import write_text
+from educe.report.visible import is_unseen, name_of
 
 if TYPE_CHECKING:
+    from educe.chat.masks import OtherMask
     from educe.chat.view import Span
-    from educe.recipes.inspect import Inspection
+    from educe.recipes.inspect import Inspection, Shown
 
-_STYLES = {"trained": "black on green", "content": "", "template": "dim"}
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-:root{{color-scheme:light dark;--t:#bfe8c8;--m:#777}}@media(prefers-color-scheme:dark){{:root{{--t:#1d5b31;--m:#999}}}}
-body{{font:16px/1.9 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}}
-span{{border-radius:3px;box-shadow:inset 0 0 0 1px #8883;padding:.1em 0;white-space:pre-wrap;unicode-bidi:isolate}}
-.trained{{background:var(--t)}}.template{{color:var(--m)}}.control{{font-weight:700}}</style>
-<h1>{title}</h1><p>{summary}</p>{rows}</html>
-"""
-
-
-def _shown(span: Span) -> str:
-    return span.text.replace("\n", "↵\n")
+MOST_PROMPT = 2000
+PARTS = {"content": "text", "eos": "appended", "tool_calls": "tool call"}
+_STYLES = {
+    "trained": "black on green",
+    "unasked": "black on yellow",
+    "control": "bold magenta",
+    "template": "dim",
+    "context": "",
+}
+# How a token of another mask stands in plain text, by (trained by us, trained by it).
+_PLAIN = {(True, True): "[{}]", (False, True): "{{{}}}", (True, False): "({})", (False, False): "{}"}
+_DIFF = {(True, True): "black on green", (False, True): "black on red", (True, False): "black on yellow"}
 
 
-def _counts(found: Inspection) -> str:
-    spans = [s for sequence in found.sequences for s in sequence]
-    trained = sum(s.weight > 0 for s in spans)
-    return f"{len(spans)} tokens, {trained} trained; inference sends the first {found.num_prompt_tokens} as the prompt"
+# --- what both screens and pages show ------------------------------------------------------------------------------------
 
 
-def show_inspection(found: Inspection) -> None:
+def shown(text: str, *, starts: bool = False, ends: bool = False) -> str:
+    """Text with nothing invisible in it: ↵ → ⍽ ␀ ⟨U+200B⟩, and · for spaces at the ends of lines and, where it starts or ends
+    a stretch, at its own."""
+    lines = []
+    pieces = text.split("\n")
+    for k, line in enumerate(pieces):
+        first, last = starts or k > 0, ends or k + 1 < len(pieces)
+        kept = line.lstrip(" ") if first else line
+        head = "·" * (len(line) - len(kept))
+        kept, tail = (kept.rstrip(" "), len(kept) - len(kept.rstrip(" "))) if last else (kept, 0)
+        lines.append(head + "".join(map(_visible, kept)) + "·" * tail)
+    return "↵\n".join(lines)
+
+
+def in_cell(text: str) -> str:
+    """A token's text in one line. A byte of an unfinished character has none."""
+    return shown(text, starts=True, ends=True).replace("↵\n", "↵") if text else "(part of a character)"
+
+
+def _visible(char: str) -> str:
+    if char == "\t":
+        return "→\t"
+    if char < " ":
+        return chr(0x2400 + ord(char))
+    if char == "\x7f":
+        return "␡"
+    if char == "\u00a0":
+        return "⍽"
+    return name_of(char) if is_unseen(char) or (char.isspace() and char != " ") else char
+
+
+def kind_of(span: Span) -> str:
+    """trained · unasked (of an answer, without weight) · control · context · template."""
+    if span.weight > 0:
+        return "trained"
+    if span.kind == "trained":
+        return "unasked"
+    return "control" if span.control else "template" if span.kind == "template" else "context"
+
+
+def flow(spans: Sequence[Span]) -> Iterator[tuple[str, Span]]:
+    """Each token with its text to show, and after a stretch of other weight than 0 or 1 that weight."""
+    for k, s in enumerate(spans):
+        before, after = spans[k - 1] if k else None, spans[k + 1] if k + 1 < len(spans) else None
+        starts = before is None or before.control or before.segment != s.segment or _blank(before.text, -1)
+        ends = after is None or after.control or after.segment != s.segment or _blank(after.text, 0)
+        text = shown(s.text, starts=starts and not s.control, ends=ends and not s.control)
+        yield text, s
+
+
+def _blank(text: str, end: int) -> bool:
+    """Whether a line ends there, but for spaces."""
+    return text.strip(" ")[end:][:1] in ("", "\n")
+
+
+def weight_after(spans: Sequence[Span], k: int) -> str:
+    """×0.5 behind the last token of a stretch with that weight; "" for 0 and 1."""
+    w = spans[k].weight
+    return f"×{w:g}" if w not in (0, 1) and (k + 1 == len(spans) or spans[k + 1].weight != w) else ""
+
+
+def head_of(sequences: Sequence[Shown], k: int) -> str:
+    """sequence 1 of 2: turn 1, 84 tokens, 12 trained"""
+    s = sequences[k]
+    *first, last = map(str, s.turns)
+    turns = f"turns {', '.join(first)} and {last}" if first else f"turn {last}"
+    which = f"sequence {k + 1} of {len(sequences)}: " if len(sequences) > 1 else ""
+    return f"{which}{turns}, {len(s.spans):,} tokens, {s.num_trained:,} trained"
+
+
+def stop_of(s: Shown) -> str:
+    """Which token ends the turns, and where."""
+    words = dict.fromkeys(f"{s.spans[k].text or '(no text)'} (id {s.spans[k].token})" for k in s.stops)
+    places = ", ".join(f"#{k}" for k in s.stops[:8]) + (" …" if len(s.stops) > 8 else "")
+    return f"{' and '.join(words)}, token {places}"
+
+
+def message_of(found: Inspection, span: Span) -> str:
+    """2 assistant; "" for what belongs to no message."""
+    return "" if span.message is None else f"{span.message} {found.messages[span.message].role}"
+
+
+# --- the terminal --------------------------------------------------------------------------------------------------------
+
+
+def show_inspection(found: Inspection, *, tokens: bool = False) -> None:
     """Colours on a terminal; where there are none, trained tokens stand in [brackets]."""
     if found.refusal is not None:
-        console.print(Text(f"Refused: {found.refusal}"), soft_wrap=True)
+        r = found.refusal
+        _line("Refused: ", "bold red", f"{r.code} {r.where} {r.found}")
+        _line("  → ", "green", r.fix)
         return
-    console.print(Text(f"{found.place}: {_counts(found)}", style="bold"), soft_wrap=True)
-    for sequence in found.sequences:
-        text = Text()
-        for span in sequence:
-            style = "bold magenta" if span.control and span.kind != "trained" else _STYLES[span.kind]
-            plain = f"[{_shown(span)}]" if span.weight > 0 and not console.is_terminal else _shown(span)
-            text.append(plain, style=style)
-        console.print(text, soft_wrap=True)
-    console.print(Text.assemble(("trained", _STYLES["trained"]), " · context · ", ("written by the template", "dim")))
-    ids = " ".join(str(s.token) for s in found.sequences[0])
-    console.print(Text(f"ids: {ids}", style="dim"), soft_wrap=True)
+    console.print(Text(f"{found.place}: {head_of(found.sequences, 0)}" if len(found.sequences) == 1 else (
+        f"{found.place}: {len(found.sequences)} sequences, because the later turns do not go on in the earlier one"
+    ), style="bold"), soft_wrap=True)  # fmt: skip
+    for note in found.notes:
+        _line("! ", "yellow", note)
+    for k, s in enumerate(found.sequences):
+        if len(found.sequences) > 1:
+            console.print()
+            console.print(Text(head_of(found.sequences, k), style="bold"), soft_wrap=True)
+            if s.apart:
+                _line("split here: ", "yellow", s.apart)
+        console.print(_flowing(s.spans), soft_wrap=True)
+        _line("stop token: ", "bold", stop_of(s))
+        if tokens:
+            console.print(_table(found, s))
+    _legend(found)
+    first = found.sequences[0]
+    if first.prompt:
+        kept = first.prompt[:MOST_PROMPT]
+        left = len(first.prompt) - len(kept)
+        head = f"What a server sends before turn {first.turns[0]}: {first.num_prompt_tokens:,} tokens, as text"
+        console.print(Text(f"\n{head}", style="bold"), soft_wrap=True)
+        console.print(Text(shown(kept, starts=True, ends=not left), style="dim"), soft_wrap=True)
+        if left:
+            console.print(Text(f"… and {left:,} more characters", style="dim italic"), soft_wrap=True)
+    if found.other is not None:
+        _show_other(found.other)
 
 
-def write_inspection(found: Inspection, target: Path) -> None:
-    """The row as one page without scripts; each token's id and weight are its tooltip."""
-    rows = []
-    for sequence in found.sequences:
-        spans = [
-            f'<span class="{s.kind}{" control" if s.control else ""}" title="id {s.token}, weight {s.weight:g}">'
-            f"{escaping.escape(_shown(s))}</span>"
-            for s in sequence
-        ]
-        rows.append(f"<p>{''.join(spans)}</p>")
-    title = escaping.escape(Path(found.place).name)
-    write_text(target, _PAGE.format(title=title, summary=escaping.escape(_counts(found)), rows="".join(rows)))
+def _line(label: str, style: str, text: str) -> None:
+    console.print(Text.assemble((label, style), text), soft_wrap=True)
+
+
+def _flowing(spans: Sequence[Span]) -> Text:
+    text = Text()
+    for k, (piece, s) in enumerate(flow(spans)):
+        kind = kind_of(s)
+        bare = kind == "trained" and not console.is_terminal
+        text.append(_in("[{}]", piece) if bare else piece, style=_STYLES[kind])
+        text.append(weight_after(spans, k), style="cyan")
+    return text
+
+
+def _in(shape: str, piece: str) -> str:
+    """A token between marks, those of each of its lines on one line."""
+    return "\n".join(shape.format(line) if line else "" for line in piece.split("\n"))
+
+
+def _legend(found: Inspection) -> None:
+    kinds = {kind_of(s) for q in found.sequences for s in q.spans}
+    names = {
+        "trained": "trained" if console.is_terminal else "[trained]",
+        "unasked": "of an answer, weight 0",
+        "context": "context",
+        "control": "control token",
+        "template": "written by the template",
+    }
+    shown_kinds = [(names[k], _STYLES[k]) for k in names if k in kinds]
+    parts: list[str | tuple[str, str]] = []
+    for k, pair in enumerate(shown_kinds):
+        parts += [" · "] * (k > 0) + [pair]
+    if any(s.weight not in (0, 1) for q in found.sequences for s in q.spans):
+        parts += [" · ", ("×weight", "cyan")]
+    console.print(Text.assemble(*parts))
+
+
+def _table(found: Inspection, s: Shown) -> Table:
+    """Every token in a line. Nothing is cut off: a narrow terminal wraps."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name, side in (("#", "right"), ("id", "right"), ("text", "left"), ("weight", "right"), ("segment", "left")):
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
+    table.add_column("message", overflow="fold")
+    for k, span in enumerate(s.spans):
+        part = f"{span.segment} {PARTS.get(span.part, span.part)}"
+        text = Text(in_cell(span.text), style=_STYLES[kind_of(span)])
+        stop = " stop" if k in s.stops else ""
+        table.add_row(str(k), str(span.token), text, f"{span.weight:g}{stop}", part, message_of(found, span))
+    return table
+
+
+def _show_other(other: OtherMask) -> None:
+    console.print(Text(f"\nCompared with {other.name}", style="bold"), soft_wrap=True)
+    for sentence in (other.says, *(other.in_words() if other.ids else ())):
+        console.print(Text(sentence), soft_wrap=True)
+    if not other.ids:
+        return
+    text = Text()
+    for piece, ours, theirs in zip(other.texts, other.ours, other.trained, strict=True):
+        shape = "{}" if console.is_terminal else _PLAIN[ours, theirs]
+        text.append(_in(shape, shown(piece)), style=_DIFF.get((ours, theirs), "dim"))
+    console.print(text, soft_wrap=True)
+    names = {(True, True): "trained by both", (False, True): f"only by {other.name}", (True, False): "only by educe"}
+    shapes = [
+        (n if console.is_terminal else _PLAIN[k].format(n), _DIFF[k])
+        for k, n in names.items()
+        if k in set(zip(other.ours, other.trained, strict=True))
+    ]
+    console.print(Text(" · ").join(Text(n, style=style) for n, style in shapes))

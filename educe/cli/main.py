@@ -72,19 +72,23 @@ def check(recipe: Path) -> None:
 @cli.command()
 @click.argument("recipe", type=RECIPE)
 @click.option("--row", type=int, default=1, show_default=True, help="Line of the row in the training file.")
-@click.option("--html", type=RECIPE, help="Write a page instead of showing the row here.")
-def inspect(recipe: Path, row: int, html: Path | None) -> None:
+@click.option("--diff", metavar="whole|trl", help="Show beside it what another mask would train: all of it, or TRL's default.")
+@click.option("--tokens", is_flag=True, help="List every token: id, text, weight, segment, message.")
+@click.option("--html", type=RECIPE, help="Write a page with every token instead of showing the row here.")
+def inspect(recipe: Path, row: int, diff: str | None, tokens: bool, html: Path | None) -> None:
     """Show the tokens of a row: what is trained, what is context, what is a control token."""
-    from educe.cli.inspection import show_inspection, write_inspection
+    from educe.cli.inspection import show_inspection
     from educe.cli.screens import say
     from educe.recipes.run import inspect as run_inspect
 
-    found = run_inspect(recipe, row, say=say)
-    if html is not None and found.refusal is None:
+    found = run_inspect(recipe, row, diff=diff, say=say)
+    if html is not None:
+        from educe.cli.inspection_page import write_inspection
+
         write_inspection(found, html)
-        click.echo(f"Written to {html}")
-    else:
-        show_inspection(found)
+        click.echo(f"{'Refused. ' if found.refusal is not None else ''}Written to {html}")
+    if html is None or found.refusal is not None:
+        show_inspection(found, tokens=tokens)
     sys.exit(0 if found.refusal is None else 2)
 
 
@@ -145,7 +149,9 @@ def export(places: tuple[Path, ...]) -> None:
         raise UsageError(101, "export", f"takes RUN and DIR, not {len(places)} paths.", "educe export [RUN] DIR")
     run = _run(places[0] if len(places) == 2 else None)
     target = run.export(places[-1], say=say)
-    click.echo(f"Exported to {target}. Serve it: vllm serve {target}   or: transformers serve {target}")
+    serve = f" Serve it: vllm serve {target}   or: transformers serve {target}"
+    settings = run.dir.load(run.dir.provenance).get("template_settings")  # with some, the line above says how to serve it
+    click.echo(f"Exported to {target}.{'' if settings else serve}")
 
 
 @cli.command()
@@ -158,6 +164,28 @@ def prepare(recipe: Path) -> None:
     made = run_prepare(recipe, say=say)
     s = made.summary
     click.echo(f"Prepared: {made.path} ({s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained)")
+
+
+@cli.command()
+@click.argument("what", metavar="MODEL|FILE|NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--fixed", type=RECIPE, metavar="OUT", help="Write the corrected template, where one is proposed.")
+def template(what: str, as_json: bool, fixed: Path | None) -> None:
+    """Say what a chat template does and whether it can be trained with; propose a corrected one."""
+    import json
+
+    from educe.cli.screens import say
+    from educe.cli.template import show_template, write_fixed
+    from educe.recipes.run import template as run_template
+
+    found = run_template(what, say=(lambda line: click.echo(line, err=True)) if as_json else say)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), ensure_ascii=False, indent=1))
+    else:
+        show_template(found, what, fixed)
+    if fixed is not None:
+        write_fixed(found, fixed)
+    sys.exit(0 if found.usable else 2)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from types import TracebackType
@@ -167,6 +168,7 @@ def show_check(c: Check, recipe: Path) -> None:
         ("disk", f"{gigabytes(c.estimate.disk_bytes)} at most, {gigabytes(c.free_disk_bytes)} free"),
     ]
     table = Table.grid(padding=(0, 2))
+    rows[3:3] = _about_template(c)
     for name, value in rows:
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
@@ -176,6 +178,35 @@ def show_check(c: Check, recipe: Path) -> None:
         console.print(f"[dim]{escape(preview['row'])}[/dim]")
         console.print("".join(_run_markup(r) for r in preview["runs"]), soft_wrap=True)
     console.print(f"\nNext: educe train {escape(str(recipe))}" if c.ready else "")
+
+
+def _about_template(c: Check) -> list[tuple[str, str]]:
+    """Template, stop token, and what the template does to rows; lines that say nothing are left out."""
+    s = c.prepared.summary
+    said = [("template", s["template"])]
+    if s["template_settings"]:
+        said = [("template", f"{s['template']}, with {json.dumps(s['template_settings'])}")]
+    turns = s["trained_turns"]
+    for word, count in s["stop"].items():
+        said.append(("stop", f"{word}: ends {count:,} of {turns:,} trained turns ({count / turns:.0%})"))
+    if s["split_rows"]:
+        more, before = s["repeated_tokens"], s["tokens"] - s["repeated_tokens"]
+        became = s["split_rows"] + s["examples"] - s["rows"]["train"]
+        what = f"{_rows(s['split_rows'])} become {became:,} sequences, +{more:,} tokens (+{more / before:.0%})"
+        said.append(("split", f"{what}: prompts of later turns are not what stood before, in text or in ids"))
+    if s["opening_turns"]:
+        said.append(("context only", f"{_rows(s['opening_turns'])} open with the assistant: that turn has no prompt"))
+    if s["trimmed_turns"]:
+        said.append(("trimmed", f"{s['trimmed_turns']:,} answers lose white space at their ends, as the template has it"))
+    if s["engine"] != "tokenizers" and not s["engine_why"]:
+        said.append(("tokenizer", s["engine"]))
+    elif s["engine_why"]:
+        said.append(("tokenizer", f"{s['engine']}: {s['engine_why']}"))
+    return said
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _show_reasons(c: Check) -> None:

@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from educe.chat.examples import build_rendered
 from educe.chat.masks import MASKS, OtherMask
+from educe.chat.probe import settings_to_try
 from educe.chat.render import Renderer
 from educe.chat.settle import settle
-from educe.chat.tokens import load_tokenizer
+from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.chat.view import Span, view
+from educe.chat.weights import Weighing
 from educe.config import Recipe
 from educe.data.formats import detect, to_conversation
 from educe.data.sources import read_rows
 from educe.errors import Refusal, UsageError
 from educe.model.source import Say, find_model
 from educe.recipes.build import weighing_of
-from educe.types import Conversation, Rendered
+from educe.types import Conversation, Message, Rendered
 
-NUM_LOOKED_AT = 64
+# Template settings are chosen for a task: on so many rows, evenly spaced over the file.
+NUM_LOOKED_AT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """One training sequence: its tokens, the assistant turns trained in it, and why it does not go on in the one before."""
+    """One training sequence: its tokens, the assistant turns trained in it, and why it does not go on in the one before.
+
+    `stops` are the places of the tokens that end its turns. `prompt` is, as text, what a server sends for its first turn:
+    its first `num_prompt_tokens` tokens.
+    """
 
     spans: list[Span]
     turns: tuple[int, ...]
+    stops: tuple[int, ...]
     apart: str
+    prompt: str
+    num_prompt_tokens: int
+
+    @property
+    def num_trained(self) -> int:
+        return sum(s.weight > 0 for s in self.spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """One training row: each of its sequences token by token, or why it is refused.
 
-    `prompt` is, as text, what a server would send for the first trained turn, `num_prompt_tokens` its length in tokens.
-    `other` is what the mask named by --diff would train.
+    `notes` say what else is to be known: template settings, or that training leaves the row out. `other` is what the mask
+    named by --diff would train.
     """
 
     place: str
-    sequences: list[Shown]
+    form: str
+    messages: tuple[Message, ...]
+    sequences: tuple[Shown, ...]
     refusal: Refusal | None
-    prompt: str
-    num_prompt_tokens: int
     stop: tuple[str, ...]
-    note: str
+    notes: tuple[str, ...]
     other: OtherMask | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The row asked for, as it stands in the file and as a conversation, and rows around it."""
+
+    raw: Mapping[str, Any]
+    form: str
+    conversation: Conversation | Refusal
+    others: list[Conversation]
 
 
 def inspect(recipe: Recipe, row: int, say: Say, diff: str | None = None) -> Inspection:
@@ -56,69 +81,96 @@ def inspect(recipe: Recipe, row: int, say: Say, diff: str | None = None) -> Insp
         raise UsageError(101, "--diff", f"{diff!r} is no mask.", f"One of {', '.join(MASKS)}.")
     loaded = load_tokenizer(find_model(recipe.model, say), recipe.template)
     weighing = weighing_of(recipe.data)
-    found, form, others = _find(recipe, row)
-    if isinstance(found, Refusal):
-        return _refused(found)
-    settled = settle(loaded, [*others, found], weighing) if recipe.template.settings is None else None
+    chosen = recipe.template.settings is None and len(settings_to_try(loaded.template)) > 1
+    found = _find(recipe, row, looked_at=NUM_LOOKED_AT if chosen else 0)
+    if isinstance(found.conversation, Refusal):
+        return _refused(found.conversation, found)
+    settled = settle(loaded, found.others, weighing) if chosen else None
     tokenizer = settled.tokenizer if settled is not None else loaded
-    built = build_rendered([found], Renderer(tokenizer), weighing)[0]
+    built = build_rendered([found.conversation], Renderer(tokenizer), weighing)[0]
     if isinstance(built, Refusal):
-        return _refused(built)
-    sequences = [
-        Shown(
-            spans=view(r, found.messages, tokenizer, weighing),
-            turns=r.rendering.turns,
-            apart=_why_apart(built, k),
-        )
-        for k, r in enumerate(built)
-    ]
-    first = built[0].runs[0]
+        return _refused(built, found)
+    sequences = tuple(_shown(built, k, found.conversation, tokenizer, weighing) for k in range(len(built)))
     stops = {number: word for word, number in tokenizer.control.items() if number in tokenizer.stop}
     return Inspection(
-        place=str(found.source),
+        place=str(found.conversation.source),
+        form=found.form,
+        messages=found.conversation.messages,
         sequences=sequences,
         refusal=None,
-        prompt="".join(s.text for s in first.segments),
-        num_prompt_tokens=first.end,
         stop=tuple(stops.values()),
-        note=settled.why if settled is not None else "",
-        other=MASKS[diff](found, form, built, tokenizer) if diff is not None else None,
+        notes=tuple(n for n in (settled.why if settled is not None else "", _left_out(sequences, recipe)) if n),
+        other=MASKS[diff](found.conversation, found.raw, built, tokenizer) if diff is not None else None,
     )
 
 
-def _refused(refusal: Refusal) -> Inspection:
-    nothing: list[Shown] = []
+def _shown(
+    built: Sequence[Rendered], k: int, c: Conversation, tokenizer: ChatTokenizer, weighing: Weighing
+) -> Shown:
+    first = built[k].runs[0]
+    return Shown(
+        spans=view(built[k], c.messages, tokenizer, weighing),
+        turns=built[k].rendering.turns,
+        stops=tuple(run.end - 1 for run in built[k].runs if run.trained),
+        apart=why_apart(built, k),
+        prompt="" if first.trained else "".join(s.text for s in first.segments),
+        num_prompt_tokens=0 if first.trained else first.end,
+    )
+
+
+def _left_out(sequences: Sequence[Shown], recipe: Recipe) -> str:
+    """Why training leaves a row out that can be proved; "" where it does not."""
+    longest = max(len(s.spans) for s in sequences)
+    if longest > recipe.data.max_tokens:
+        return f"training drops this row: {longest:,} tokens, more than data.max_tokens ({recipe.data.max_tokens:,})"
+    if any(not s.num_trained for s in sequences):
+        return "training refuses this row: the weights leave no token to train"
+    return ""
+
+
+def _refused(refusal: Refusal, found: _Row) -> Inspection:
+    c = found.conversation
     return Inspection(
         place=refusal.where,
-        sequences=nothing,
+        form=found.form,
+        messages=() if isinstance(c, Refusal) else c.messages,
+        sequences=(),
         refusal=refusal,
-        prompt="",
-        num_prompt_tokens=0,
         stop=(),
-        note="",
+        notes=(),
         other=None,
     )
 
 
-def _find(recipe: Recipe, row: int) -> tuple[Conversation | Refusal, str, list[Conversation]]:
-    """The row, its format, and some rows before it: template settings are chosen for a task, not for a row."""
-    last = 0
+def _find(recipe: Recipe, row: int, looked_at: int) -> _Row:
+    """The row, and up to twice `looked_at` rows evenly spaced over the file."""
+    last, step, count = 0, 1, 0
+    found: _Row | None = None
     others: list[Conversation] = []
     for source, value in read_rows(Path(recipe.data.train)):
         last = source.line
-        wanted = source.line == row
-        if not wanted and len(others) >= NUM_LOOKED_AT:
+        wanted, sampled = source.line == row, looked_at > 0 and count % step == 0
+        count += 1
+        if not wanted and not sampled:
             continue
         made = value if isinstance(value, Refusal) else to_conversation(value, source, recipe.data.system)
         if wanted:
-            return made, "" if isinstance(value, Refusal) else "".join(detect(value)[:1]), others
-        if not isinstance(made, Refusal):
+            raw = {} if isinstance(value, Refusal) else value
+            found = _Row(raw, "".join(detect(raw)[:1]), made, others)
+            if not looked_at:
+                return found
+        if sampled and not isinstance(made, Refusal):
             others.append(made)
-    found = f"there is no row at line {row}; the last is at line {last}."
-    raise UsageError(101, "--row", found, "Give the line of a row in the training file.")
+            if len(others) >= 2 * looked_at:
+                del others[1::2]
+                step *= 2
+    if found is not None:
+        return found
+    what = f"there is no row at line {row}; the last is at line {last}."
+    raise UsageError(101, "--row", what, "Give the line of a row in the training file.")
 
 
-def _why_apart(built: Sequence[Rendered], k: int) -> str:
+def why_apart(built: Sequence[Rendered], k: int) -> str:
     """Where and why a sequence parts from the one before it."""
     if k == 0:
         return ""

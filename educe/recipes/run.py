@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from educe.recipes.check import Check
     from educe.recipes.inspect import Inspection
     from educe.recipes.prepare import Prepared
+    from educe.recipes.template import TemplateReport
     from educe.training.state import StepReport
 
 Say = Callable[[str], None]
@@ -112,11 +113,18 @@ def check(recipe: str | Path, *, say: Say = quiet) -> Check:
     return run_check(load_recipe(Path(recipe)), say)
 
 
-def inspect(recipe: str | Path, row: int = 1, *, say: Say = quiet) -> Inspection:
-    """Tokens of one training row as they will be trained."""
+def inspect(recipe: str | Path, row: int = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:
+    """Tokens of one training row as they will be trained; `diff` ("whole", "trl") names a mask to compare with."""
     from educe.recipes.inspect import inspect as run_inspect
 
-    return run_inspect(load_recipe(Path(recipe)), row, say)
+    return run_inspect(load_recipe(Path(recipe)), row, say, diff)
+
+
+def template(what: str | Path, *, say: Say = quiet) -> TemplateReport:
+    """What a chat template does, and whether it can be trained with: a file, a model, or `plain`, `chatml`, `alpaca`."""
+    from educe.recipes.template import report_template
+
+    return report_template(what, say)
 
 
 def prepare(recipe: str | Path, *, say: Say = quiet) -> Prepared:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from educe.chat.prompt import render_prompt
+from educe.chat.prompt import expected_answer, render_prompt
 from educe.config import Recipe
 from educe.files.atomic import told
 from educe.files.jsonl import read_jsonl, write_jsonl
@@ -121,7 +121,7 @@ class Watch:
                 "step": self._state.step,
                 "row": f"{Path(c.source.file).name}:{c.source.line}",
                 "prompt": [{"role": m.role, "content": m.content} for m in c.messages[:i]],
-                "expected": c.messages[i].content,
+                "expected": expected_answer(replace(c, messages=c.messages[: i + 1]), self._tokenizer),
                 "answer": a.text,
                 "stopped": a.stopped,
             }
