@@ -169,7 +169,7 @@ BAD_ROWS: dict[str, tuple[str | bytes, str, int, str]] = {
     ),
     "44 blank answer": (_messages(ASK, {"role": "assistant", "content": " \n"}), "E-DATA-144", 0, "messages[1]"),
     "45 no answer": (_messages(ASK), "E-DATA-145", 0, "no assistant"),
-    "47 starts with the assistant": (_messages(TELL, ASK), "E-CHAT-301", 0, "starts with the assistant"),
+    "47 starts with the assistant": (_messages(TELL, ASK), "E-CHAT-310", 0, "no assistant turn"),
     "48 tool calls": (_messages(ASK, {**TELL, "tool_calls": [{}]}), "E-DATA-147", 0, "tool_calls[0]"),
     "51 weight a string": (_messages(ASK, {**TELL, "weight": "1"}), "E-DATA-148", 0, "messages[1].weight"),
     "53 an image": (

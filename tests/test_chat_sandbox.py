@@ -86,11 +86,6 @@ REFUSED = {
     "leaves the answer out": ("E-CHAT-302", ONE_LINE.replace("{{ m.content }}", "") + OPEN, TWO),
     "raises": ("E-CHAT-102", "{{ raise_exception('no cats') }}" + ONE_LINE + OPEN, TWO),
     "draws at random": ("E-CHAT-307", ONE_LINE + "{{ range(9999) | random }}" + OPEN, TWO),
-    "control strings it cannot tell from its own": (
-        "E-CHAT-305",
-        "{% if 'cat' in m.content %}a cat: {% endif %}" + ONE_LINE + OPEN,
-        talk("u:the cat<|im_end|>", "a:sat"),
-    ),
 }
 
 
@@ -143,12 +138,11 @@ def _prove_answers(messages: tuple[Message, ...], sequence: Rendered, chat: Chat
 
 
 @pytest.mark.parametrize("ask", ["a cat", "a<|im_end|>cat"])
-def test_an_answer_that_only_seems_to_stand_in_the_prompt_is_not_trained(tiny: ChatTokenizer, ask: str) -> None:
-    """`a`, trimmed, is first met in `<|im_start|>`: what follows it there is not what the model has to emit."""
-    assert not isinstance(build(talk("u:a cat", "a: hello "), with_template(tiny, NOSY)), Refusal)
-    refused = build(talk(f"u:{ask}", "a: a "), with_template(tiny, NOSY))
-    assert isinstance(refused, Refusal)
-    assert refused.code == ("E-CHAT-302" if ask == "a cat" else "E-CHAT-305")
+def test_a_short_answer_is_not_taken_for_the_same_letters_in_the_template(tiny: ChatTokenizer, ask: str) -> None:
+    """`a`, trimmed, is first met in `<|im_start|>`: what is trained is the answer in its place."""
+    for answer in (" hello ", " a ", "assistant"):
+        built = build(talk(f"u:{ask}", f"a:{answer}"), with_template(tiny, NOSY))
+        assert _emitted(built, tiny) == [answer.strip() + STOP]
 
 
 @pytest.mark.parametrize("typed", [START, STOP])
@@ -186,6 +180,11 @@ HOSTILE = {
     "long range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "huge output": "{% for i in range(99999) %}{{ 'A' * 1000 }}{% endfor %}",
+    "memory": "{{ ('A' * 3000000000) | length }}",
+    "memory in steps": "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "silent nested ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "huge power": "{{ 10 ** (10 ** 8) }}",
+    "huge list": "{{ ([1] * 1000000000) | length }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "deep nesting": "{% for a in [1] %}" * 30 + "x" + "{% endfor %}" * 30,
@@ -208,13 +207,13 @@ def test_hostile_templates_end_in_a_code_and_in_time(tiny: ChatTokenizer, what: 
     try:
         chat = with_template(tiny, HOSTILE[what] + EACH + ONE_LINE + OPEN)
     except ChatError as e:
-        assert e.code == "E-CHAT-101"  # noqa: PT017 - refused when it is read, not when it is used
+        assert e.code in ("E-CHAT-101", "E-CHAT-103")  # noqa: PT017 - refused when it is read, not when it is used
     else:
         refused = build(TWO, chat)
         assert isinstance(refused, Refusal)
         assert refused.code in ("E-CHAT-102", "E-CHAT-103")
         assert len(str(refused)) < 2000
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 4  # two seconds, and a new process
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from educe.cli.inspection import shown
 from educe.cli.main import cli
 from educe.errors import UsageError
 
-SMALL = {"num_hidden_layers": 1, "max_position_embeddings": 4096, "vocab_size": 200_000, "model_type": "llama"}
+SMALL = {"num_hidden_layers": 1, "max_position_embeddings": 8192, "vocab_size": 200_000, "model_type": "llama"}
 ROWS: list[dict[str, Any]] = [
     {"messages": [
         {"role": "system", "content": "Be brief.\tAlways.\u200b "},
@@ -60,7 +60,8 @@ def place(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(shared / "models/stories260k/model.safetensors", model)
         config = json.loads((shared / "models/stories260k/config.json").read_text()) | SMALL
         (model / "config.json").write_text(json.dumps(config))
-        text = f"name: {name}\nmodel: {model}\nruns: {home / 'runs'}\ndata: {{train: rows.jsonl, max_tokens: 4096}}\n"
+        text = f"name: {name}\nmodel: {model}\nruns: {home / 'runs'}\ndata: {{train: rows.jsonl, max_tokens: 8192}}\n"
+        text += "train: {batch_tokens: 8192, micro_batch_tokens: 8192}\n"
         (home / f"{name}.yaml").write_text(text, encoding="utf-8")
     return home
 
@@ -78,11 +79,11 @@ def test_plain_text_marks_what_is_trained_and_hides_nothing(place: Path) -> None
     code, said = run("inspect", place / "smollm2.yaml", "--row", "1")
     assert code == 0
     assert "rows.jsonl:1: turns 2 and 4, " in said
-    assert "Be brief.→\tAlways.⟨U+200B⟩·<|im_end|>↵" in said.expandtabs(0).replace("→", "→\t") or "Be brief.→" in said
+    assert re.search(r"Be brief\.→\s+Always\.⟨U\+200B⟩·<\|im_end\|>↵", said)
     assert "[4][.][<|im_end|>]↵" in said
     assert "2 + 2?⍽<|im_end|>↵" in said
     assert "␁" in said
-    assert "··[↵]" in said or "[··][↵]" in said
+    assert "[··][↵]" in said
     assert "stop token: <|im_end|> (id 2), token #" in said
     assert "What a server sends before turn 2: " in said
 
@@ -111,14 +112,14 @@ def test_a_long_prompt_is_shortened_and_its_length_told(place: Path) -> None:
 
 def test_a_row_that_training_drops_is_shown_with_that_note(place: Path) -> None:
     recipe = place / "short.yaml"
-    recipe.write_text((place / "smollm2.yaml").read_text().replace("max_tokens: 4096", "max_tokens: 16"))
+    recipe.write_text((place / "smollm2.yaml").read_text().replace("max_tokens: 8192", "max_tokens: 16"))
     code, said = run("inspect", recipe, "--row", "3")
     assert code == 0
     assert "training drops this row: 33 tokens, more than data.max_tokens (16)" in said
 
 
 def test_wrong_uses_are_told(place: Path) -> None:
-    with pytest.raises(UsageError, match="'axolotl' is no mask. One of whole, trl"):
+    with pytest.raises(UsageError, match=r"'axolotl' is no mask. One of whole, trl"):
         educe.inspect(place / "smollm2.yaml", 1, diff="axolotl")
     with pytest.raises(UsageError, match="there is no row at line 99; the last is at line 8"):
         educe.inspect(place / "smollm2.yaml", 99)
@@ -151,7 +152,7 @@ def test_every_token_on_the_page_is_the_stored_one(place: Path, tmp_path: Path, 
     held = "dev: {kind: file, file: held.jsonl}, test: {kind: file, file: held.jsonl}, max_tokens"
     recipe.write_text(text.replace("max_tokens", held))
     store = educe.prepare(recipe).store("train")
-    examples = [store.example(k) for k in range(len(store))]
+    examples = [store[k] for k in range(len(store))]
     seen: list[tuple[list[int], list[float]]] = []
     for row in range(1, len(rows) + len(EXTRA) + 1):
         page = tmp_path / f"{row}.html"
@@ -206,7 +207,12 @@ def _same_as_trl(place: Path, row: dict[str, Any], other: Any, name: str = "smol
     trainer.chat_template = None
     trainer.completion_only_loss = "prompt" in row and "completion" in row  # as __init__ decides by default
     rows = datasets.Dataset.from_list([row])
-    made = trainer._prepare_dataset(rows, trainer._tokenizer, config, False, None, "train")[0]
+    prepared = trainer._prepare_dataset(rows, trainer._tokenizer, config, False, None, "train")
+    if not len(prepared):
+        assert other.ids == []
+        assert "drops" in other.says
+        return
+    made = prepared[0]
     assert other.ids[: len(made["input_ids"])] == made["input_ids"]
     labels = [False, *(label != -100 for label in made["labels"][1:])]  # labels are shifted: the first is never predicted
     assert other.trained[: len(labels)] == labels
@@ -243,7 +249,7 @@ def test_alpaca_rows_are_no_rows_of_trl(place: Path) -> None:
 
 # --- in the browser ------------------------------------------------------------------------------------------------------
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-background-networking")
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 PROBE = """<script>
 const errors = []; addEventListener("error", e => errors.push(String(e.message)));

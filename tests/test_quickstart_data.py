@@ -94,16 +94,17 @@ def test_the_measure_finds_a_near_copy() -> None:
 
 
 def test_rows_are_short(smollm2_tokenizer_dir: Any) -> None:
+    from educe.chat.examples import build_examples
+    from educe.chat.render import Renderer
     from educe.chat.tokens import load_tokenizer
-    from educe.chat.weights import build_examples
 
-    tokenizer = load_tokenizer(smollm2_tokenizer_dir)
+    renderer = Renderer(load_tokenizer(smollm2_tokenizer_dir))
     sizes, answers = [], []
     for split in SPLITS:
         for n, row in enumerate(rows(split), 1):
             made = to_conversation(row, Source(file=split, line=n))
             assert isinstance(made, Conversation)
-            built = build_examples(made, tokenizer, only_last=False, max_tokens=100)
+            built = build_examples([made], renderer, max_tokens=100)[0]
             assert isinstance(built, list)
             sizes.append(built[0].ids_T.size)
             answers.append(int((built[0].weights_T > 0).sum()))

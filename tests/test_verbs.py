@@ -22,7 +22,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
-from educe.chat.render import render_prompt  # noqa: E402
+from educe.chat.prompt import render_prompt  # noqa: E402
 from educe.chat.tokens import load_tokenizer  # noqa: E402
 from educe.cli.main import main  # noqa: E402
 from educe.errors import RunError  # noqa: E402
@@ -164,7 +164,7 @@ def story(run: Path) -> list[Any]:
     "verb,says",
     [
         ("init", "Written to recipe.yaml. Next: educe check recipe.yaml"),
-        ("check", "44 in = 30 train + 4 dev + 6 test + 4 not used"),
+        ("check", "44 in = 34 train + 2 dev + 4 test + 4 not used"),
         ("train", "Trained: "),
         ("eval", "of the test rows right"),
         ("report", "report.html"),
@@ -183,7 +183,7 @@ def test_the_run_directory_is_complete(job: Job) -> None:
     assert set(scores["systems"]) == {"untouched", "few_shot", "tuned"}
     for name in scores["systems"]:
         lines = read_jsonl(job.run / "answers" / f"{name}.jsonl")
-        assert len(lines) == scores["num_rows"] == 6
+        assert len(lines) == scores["num_rows"] == 4
         assert scores["systems"][name]["correct"] == sum(line["correct"] for line in lines)
     assert scores["verdict"].split(":")[0] in (job.run / "report.html").read_text(encoding="utf-8")
     assert (job.run / "recipe.yaml").read_text() == job.recipe.read_text()
@@ -198,7 +198,7 @@ def test_every_row_is_in_the_ledger_once(job: Job) -> None:
     ledger = read_jsonl(job.run / "ledger.jsonl")
     assert [line["line"] for line in ledger] == list(range(1, 45))
     statuses = Counter(line["status"] for line in ledger)
-    assert statuses == {"train": 30, "dev": 4, "test": 6, "refused": 3, "dropped": 1}
+    assert statuses == {"train": 34, "dev": 2, "test": 4, "refused": 3, "dropped": 1}
     codes = {line["line"]: line["code"] for line in ledger if line["code"]}
     assert codes == {21: "E-DATA-102", 22: "E-DATA-142", 23: "E-DATA-106", 24: "E-DATA-201"}
 
@@ -301,7 +301,7 @@ def lora(job: Job) -> Run:
 def test_lora_goes_all_the_way(job: Job, lora: Run) -> None:
     said: list[str] = []
     scores = lora.eval(say=said.append)
-    assert scores["num_rows"] == 6
+    assert scores["num_rows"] == 4
     assert sum("taken from the cache" in line for line in said) == 2  # the untouched model was asked for the first run
     out = lora.export(job.place / "merged")
     adapters = final(lora.path)

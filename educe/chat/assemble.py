@@ -226,7 +226,10 @@ def _why_wrong(
     end = first + len(draft.texts)
     for k in range(first, end):
         if k in misread:
-            return _misread(ids_B[edges[k] : edges[k + 1]].tolist(), texts[k], tokenizer)
+            ids = ids_B[edges[k] : edges[k + 1]].tolist()
+            # A context whose characters the vocabulary lacks is what a server sends; an answer could not be learned.
+            if draft.plan.turns[k - first] is not None or ids != tokenizer.encode(texts[k]):
+                return _misread(ids, texts[k], tokenizer)
     span = slice(edges[first], edges[end])
     if ids_B[span][control_B[span]].tolist() != list(draft.plan.control):
         return _foreign_control()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from educe.chat.template import Piece, TemplateRefusal
 from educe.chat.tokens import ChatTokenizer
-from educe.types import Conversation, Rendered
+from educe.types import Conversation, Message, Rendered
 
 # TRL 1.16, SFTConfig.max_length: longer sequences are cut there.
 TRL_MAX_TOKENS = 1024
@@ -70,17 +70,21 @@ def trl(c: Conversation, row: Mapping[str, Any], ours: Sequence[Rendered], token
     """TRL 1.16 as it comes (SFTTrainer, no option set): `_prepare_dataset`, from `tokenize_fn` to `truncate`.
 
     `messages`: every token. `prompt` + `completion` (`completion_only_loss` is then on): what follows the ids that the prompt,
-    rendered for generation, shares with the whole. Texts instead of messages get no template. All without template settings.
+    rendered for generation, shares with the whole. Texts instead of messages get no template. `conversations`: as `messages`,
+    and their roles are not translated. All without template settings.
     """
     stock = tokenizer.with_settings({})
     form = next((f for f in _TRL_READS if _keys(f) <= row.keys()), None)
     note = "" if form else "TRL does not read this format; if the row were given as messages, its default "
     if form == "prompt/completion" and isinstance(row["prompt"], str):
         return _bare(c, row, ours, stock)
+    messages = _untranslated(c, row) if form == "sharegpt" else c.messages
     try:
-        pieces = stock.template.render(c.messages, tools=c.tools, generation=False).pieces
+        pieces = stock.template.render(messages, tools=c.tools, generation=False).pieces
         ids = stock.encode("".join(p.text for p in pieces))
         trained, says = [True] * len(ids), "trains every token, prompts and template text included"
+        if form == "sharegpt":
+            says += f"; the template is given the row's own role names ({', '.join(dict.fromkeys(m.role for m in messages))})"
         if form == "prompt/completion":
             given = c.messages[: len(c.messages) - len(row["completion"])]
             sent = stock.encode(stock.template.render(given, tools=c.tools, generation=True).text)
@@ -88,6 +92,8 @@ def trl(c: Conversation, row: Mapping[str, Any], ours: Sequence[Rendered], token
             says = "trains all that follows the prompt, what stands after the stop token included"
     except TemplateRefusal as e:
         return _nothing("trl", f"{note or 'TRL '}ends with an error: the template refuses: {e.args[1]}", ours)
+    if not ids:
+        return _nothing("trl", "TRL drops this row: the template writes nothing for its role names", ours)
     if len(ids) > TRL_MAX_TOKENS:
         trained = [t and k < TRL_MAX_TOKENS for k, t in enumerate(trained)]
         says += f"; the sequence is cut after {TRL_MAX_TOKENS:,} tokens"
@@ -96,6 +102,15 @@ def trl(c: Conversation, row: Mapping[str, Any], ours: Sequence[Rendered], token
 
 def _keys(form: str) -> set[str]:
     return {"sharegpt": {"conversations"}}.get(form, set(form.split("/")))
+
+
+def _untranslated(c: Conversation, row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The row's turns under its own role names, behind what is not a turn of it (a system prompt)."""
+    turns = row["conversations"]
+    before = len(c.messages) - len(turns)
+    own = [str(turn.get("from", m.role)) for turn, m in zip(turns, c.messages[before:], strict=True)]
+    roles = [*(m.role for m in c.messages[:before]), *own]
+    return tuple(replace(m, role=role) for m, role in zip(c.messages, roles, strict=True))  # type: ignore[arg-type]
 
 
 def _bare(c: Conversation, row: Mapping[str, Any], ours: Sequence[Rendered], tokenizer: ChatTokenizer) -> OtherMask:
@@ -118,9 +133,7 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _nothing(name: str, says: str, ours: Sequence[Rendered]) -> OtherMask:
     missed = sum(run.end - run.first for r in ours for run in r.runs if run.trained)
-    return OtherMask(
-        name=name, says=says, ids=[], texts=[], trained=[], ours=[], missed=missed, extra=0, extra_of={}
-    )
+    return OtherMask(name=name, says=says, ids=[], texts=[], trained=[], ours=[], missed=missed, extra=0, extra_of={})
 
 
 def _compared(
@@ -139,8 +152,8 @@ def _compared(
     trained = [t and k > 0 for k, t in enumerate(trained)]
     mine = [False] * len(ids)
     missed = 0
-    for r, run in ((r, run) for r in ours for run in r.runs if run.trained):
-        wanted = r.ids_T[run.first : run.end].tolist()
+    for sequence, run in ((s, run) for s in ours for run in s.runs if run.trained):
+        wanted = sequence.ids_T[run.first : run.end].tolist()
         turn = run.segments[0].message
         before = max((k for k, p in enumerate(owners) if p.message is not None and p.message < (turn or 0)), default=0)
         spots = range(before, len(ids) - len(wanted) + 1)
@@ -180,7 +193,9 @@ def _what(piece: Piece, c: Conversation) -> str:
     role = c.messages[piece.message].role
     if role == "assistant":
         return "the assistant's text that is not asked for here"
-    return {"system": "the system prompt", "user": "the user's text", "tool": "tool results"}.get(role, f"the {role}'s text")
+    return {"system": "the system prompt", "user": "the user's text", "tool": "tool results"}.get(
+        role, f"the {role}'s text"
+    )
 
 
 Mask = Callable[[Conversation, Mapping[str, Any], Sequence[Rendered], ChatTokenizer], OtherMask]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ OWN = OwnTemplate(kind="own")
 _HABITS: dict[Any, tuple[Forms, Habits]] = {}  # what probing found, by all that it depends on
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ChatTokenizer:
     """The tokenizer as servers load it (`stock`), the same without its added tokens (`plain`), and what the model's files say.
 
@@ -59,11 +59,16 @@ class ChatTokenizer:
     eats: Mapping[str, tuple[bool, bool]]
     known_stop: frozenset[int]
     control_ids: frozenset[int]
-    is_control_V: Bool[np.ndarray, " v"] = field(repr=False)
-    is_stop_V: Bool[np.ndarray, " v"] = field(repr=False)
-    _starts: tuple[str, ...] = field(repr=False)
-    _mark: re.Pattern[str] = field(repr=False)
+    is_control_V: Bool[np.ndarray, " v"]
+    is_stop_V: Bool[np.ndarray, " v"]
+    _starts: tuple[str, ...]
+    _mark: re.Pattern[str]
     tool_use: ChatTokenizer | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"ChatTokenizer({self.tokenizer_hash[:8]}, template={self.template_name!r}, settings={dict(self.settings)})"
+        )
 
     @property
     def settings(self) -> Mapping[str, bool | int | str]:

@@ -24,7 +24,8 @@ _CSS = """
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:1rem/1.6 system-ui,sans-serif;overflow-wrap:anywhere}
 main{max-width:52rem;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.25rem;line-height:1.3;margin:0}h2{font-size:1.0625rem;margin:2.5rem 0 .5rem;border-top:1px solid var(--rule);padding-top:.75rem}
+h1{font-size:1.25rem;line-height:1.3;margin:0}
+h2{font-size:1.0625rem;margin:2.5rem 0 .5rem;border-top:1px solid var(--rule);padding-top:.75rem}
 p{margin:.4rem 0}.soft{color:var(--soft)}.note{background:var(--u);padding:.4rem .6rem;border-radius:4px}
 .flow{line-height:1.95;white-space:pre-wrap;unicode-bidi:isolate;font-size:.9375rem}
 .flow span,.key{border-radius:3px;box-shadow:inset 0 0 0 1px #8883;padding:.1em 0;unicode-bidi:isolate}
@@ -33,7 +34,8 @@ p{margin:.4rem 0}.soft{color:var(--soft)}.note{background:var(--u);padding:.4rem
 .control{color:var(--c);font-weight:650}.template,.neither{color:var(--soft)}
 .stop{outline:2px solid var(--c);outline-offset:-1px;font-weight:650}
 .flow i{font-style:normal;font-size:.75em;color:var(--soft);vertical-align:super}
-pre{white-space:pre-wrap;background:var(--panel);padding:.75rem;border-radius:4px;font:.8125rem/1.5 ui-monospace,monospace;margin:.5rem 0}
+pre{white-space:pre-wrap;background:var(--panel);padding:.75rem;border-radius:4px;
+font:.8125rem/1.5 ui-monospace,monospace;margin:.5rem 0}
 details{margin:.75rem 0}summary{cursor:pointer;color:var(--soft);padding:.35rem 0}
 table{border-collapse:collapse;width:100%;table-layout:fixed;font-size:.8125rem;line-height:1.4}
 th,td{text-align:left;vertical-align:top;padding:.2rem .35rem .2rem 0;border-bottom:1px solid var(--rule)}
@@ -43,12 +45,13 @@ td.text{white-space:pre-wrap;font-family:ui-monospace,monospace;unicode-bidi:iso
 """
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title><style>{css}</style></head><body><main>
 <h1>{title}</h1>
 {body}
 </main></body></html>
 """
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _KEYS = (
     ("trained", "trained: carries loss"),
     ("trained stop", "the stop token, trained too"),
@@ -64,7 +67,7 @@ def write_inspection(found: Inspection, target: Path) -> None:
     """Write the row, or why it is refused, as one page."""
     title = _e(f"{Path(found.place).name}{f' · {found.form}' if found.form else ''}")
     body = _refused(found) if found.refusal is not None else _row(found)
-    write_text(target, _PAGE.format(title=title, css=_CSS, body="\n".join(body)))
+    write_text(target, _PAGE.format(title=title, policy=_POLICY, css=_CSS, body="\n".join(body)))
 
 
 def _e(text: str) -> str:

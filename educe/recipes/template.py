@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,11 @@ class TemplateReport:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A template before anything is known of it: its text, and how a tokenizer for a text like it is made."""
+    """A template before anything is known of it, and how a tokenizer is made for it (None) or for a changed text of it."""
 
     source: str
     kind: str
     tokenizer: str
-    text: str | None
     load: Callable[[str | None], ChatTokenizer]
 
 
@@ -64,36 +63,36 @@ def report_template(what: str | Path, say: Say) -> TemplateReport:
 
 
 def _report(found: _Found) -> TemplateReport:
-    about = {"source": found.source, "kind": found.kind, "tokenizer": found.tokenizer}
+    made = TemplateReport(source=found.source, kind=found.kind, tokenizer=found.tokenizer, usable=False)
     try:
         tokenizer = found.load(None)
     except ChatError as e:
-        return TemplateReport(**about, usable=False, code=e.code, problem=f"{e.where} {e.found}")
-    if tokenizer.template_name in NAMED and found.kind == "model":
-        about["source"] = f"{found.source}: has no chat template; educe uses {tokenizer.template_name}"
-    elif found.kind == "model":
-        about["source"] = f"{found.source}: {tokenizer.template_name}"
+        return replace(made, code=e.code, problem=f"{e.where} {e.found}")
+    if found.kind == "model":
+        own = tokenizer.template_name not in NAMED
+        whose = tokenizer.template_name if own else f"has no chat template; educe uses {tokenizer.template_name}"
+        made = replace(made, source=f"{found.source}: {whose}")
     try:
         refused = why_unproved(tokenizer)
         facts = facts_of(tokenizer, guessed=found.kind != "model")
     except Unusable as e:
-        return TemplateReport(**about, usable=False, code="E-CHAT-103", problem=str(e))
+        return replace(made, code="E-CHAT-103", problem=str(e))
     if refused is None:
-        return TemplateReport(**about, usable=True, facts=facts)
+        return replace(made, usable=True, facts=facts)
     fix = propose(tokenizer, found.load) if refused.code in ("E-CHAT-301", "E-CHAT-302") else None
-    return TemplateReport(**about, usable=False, code=refused.code, problem=refused.found, facts=facts, fix=fix)
+    return replace(made, code=refused.code, problem=refused.found, facts=facts, fix=fix)
 
 
 def _find(what: str, say: Say, place: Path) -> _Found:
     path = Path(what).expanduser()
     if what in NAMED:
         named = NAMED[what]
-        load = _by_text(named.source, what, named.control, place)
-        return _Found(what, "named", "none: educe's own control tokens", named.source, load)
+        by_text = _by_text(named.source, what, named.control, place)
+        return _Found(what, "named", "none: educe's own control tokens", by_text)
     if path.is_file():
         source = read_template(path)
         guessed = "none: control tokens are guessed from the template's text"
-        return _Found(what, "file", guessed, source, _by_text(source, path.name, (), place))
+        return _Found(what, "file", guessed, _by_text(source, path.name, (), place))
     model_dir = path if path.is_dir() else _files_of(what, say)
     numbers = iter(range(1000))
 
@@ -104,7 +103,7 @@ def _find(what: str, say: Say, place: Path) -> _Found:
         file.write_text(other, encoding="utf-8")
         return load_tokenizer(model_dir, FileTemplate(kind="file", file=str(file)))
 
-    return _Found(what, "model", "the model's own", None, load)
+    return _Found(what, "model", "the model's own", load)
 
 
 def _by_text(source: str, where: str, words: tuple[str, ...], place: Path) -> Callable[[str | None], ChatTokenizer]:

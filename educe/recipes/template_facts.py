@@ -9,7 +9,20 @@ from typing import Any
 
 from educe.chat.examples import build_rendered
 from educe.chat.pieces import control_in
-from educe.chat.probe import ANSWER, ASK, CALL, CALLED, CITY, MORE, REASON, RESULT, TOOL, assistant, settings_to_try, user
+from educe.chat.probe import (
+    ANSWER,
+    ASK,
+    CALL,
+    CALLED,
+    CITY,
+    MORE,
+    REASON,
+    RESULT,
+    TOOL,
+    assistant,
+    settings_to_try,
+    user,
+)
 from educe.chat.render import Renderer
 from educe.chat.settle import settle
 from educe.chat.template import REASONING_KEYS, TemplateRefusal, Text
@@ -24,9 +37,9 @@ BRIEF = "be brief"
 _AGAIN = "second answer"
 _TOWN = "Oslo"
 _NOT_SETTINGS = frozenset(
-    "messages tools documents add_generation_prompt strftime_now raise_exception namespace range dict loop true false none "
-    "True False None message content reasoning_content custom_tools".split()
-)
+    ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace", "range",
+     "dict", "loop", "true", "false", "none", "message", "content", "reasoning_content", "custom_tools")
+)  # fmt: skip
 
 
 class Unusable(Exception):
