@@ -193,7 +193,7 @@ def test_a_bad_row_is_counted_and_the_others_train(check: Checker, tmp_path: Pat
     assert outcome.exit_code == 0, outcome.told
     (line,) = outcome.unused
     assert (line["code"], line["line"], line["file"]) == (code, at + 1, str(tmp_path / "rows.jsonl"))
-    assert line["status"] == ("dropped" if code == "E-DATA-201" else "refused")
+    assert line["status"] == ("dropped" if code in ("E-DATA-201", "E-CHAT-310") else "refused")
     place = f"{tmp_path / 'rows.jsonl'}:{at + 1}" + (f":{column}" if column else "")
     assert line["where"] == place
     for said in (f"{code} 1 row", "1 not used", f"{place} ", words):

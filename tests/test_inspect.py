@@ -142,7 +142,9 @@ CELLS = re.compile(r"<tr><td>(\d+)</td><td>(\d+)</td>.*?<td>([\d.e-]+)( stop)?</
 
 
 @pytest.mark.parametrize("name, rows", [("smollm2", (1, 3, 4, 6, 7)), ("qwen3", (1, 2, 3, 4, 8))])
-def test_every_token_on_the_page_is_the_stored_one(place: Path, tmp_path: Path, name: str, rows: tuple[int, ...]) -> None:
+def test_every_token_on_the_page_is_the_stored_one(
+    place: Path, tmp_path: Path, name: str, rows: tuple[int, ...]
+) -> None:
     """Ids and weights of the table against the examples that `prepare` writes."""
     recipe = place / f"all-{name}.yaml"
     lines = [json.dumps(ROWS[n - 1]) for n in rows]
@@ -214,7 +216,10 @@ def _same_as_trl(place: Path, row: dict[str, Any], other: Any, name: str = "smol
         return
     made = prepared[0]
     assert other.ids[: len(made["input_ids"])] == made["input_ids"]
-    labels = [False, *(label != -100 for label in made["labels"][1:])]  # labels are shifted: the first is never predicted
+    labels = [
+        False,
+        *(label != -100 for label in made["labels"][1:]),
+    ]  # labels are shifted: the first is never predicted
     assert other.trained[: len(labels)] == labels
     assert not any(other.trained[len(labels) :])
 
@@ -231,7 +236,9 @@ def test_the_difference_is_counted_and_told(place: Path) -> None:
     assert "of the system prompt" in said
     three = educe.inspect(place / "smollm2.yaml", 3, diff="trl").other
     assert three is not None
-    assert three.in_words() == ["TRL's default trains 1 token that the model never has to say: 1 of the template's own text."]
+    assert three.in_words() == [
+        "TRL's default trains 1 token that the model never has to say: 1 of the template's own text."
+    ]
     long = educe.inspect(place / "smollm2.yaml", 6, diff="trl").other
     assert long is not None
     assert "cut after 1,024 tokens" in long.says
@@ -249,7 +256,14 @@ def test_alpaca_rows_are_no_rows_of_trl(place: Path) -> None:
 
 # --- in the browser ------------------------------------------------------------------------------------------------------
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--disable-background-networking")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+)
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 PROBE = """<script>
 const errors = []; addEventListener("error", e => errors.push(String(e.message)));
@@ -294,7 +308,9 @@ def test_the_page_fits_a_phone(chromium: str, place: Path, tmp_path: Path, row: 
     html = page.read_text(encoding="utf-8")
     assert "http" not in POLICY.sub("", html).replace("http-equiv", "")
     assert "<script" not in html
-    browse(chromium, tmp_path, "--dump-dom", page.as_uri())  # with its own policy: nothing is blocked, nothing complains
+    browse(
+        chromium, tmp_path, "--dump-dom", page.as_uri()
+    )  # with its own policy: nothing is blocked, nothing complains
     (tmp_path / "page.html").write_text(POLICY.sub("", html).replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=375), encoding="utf-8")
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"

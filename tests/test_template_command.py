@@ -111,7 +111,9 @@ def test_system_prompts(reports: dict[str, TemplateReport], shared: Path) -> Non
     injected = {name for name, r in reports.items() if r.facts.default_system}
     assert {"models/Qwen-Qwen2.5-7B-Instruct", "models/openai-gpt-oss-120b", "axolotl/qwen2_vl"} <= injected
     assert not {"models/Qwen-Qwen3-0.6B", "models/GLM-4.6", "models/google-gemma-2-2b-it", "axolotl/chatml"} & injected
-    assert reports["models/Qwen-Qwen2.5-7B-Instruct"].facts.default_system.startswith("You are Qwen, created by Alibaba")
+    assert reports["models/Qwen-Qwen2.5-7B-Instruct"].facts.default_system.startswith(
+        "You are Qwen, created by Alibaba"
+    )
     smollm2 = educe.template(shared / "tokenizers" / "smollm2")
     assert smollm2.facts.default_system == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -134,7 +136,8 @@ def test_history(reports: dict[str, TemplateReport]) -> None:
 
 def test_reasoning_and_settings(reports: dict[str, TemplateReport]) -> None:
     glm, r1, oss = (
-        reports[f"models/{n}"].facts for n in ("GLM-4.6", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "openai-gpt-oss-120b")
+        reports[f"models/{n}"].facts
+        for n in ("GLM-4.6", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "openai-gpt-oss-120b")
     )
     assert (glm.reasoning["field"], glm.reasoning["in earlier turns"]) == ("reasoning_content", "stripped")
     assert oss.reasoning["field"] == "thinking"

@@ -72,7 +72,9 @@ def check(recipe: Path) -> None:
 @cli.command()
 @click.argument("recipe", type=RECIPE)
 @click.option("--row", type=int, default=1, show_default=True, help="Line of the row in the training file.")
-@click.option("--diff", metavar="whole|trl", help="Show beside it what another mask would train: all of it, or TRL's default.")
+@click.option(
+    "--diff", metavar="whole|trl", help="Show beside it what another mask would train: all of it, or TRL's default."
+)
 @click.option("--tokens", is_flag=True, help="List every token: id, text, weight, segment, message.")
 @click.option("--html", type=RECIPE, help="Write a page with every token instead of showing the row here.")
 def inspect(recipe: Path, row: int, diff: str | None, tokens: bool, html: Path | None) -> None:
@@ -150,7 +152,9 @@ def export(places: tuple[Path, ...]) -> None:
     run = _run(places[0] if len(places) == 2 else None)
     target = run.export(places[-1], say=say)
     serve = f" Serve it: vllm serve {target}   or: transformers serve {target}"
-    settings = run.dir.load(run.dir.provenance).get("template_settings")  # with some, the line above says how to serve it
+    settings = run.dir.load(run.dir.provenance).get(
+        "template_settings"
+    )  # with some, the line above says how to serve it
     click.echo(f"Exported to {target}.{'' if settings else serve}")
 
 

@@ -197,7 +197,9 @@ def _about_template(c: Check) -> list[tuple[str, str]]:
     if s["opening_turns"]:
         said.append(("context only", f"{_rows(s['opening_turns'])} open with the assistant: that turn has no prompt"))
     if s["trimmed_turns"]:
-        said.append(("trimmed", f"{s['trimmed_turns']:,} answers lose white space at their ends, as the template has it"))
+        said.append(
+            ("trimmed", f"{s['trimmed_turns']:,} answers lose white space at their ends, as the template has it")
+        )
     if s["engine"] != "tokenizers" and not s["engine_why"]:
         said.append(("tokenizer", s["engine"]))
     elif s["engine_why"]:

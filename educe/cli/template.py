@@ -31,7 +31,9 @@ def show_template(found: TemplateReport, what: str, fixed: Path | None) -> None:
         proved = f"an answer is proved to follow the prompt that inference sends{only}"
         console.print(Text.assemble(("Usable: ", "bold green"), proved), soft_wrap=True)
     else:
-        console.print(Text.assemble(("Not usable: ", "bold red"), f"{found.code} {_cut(found.problem)}"), soft_wrap=True)
+        console.print(
+            Text.assemble(("Not usable: ", "bold red"), f"{found.code} {_cut(found.problem)}"), soft_wrap=True
+        )
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -63,7 +65,7 @@ def _lines(found: TemplateReport) -> Iterator[tuple[str, str]]:
         yield "stop token", f"{f.stop}{by}{f'; after a tool call {f.stop_of_calls}' if f.stop_of_calls else ''}"
     if f.generation:
         block = f"; {f.generation['block']}" if "block" in f.generation else ""
-        yield "before an answer", f"{_one_line(f.generation['text']) or '(nothing)'}{block}"
+        yield "before an answer", f"{_cut(_one_line(f.generation['text'])) or '(nothing)'}{block}"
     if f.system:
         yield "system", f.system
     if f.default_system:
@@ -86,7 +88,8 @@ def _more(found: TemplateReport) -> Iterator[tuple[str, str]]:
     if f.reasoning:
         yield "reasoning", _said(f.reasoning)
     for kind, where in f.history.items():
-        yield "rewrites history", f"{kind}: {_cut(where.removeprefix('the template rewrites history: '))}"
+        rewritten = where.removeprefix("the template rewrites history: ")
+        yield "splits turns" if rewritten == where else "rewrites history", f"{kind}: {_cut(rewritten)}"
     if f.trims:
         yield "trims", "; ".join(f"{role} {where}" for role, where in f.trims.items())
     tried = {k: v for k, v in f.settings.items() if k != OTHER}

@@ -104,9 +104,7 @@ def inspect(recipe: Recipe, row: int, say: Say, diff: str | None = None) -> Insp
     )
 
 
-def _shown(
-    built: Sequence[Rendered], k: int, c: Conversation, tokenizer: ChatTokenizer, weighing: Weighing
-) -> Shown:
+def _shown(built: Sequence[Rendered], k: int, c: Conversation, tokenizer: ChatTokenizer, weighing: Weighing) -> Shown:
     first = built[k].runs[0]
     return Shown(
         spans=view(built[k], c.messages, tokenizer, weighing),

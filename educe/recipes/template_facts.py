@@ -20,6 +20,7 @@ from educe.chat.probe import (
     RESULT,
     TOOL,
     assistant,
+    common_start,
     settings_to_try,
     user,
 )
@@ -278,13 +279,17 @@ def _reasoning(ask: _Asker) -> dict[str, str]:
     answered = _talk(user(), assistant(reasoning=REASON))
     keys = []
     for key in REASONING_KEYS:
-        forms = _under(ask, key)
-        if not isinstance(text := forms.text(answered), str) and REASON in text.text:
+        if not isinstance(text := _under(ask, key).text(answered), str) and REASON in text.text:
             keys.append(key)
     said["field"] = ", ".join(keys) or "none"
     if keys:
         earlier = _under(ask, keys[0]).text(_talk(*answered.messages, user(MORE)), generation=True)
         said["in earlier turns"] = _kept(earlier)
+    else:
+        called = _talk(user(), replace(CALL, reasoning=REASON), tools=(TOOL,))
+        keys = [k for k in REASONING_KEYS if not isinstance(t := _under(ask, k).text(called), str) and REASON in t.text]
+        if keys:
+            said["field"] = f"{', '.join(keys)}, in turns that call tools only"
     inline = _talk(user(), assistant(f"<think>\n{REASON}\n</think>\n\n{ANSWER}"))
     last, before = _kept(ask.text(inline)), _kept(ask.text(_talk(*inline.messages, user(MORE)), generation=True))
     said["<think> in the text"] = last if last == before else f"{last} in the last turn, {before} in earlier ones"
@@ -309,8 +314,12 @@ def _generation(ask: _Asker) -> dict[str, str]:
     if isinstance(text, str):
         return {"text": f"refused: {text}"}
     asked = ask.text(_talk(user()))
-    own = asked.text if not isinstance(asked, str) and ASK in asked.text else ""
-    sent = text.text[len(own) :] if own and text.text.startswith(own) else text.text.rpartition(ASK)[2]
+    at = text.text.rfind(ASK) + len(ASK) if ASK in text.text else 0
+    if not isinstance(asked, str):  # what stands there without a generation prompt too is the end of the user's turn
+        same = len(common_start(asked.text, text.text))
+        words = control_in(text.text, ask.tokenizer.control)
+        at = max(at, next((start for start, end, _ in words if start < same < end), same))
+    sent = text.text[at:]
     said = {"text": sent}
     tags = list(_OPENERS.finditer(sent))
     if tags:
@@ -321,7 +330,12 @@ def _generation(ask: _Asker) -> dict[str, str]:
 
 def _history(ask: _Asker) -> dict[str, str]:
     """Kinds of rows whose turns do not share a sequence, and where they part."""
-    kinds = {"plain chats": MULTI, "with a system prompt": WITH_SYSTEM, "with reasoning": _THOUGHT, "with tool calls": _CALLS}
+    kinds = {
+        "plain chats": MULTI,
+        "with a system prompt": WITH_SYSTEM,
+        "with reasoning": _THOUGHT,
+        "with tool calls": _CALLS,
+    }
     said: dict[str, str] = {}
     for name, c in kinds.items():
         built = _built(settle(ask.tokenizer, [c]).tokenizer, c)
@@ -337,7 +351,11 @@ def _trims(ask: _Asker) -> dict[str, str]:
     said = {}
     for role in ("system", "user", "assistant"):
         wide = f"  {ANSWER} \n"
-        messages = {"system": (_system(wide), user()), "user": (user(wide),), "assistant": (user(), assistant(wide), user(MORE))}
+        messages = {
+            "system": (_system(wide), user()),
+            "user": (user(wide),),
+            "assistant": (user(), assistant(wide), user(MORE)),
+        }
         text = ask.text(_talk(*messages[role]), generation=True)
         if isinstance(text, str) or ANSWER not in text.text or wide in text.text:
             continue

@@ -57,7 +57,9 @@ def _candidates(template: ChatTemplate) -> Iterator[tuple[str, str]]:
     yield "white-space control added to every tag", _controlled(source)
     header = _history(template)
     if header is not None:
-        written = re.sub(r"[\n\r\t]", lambda m: {"\n": "\\n", "\r": "\\r", "\t": "\\t"}[m[0]], header.replace("\\", "\\\\"))
+        written = re.sub(
+            r"[\n\r\t]", lambda m: {"\n": "\\n", "\r": "\\r", "\t": "\\t"}[m[0]], header.replace("\\", "\\\\")
+        )
         literal = "{{- '" + written.replace("'", "\\'") + "' -}}"
         blocks = list(_BLOCK.finditer(source))
         if blocks:

@@ -17,6 +17,8 @@ from educe.types import Message
 
 # Stand for what the tokenizer would say.
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+# EXAONE's and GLM's, beside what `LOOKS_LIKE_CONTROL` finds.
+_MORE_CONTROL = re.compile(r"\[\|[a-z]+\|\]|\[gMASK\]|<sop>")
 _TALKS = (
     (user(), assistant(reasoning="some reasoning"), user(), assistant()),
     (Message(role="system", content="be brief"), user(), assistant()),
@@ -28,7 +30,9 @@ def text_tokenizer(source: str, where: str, words: tuple[str, ...], place: Path)
     """A byte-level tokenizer with `words` and the template's own control tokens. Raises `ChatError`."""
     bare = compile_template(source, SPECIAL, where)
     control = sorted({*words, *SPECIAL.values(), *_control(bare, where)})
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(control)
@@ -49,4 +53,4 @@ def _control(template: ChatTemplate, where: str) -> set[str]:
                 texts += [text.text] if text is not None else []
     except TemplateRefusal as e:
         raise ChatError(103, where, f"cannot be rendered: {e.args[1]}.", "Give another template.") from e
-    return {m[0] for t in texts for m in LOOKS_LIKE_CONTROL.finditer(t)}
+    return {m[0] for t in texts for kind in (LOOKS_LIKE_CONTROL, _MORE_CONTROL) for m in kind.finditer(t)}
