@@ -58,7 +58,7 @@ def _traced(text: str, done: list[tuple[str, str]]) -> tuple[Trace, str]:
     return trace, str.__str__(made)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(texts, steps)
 def test_a_traced_text_stands_for_the_real_one(text: str, done: list[tuple[str, str]]) -> None:
     """Whatever is done to it, putting the texts back gives what the real text gives."""
@@ -67,7 +67,7 @@ def test_a_traced_text_stands_for_the_real_one(text: str, done: list[tuple[str, 
     assert trace.real(marked) == _run(text, done)
 
 
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(texts, texts, st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), little), max_size=4))
 def test_equal_answers_make_equal_ways(one: str, other: str, done: list[tuple[str, str]]) -> None:
     """Another text that gives the same answers becomes what it becomes by itself, from the first one's record."""

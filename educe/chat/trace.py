@@ -250,10 +250,16 @@ class Traced(str):
         number = int(self._ask("parts", method, list(args)))
         if number == 1 and method in ("split", "rsplit") and args[0] is not None:
             return [self]
-        literal = getattr(str, method)(str.__str__(self), *args)
-        if self._leaf() is None and len(literal) == number:
-            return [self.trace.wrap(p) for p in literal]
+        if self._leaf() is None and isinstance(args[0], str) and self._only_literal(args[0]):
+            return [self.trace.wrap(p) for p in getattr(str, method)(str.__str__(self), *args)]
         return [self._derive(("part", method, list(args), k)) for k in range(number)]
+
+    def _only_literal(self, sep: str) -> bool:
+        """Whether all separators stand in the literal text between the leaves, none in a leaf or across an edge."""
+        leaves = [self.trace.text(self.trace.leaves[ord(m) - FIRST_MARK]) for m in MARK.findall(self.mark)]
+        if any([leaf._ask("contains", sep) for leaf in leaves]):
+            return False
+        return bool(self._ask("count", sep) == str.count(self.mark, sep))
 
     def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
         return self._split("split", (sep, maxsplit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,5 +180,7 @@ def why_apart(built: Sequence[Rendered], k: int) -> str:
     if built[k].rendering.apart == "ids":
         return f"the prompt of turn {turn} has the same text, but a server computes other ids for it"
     at = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+    if begun := re.search(r"[<\[][^\s<>\[\]]{0,24}$", before[:at]):  # what differs is a tag: shown whole
+        at = begun.start()
     had, has = before[at : at + 40], now[at : at + 40]
     return f"the template rewrites history: where {had!r} was trained, the prompt of turn {turn} has {has!r}"

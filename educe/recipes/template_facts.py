@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from educe.chat.examples import build_rendered
 from educe.chat.pieces import control_in
@@ -13,7 +12,6 @@ from educe.chat.probe import (
     ANSWER,
     ASK,
     CALL,
-    CALLED,
     CITY,
     MORE,
     REASON,
@@ -31,12 +29,23 @@ from educe.chat.tokens import ChatTokenizer
 from educe.chat.turns import _OPENERS, Row, Unproved, _close_of, find_turn
 from educe.errors import Refusal
 from educe.recipes.inspect import why_apart
+from educe.recipes.template_talks import (
+    BRIEF,
+    CALLS,
+    CASES,
+    MULTI,
+    NARROW,
+    SEVERAL,
+    SINGLE,
+    THOUGHT,
+    TOWN,
+    WITH_SYSTEM,
+    system,
+    talk,
+)
 from educe.recipes.template_text import SPECIAL
-from educe.types import Conversation, Message, Rendered, Source, ToolCall
+from educe.types import Conversation, Rendered
 
-BRIEF = "be brief"
-_AGAIN = "second answer"
-_TOWN = "Oslo"
 _NOT_SETTINGS = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace", "range",
      "dict", "loop", "true", "false", "none", "message", "content", "reasoning_content", "custom_tools")
@@ -71,42 +80,6 @@ class Facts:
     refuses: Mapping[str, str] = field(default_factory=dict)
 
 
-def _talk(*messages: Message, tools: Sequence[Mapping[str, Any]] = ()) -> Conversation:
-    return Conversation(messages=messages, source=Source(file="probe", line=1), tools=tuple(tools))
-
-
-def _system(text: str = BRIEF) -> Message:
-    return Message(role="system", content=text)
-
-
-def _call(city: str, number: str) -> ToolCall:
-    return ToolCall(name="get_weather", arguments={"city": city}, id=number)
-
-
-_TWO = Message(role="assistant", content="", tool_calls=(_call(CITY, "abcdefghi"), _call(_TOWN, "bcdefghij")))
-_BOTH = (CALLED, Message(role="tool", content="mild", name="get_weather", call_id="bcdefghij"))
-SINGLE = _talk(user(), assistant())
-MULTI = _talk(user(), assistant(), user(MORE), assistant(_AGAIN))
-WITH_SYSTEM = _talk(_system(), *MULTI.messages)
-_THOUGHT = _talk(user(), assistant(reasoning=REASON), user(MORE), assistant(_AGAIN, reasoning=REASON))
-_CALLS = _talk(user(), CALL, CALLED, assistant(), tools=(TOOL,))
-_SEVERAL = _talk(user(), _TWO, *_BOTH, assistant(), tools=(TOOL,))
-# For templates that ask for a system prompt or for tools.
-_NARROW = {
-    "a system prompt": _talk(_system(), user(), assistant()),
-    "tools": _talk(user(), assistant(), tools=(TOOL,)),
-}
-_CASES = {
-    "one turn": SINGLE,
-    "several turns": MULTI,
-    "users in a row": _talk(user(), user(MORE), assistant()),
-    "answers in a row": _talk(user(), assistant(), assistant(_AGAIN)),
-    "answer first": _talk(assistant(), user(), assistant(_AGAIN)),
-    "system later": _talk(user(), assistant(), _system(), user(MORE), assistant(_AGAIN)),
-    "developer": _talk(Message(role="developer", content=BRIEF), user(), assistant()),
-}
-
-
 def _built(tokenizer: ChatTokenizer, c: Conversation) -> list[Rendered] | Refusal:
     built = build_rendered([c], Renderer(tokenizer))[0]
     if isinstance(built, Refusal) and built.code == "E-CHAT-103":
@@ -123,19 +96,19 @@ def refusal_of(tokenizer: ChatTokenizer, c: Conversation) -> Refusal | None:
 def why_unproved(tokenizer: ChatTokenizer) -> Refusal | None:
     """Why no single answer can be trained; None where one can."""
     refused = refusal_of(tokenizer, SINGLE)
-    return None if refused is None or any(refusal_of(tokenizer, c) is None for c in _NARROW.values()) else refused
+    return None if refused is None or any(refusal_of(tokenizer, c) is None for c in NARROW.values()) else refused
 
 
 def facts_of(tokenizer: ChatTokenizer, *, guessed: bool) -> Facts:
     """Everything that is asked. Raises `Unusable` where a limit is exceeded."""
     ask = _Asker(tokenizer)
-    plain = next((c for c in (SINGLE, *_NARROW.values()) if refusal_of(tokenizer, c) is None), SINGLE)
+    plain = next((c for c in (SINGLE, *NARROW.values()) if refusal_of(tokenizer, c) is None), SINGLE)
     stop, by = _stop(tokenizer, plain, guessed)
-    of_calls, _ = _stop(tokenizer, _talk(*_CALLS.messages[:2], tools=(TOOL,)), guessed)
+    of_calls, _ = _stop(tokenizer, talk(*CALLS.messages[:2], tools=(TOOL,)), guessed)
     turns, refuses = _turns(ask)
     tools = _tools(ask, refuses)
     return Facts(
-        needs=next((what for what, c in _NARROW.items() if c is plain), ""),
+        needs=next((what for what, c in NARROW.items() if c is plain), ""),
         stop=stop,
         stop_by=by,
         stop_of_calls=of_calls if of_calls != stop else "",
@@ -208,7 +181,7 @@ def _word(tokenizer: ChatTokenizer, number: int, guessed: bool) -> str:
 def _turns(ask: _Asker) -> tuple[dict[str, str], dict[str, str]]:
     """What becomes of orders of roles, and what the template says of those that it refuses."""
     turns, refuses = {}, {}
-    for name, c in _CASES.items():
+    for name, c in CASES.items():
         said = ask.shows(c, *(m.content for m in c.messages))
         if said.startswith("refused: "):
             refuses[name] = said.removeprefix("refused: ")
@@ -218,7 +191,7 @@ def _turns(ask: _Asker) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _system_role(ask: _Asker, refuses: dict[str, str]) -> str:
-    text, plain = (ask.text(_talk(*c.messages[:-1]), generation=True) for c in (WITH_SYSTEM, MULTI))
+    text, plain = (ask.text(talk(*c.messages[:-1]), generation=True) for c in (WITH_SYSTEM, MULTI))
     if isinstance(text, str):
         refuses["system"] = text
         return "refused"
@@ -262,10 +235,10 @@ def _date(ask: _Asker) -> str:
 
 def _tools(ask: _Asker, refuses: dict[str, str]) -> dict[str, str]:
     said = {
-        "offered": ask.shows(_talk(user(), tools=(TOOL,)), "get_weather", generation=True),
-        "calls": ask.shows(_talk(user(), CALL, tools=(TOOL,)), "get_weather", CITY),
-        "results": ask.shows(_CALLS, "get_weather", CITY, RESULT),
-        "several calls": ask.shows(_SEVERAL, CITY, _TOWN, "mild"),
+        "offered": ask.shows(talk(user(), tools=(TOOL,)), "get_weather", generation=True),
+        "calls": ask.shows(talk(user(), CALL, tools=(TOOL,)), "get_weather", CITY),
+        "results": ask.shows(CALLS, "get_weather", CITY, RESULT),
+        "several calls": ask.shows(SEVERAL, CITY, TOWN, "mild"),
     }
     for name, found in said.items():
         if found.startswith("refused: "):
@@ -276,24 +249,26 @@ def _tools(ask: _Asker, refuses: dict[str, str]) -> dict[str, str]:
 
 def _reasoning(ask: _Asker) -> dict[str, str]:
     said: dict[str, str] = {}
-    answered = _talk(user(), assistant(reasoning=REASON))
-    keys = []
-    for key in REASONING_KEYS:
-        if not isinstance(text := _under(ask, key).text(answered), str) and REASON in text.text:
-            keys.append(key)
+    answered = talk(user(), assistant(reasoning=REASON))
+    keys = _keys_read(ask, answered)
     said["field"] = ", ".join(keys) or "none"
     if keys:
-        earlier = _under(ask, keys[0]).text(_talk(*answered.messages, user(MORE)), generation=True)
+        earlier = _under(ask, keys[0]).text(talk(*answered.messages, user(MORE)), generation=True)
         said["in earlier turns"] = _kept(earlier)
     else:
-        called = _talk(user(), replace(CALL, reasoning=REASON), tools=(TOOL,))
-        keys = [k for k in REASONING_KEYS if not isinstance(t := _under(ask, k).text(called), str) and REASON in t.text]
-        if keys:
-            said["field"] = f"{', '.join(keys)}, in turns that call tools only"
-    inline = _talk(user(), assistant(f"<think>\n{REASON}\n</think>\n\n{ANSWER}"))
-    last, before = _kept(ask.text(inline)), _kept(ask.text(_talk(*inline.messages, user(MORE)), generation=True))
+        called = talk(user(), replace(CALL, reasoning=REASON), tools=(TOOL,))
+        if of_calls := _keys_read(ask, called):
+            said["field"] = f"{', '.join(of_calls)}, in turns that call tools only"
+    inline = talk(user(), assistant(f"<think>\n{REASON}\n</think>\n\n{ANSWER}"))
+    last, before = _kept(ask.text(inline)), _kept(ask.text(talk(*inline.messages, user(MORE)), generation=True))
     said["<think> in the text"] = last if last == before else f"{last} in the last turn, {before} in earlier ones"
     return said
+
+
+def _keys_read(ask: _Asker, c: Conversation) -> list[str]:
+    """Names under which a message may give its reasoning so that it is shown."""
+    found = {key: _under(ask, key).text(c) for key in REASONING_KEYS}
+    return [key for key, text in found.items() if not isinstance(text, str) and REASON in text.text]
 
 
 def _under(ask: _Asker, key: str) -> _Asker:
@@ -310,10 +285,10 @@ def _kept(text: Text | str) -> str:
 
 def _generation(ask: _Asker) -> dict[str, str]:
     """What inference adds after the user's message, and whether that opens or closes a reasoning block."""
-    text = ask.text(_talk(user()), generation=True)
+    text = ask.text(talk(user()), generation=True)
     if isinstance(text, str):
         return {"text": f"refused: {text}"}
-    asked = ask.text(_talk(user()))
+    asked = ask.text(talk(user()))
     at = text.text.rfind(ASK) + len(ASK) if ASK in text.text else 0
     if not isinstance(asked, str):  # what stands there without a generation prompt too is the end of the user's turn
         same = len(common_start(asked.text, text.text))
@@ -333,8 +308,8 @@ def _history(ask: _Asker) -> dict[str, str]:
     kinds = {
         "plain chats": MULTI,
         "with a system prompt": WITH_SYSTEM,
-        "with reasoning": _THOUGHT,
-        "with tool calls": _CALLS,
+        "with reasoning": THOUGHT,
+        "with tool calls": CALLS,
     }
     said: dict[str, str] = {}
     for name, c in kinds.items():
@@ -352,11 +327,11 @@ def _trims(ask: _Asker) -> dict[str, str]:
     for role in ("system", "user", "assistant"):
         wide = f"  {ANSWER} \n"
         messages = {
-            "system": (_system(wide), user()),
+            "system": (system(wide), user()),
             "user": (user(wide),),
             "assistant": (user(), assistant(wide), user(MORE)),
         }
-        text = ask.text(_talk(*messages[role]), generation=True)
+        text = ask.text(talk(*messages[role]), generation=True)
         if isinstance(text, str) or ANSWER not in text.text or wide in text.text:
             continue
         left, right = f"  {ANSWER}" in text.text, f"{ANSWER} \n" in text.text
@@ -370,7 +345,7 @@ def _settings(tokenizer: ChatTokenizer) -> dict[str, str]:
     tried = settings_to_try(tokenizer.template)
     field_read = any(key in tokenizer.template.words for key in REASONING_KEYS)
     thought = assistant(reasoning=REASON) if field_read else assistant(f"<think>\n{REASON}\n</think>\n\n{ANSWER}")
-    rows = {"answers": SINGLE, "reasoning": _talk(user(), thought)}
+    rows = {"answers": SINGLE, "reasoning": talk(user(), thought)}
     for settings in tried if len(tried) > 1 else ():
         name = ", ".join(f"{k}={str(v).lower()}" for k, v in settings.items()) or "defaults"
         other = tokenizer.with_settings(settings)

@@ -11,7 +11,8 @@ from educe.chat.probe import ANSWER, ASK, assistant, try_render, user
 from educe.chat.template import ChatTemplate
 from educe.chat.tokens import ChatTokenizer
 from educe.errors import EduceError
-from educe.recipes.template_facts import MULTI, SINGLE, WITH_SYSTEM, Unusable, refusal_of
+from educe.recipes.template_facts import Unusable, refusal_of
+from educe.recipes.template_talks import MULTI, SINGLE, WITH_SYSTEM
 
 _BLOCK = re.compile(
     r"(?P<start>\{%-?\s*if\s[^%]*\badd_generation_prompt\b[^%]*%\})(?P<inner>(?:(?!\{%-?\s*if\b).)*?)(?P<end>\{%-?\s*endif\s*-?%\})",
