@@ -254,6 +254,33 @@ def test_alpaca_rows_are_no_rows_of_trl(place: Path) -> None:
     assert other.says.startswith("TRL does not read this format")
 
 
+# --- check: what the template does to all rows ---------------------------------------------------------------------------
+
+
+def test_check_says_what_the_template_does(place: Path, tmp_path: Path) -> None:
+    """Stop token, split rows, openings, trimmed answers; and none of it where there is none."""
+    opened, spaced = {"role": "assistant", "content": "Welcome!"}, {"role": "assistant", "content": "\n\nfine"}
+    asked = [{"role": "user", "content": f"question {k}"} for k in range(60)]
+    rows = [{"messages": [opened] * (k < 20) + [asked[k], ROWS[1]["messages"][1], asked[k], spaced]} for k in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text((place / "qwen3.yaml").read_text().replace(str(place / "runs"), str(tmp_path / "runs")))
+    _, said = run("check", recipe, columns=200)
+    summary = educe.prepare(recipe).summary
+    assert f"{summary['split_rows']} rows become {summary['examples']} sequences, +" in said
+    assert f"<|im_end|>: ends {summary['trained_turns']} of {summary['trained_turns']} trained turns (100%)" in said
+    assert f"{summary['opening_turns']} rows open with the assistant" in said
+    assert f"{summary['trimmed_turns']} answers lose white space at their ends" in said
+    assert min(summary[k] for k in ("split_rows", "opening_turns", "trimmed_turns")) > 0
+    plain = [{"prompt": f"word {k}", "completion": f"answer {k}"} for k in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, plain)) + "\n")
+    recipe.write_text((place / "smollm2.yaml").read_text().replace(str(place / "runs"), str(tmp_path / "runs")))
+    _, said = run("check", recipe, columns=200)
+    assert "template   " in said
+    for word in ("split ", "context only", "trimmed"):
+        assert word not in said
+
+
 # --- in the browser ------------------------------------------------------------------------------------------------------
 
 FLAGS = (

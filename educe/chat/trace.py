@@ -257,7 +257,7 @@ class Traced(str):
     def _only_literal(self, sep: str) -> bool:
         """Whether all separators stand in the literal text between the leaves, none in a leaf or across an edge."""
         leaves = [self.trace.text(self.trace.leaves[ord(m) - FIRST_MARK]) for m in MARK.findall(self.mark)]
-        if any([leaf._ask("contains", sep) for leaf in leaves]):
+        if any(leaf._ask("contains", sep) for leaf in leaves):
             return False
         return bool(self._ask("count", sep) == str.count(self.mark, sep))
 

@@ -173,7 +173,8 @@ def _bridge(row: Row, i: int, prompt: Text, full: Text) -> tuple[Piece, ...]:
     sent, shown = prompt.text, full.text
     split = next((k for k, (a, b) in enumerate(zip(sent, shown, strict=False)) if a != b), min(len(sent), len(shown)))
     opener: re.Match[str] | None = None
-    for tag in _OPENERS.finditer(sent):
+    own = max((len(joined(prompt.pieces[: k + 1])) for k, p in enumerate(prompt.pieces) if p.from_data), default=0)
+    for tag in _OPENERS.finditer(sent, own):  # in what the template writes last, not in what somebody typed
         if tag.start() <= split and tag.end() > split - 80:
             opener = tag
     if opener is None or not shown.startswith(sent[: opener.start()]):
@@ -211,14 +212,24 @@ def _own_answer(shown: tuple[Piece, ...], i: int, opener: re.Match[str], close: 
     text = joined(shown)
     if not text.startswith(opener[0].strip()):
         return shown
-    end = text.find(close)
-    if end < 0:
+    end = _written_at(shown, close)
+    if end is None:
         return shown
-    end += len(close)
     kept = cut(shown, end, len(text))
     if block[-1:].isspace() and kept and kept[0].part == "template":  # the prompt has that white space already
         kept = (replace(kept[0], text=kept[0].text.lstrip()), *kept[1:])
     return tuple(p for p in kept if p.text or p.from_data)
+
+
+def _written_at(pieces: tuple[Piece, ...], word: str) -> int | None:
+    """Where the template's own `word` ends, what a text of the row holds left aside; in any text where it wrote none."""
+    at = 0
+    for p in pieces:
+        if p.part == "template" and word in p.text:
+            return at + p.text.index(word) + len(word)
+        at += len(p.text)
+    found = joined(pieces).find(word)
+    return found + len(word) if found >= 0 else None
 
 
 def _continued(content: str, i: int, opener: str, block: str, answer: tuple[Piece, ...]) -> tuple[Piece, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.cells import cell_len
 from rich.text import Text
 
 from educe.cli.screens import console
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from educe.recipes.inspect import Inspection, Shown
 
 MOST_PROMPT = 2000
+_WIDEST = 24  # of a token's text in a list; longer ones push their line
 PARTS = {"content": "text", "eos": "appended", "tool_calls": "tool call"}
 _STYLES = {
     "trained": "black on green",
@@ -49,7 +50,9 @@ def shown(text: str, *, starts: bool = False, ends: bool = False) -> str:
 
 def in_cell(text: str) -> str:
     """A token's text in one line. A byte of an unfinished character has none."""
-    return shown(text, starts=True, ends=True).replace("↵\n", "↵") if text else "(part of a character)"
+    return (
+        shown(text, starts=True, ends=True).replace("↵\n", "↵").replace("\t", "") if text else "(part of a character)"
+    )
 
 
 def _visible(char: str) -> str:
@@ -139,7 +142,7 @@ def show_inspection(found: Inspection, *, tokens: bool = False) -> None:
         console.print(_flowing(s.spans), soft_wrap=True)
         _line("stop token: ", "bold", stop_of(s))
         if tokens:
-            console.print(_table(found, s))
+            console.print(_table(found, s), soft_wrap=True)
     _legend(found)
     first = found.sequences[0]
     if first.prompt:
@@ -191,17 +194,19 @@ def _legend(found: Inspection) -> None:
     console.print(Text.assemble(*parts))
 
 
-def _table(found: Inspection, s: Shown) -> Table:
-    """Every token in a line. Nothing is cut off: a narrow terminal wraps."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name, side in (("#", "right"), ("id", "right"), ("text", "left"), ("weight", "right"), ("segment", "left")):
-        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
-    table.add_column("message", overflow="fold")
+def _table(found: Inspection, s: Shown) -> Text:
+    """Every token in a line: #, id, text, weight, segment, message."""
+    wide = max(len("text"), *(cell_len(in_cell(span.text)) for span in s.spans))
+    wide = min(wide, _WIDEST)
+    head = f"{'#':>5} {'id':>7}  {'text':<{wide}}  {'weight':<9} {'segment':<13} message\n"
+    table = Text.assemble((head, "bold"))
     for k, span in enumerate(s.spans):
+        text = in_cell(span.text)
+        weight = f"{span.weight:g}{' stop' if k in s.stops else ''}"
         part = f"{span.segment} {PARTS.get(span.part, span.part)}"
-        text = Text(in_cell(span.text), style=_STYLES[kind_of(span)])
-        stop = " stop" if k in s.stops else ""
-        table.add_row(str(k), str(span.token), text, f"{span.weight:g}{stop}", part, message_of(found, span))
+        table.append(f"{k:>5} {span.token:>7}  ")
+        table.append(text, style=_STYLES[kind_of(span)])
+        table.append(f"{' ' * (wide - cell_len(text))}  {weight:<9} {part:<13} {message_of(found, span)}\n")
     return table
 
 

@@ -41,6 +41,7 @@ table{border-collapse:collapse;width:100%;table-layout:fixed;font-size:.8125rem;
 th,td{text-align:left;vertical-align:top;padding:.2rem .35rem .2rem 0;border-bottom:1px solid var(--rule)}
 th{color:var(--soft);font-weight:500}.n{text-align:right;font-variant-numeric:tabular-nums}
 td.text{white-space:pre-wrap;font-family:ui-monospace,monospace;unicode-bidi:isolate}
+@media(max-width:30rem){table{font-size:.75rem}th,td{padding-right:.2rem}}
 .bad{color:var(--ink);border-left:4px solid #b3261e;padding:.5rem .9rem;background:var(--panel)}
 """
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -60,7 +61,7 @@ _KEYS = (
     ("control", "control token"),
     ("template", "written by the template"),
 )
-_COLUMNS = (("#", "8%"), ("id", "14%"), ("text", "26%"), ("weight", "13%"), ("segment", "20%"), ("message", "19%"))
+_COLUMNS = (("#", "8%"), ("id", "18%"), ("text", "24%"), ("weight", "13%"), ("segment", "19%"), ("message", "18%"))
 
 
 def write_inspection(found: Inspection, target: Path) -> None:
@@ -87,7 +88,7 @@ def _row(found: Inspection) -> Iterable[str]:
     kinds = {kind_of(s) for q in sequences for s in q.spans}
     keys = [f'<span class="key {c}">{t}</span>' for c, t in _KEYS if c.split()[0] in kinds]
     yield f"<p>{' '.join(keys)}</p>"
-    yield "<p class=soft>↵ line end · → tab · · space at an end · ×0.5 another weight than 0 or 1. " + (
+    yield "<p class=soft>↵ line end, → tab, · space at an end, ×0.5 another weight than 0 or 1. " + (
         "“Turn” counts the row's messages from 0.</p>"
     )
     for k, s in enumerate(sequences):
