@@ -105,9 +105,11 @@ def find_habits(template: ChatTemplate, control: Mapping[str, int], known: Itera
     ends: list[str] = []
     by_next: dict[str, str] = {}
     system = Message(role="system", content="be brief")
-    for first in ((), (system,)):
+    tools: tuple[Mapping[str, Any], ...]
+    first: tuple[Message, ...]
+    for first, tools in (((), ()), ((system,), ()), ((), (TOOL,))):
         answered = (*first, user(), assistant())
-        tails = _tails(template, answered, user(MORE), ())
+        tails = _tails(template, answered, user(MORE), tools)
         if tails is not None:
             ends += _end(*tails, control, stops, "user", by_next, bos)
             break
@@ -159,8 +161,9 @@ def _end(
     in_shared, in_tail = ([w for _, _, w in control_in(t, control)] for t in (shared, tail))
     if any(w in stops for w in (in_tail if calls else in_shared)):
         return []
-    if in_shared and not calls:  # both ends of conversations and their middles have it
-        return [in_shared[-1]]
+    ending = [w for w in in_shared if not opens(w, control)]
+    if ending and not calls:  # both ends of conversations and their middles have it
+        return [ending[-1]]
     beyond = [w for w in in_tail[len(in_shared) :] if not closes(w, control)]
     if any(w in stops for w in beyond):
         return []
@@ -186,6 +189,12 @@ def closes(word: str, control: Mapping[str, int]) -> bool:
     if word.startswith(("</", "[/")):
         return word != "</s>"
     changes = (("end", "begin"), ("end", "start"), ("END", "START"), ("END", "BEGIN"))
+    return any(word.replace(a, b) != word and word.replace(a, b) in control for a, b in changes)
+
+
+def opens(word: str, control: Mapping[str, int]) -> bool:
+    """A token that opens a part of a conversation: `<|START_OF_TURN_TOKEN|>`."""
+    changes = (("start", "end"), ("begin", "end"), ("START", "END"), ("BEGIN", "END"))
     return any(word.replace(a, b) != word and word.replace(a, b) in control for a, b in changes)
 
 

@@ -21,7 +21,7 @@ from educe.chat.tokens import ChatTokenizer
 from educe.types import Conversation
 
 # Tags that open reasoning, and how each is closed.
-_OPENERS = re.compile(
+OPENERS = re.compile(
     r"<(?P<angle>think|thinking|thought|reasoning|seed:think)>|\[(?P<square>THINK)\]|<\|(?P<bar>START_THINKING)\|>"
     r"|<\|channel>(?P<channel>thought|analysis)\n|<(?P<fish>[｜|]begin_of_thought[｜|])>"
 )
@@ -174,12 +174,12 @@ def _bridge(row: Row, i: int, prompt: Text, full: Text) -> tuple[Piece, ...]:
     split = next((k for k, (a, b) in enumerate(zip(sent, shown, strict=False)) if a != b), min(len(sent), len(shown)))
     opener: re.Match[str] | None = None
     own = max((len(joined(prompt.pieces[: k + 1])) for k, p in enumerate(prompt.pieces) if p.from_data), default=0)
-    for tag in _OPENERS.finditer(sent, own):  # in what the template writes last, not in what somebody typed
+    for tag in OPENERS.finditer(sent, own):  # in what the template writes last, not in what somebody typed
         if tag.start() <= split and tag.end() > split - 80:
             opener = tag
     if opener is None or not shown.startswith(sent[: opener.start()]):
         raise _not_following(i, sent, shown, split)
-    block, close = sent[opener.start() :], _close_of(opener)
+    block, close = sent[opener.start() :], close_of(opener)
     answer = _own_answer(cut(full.pieces, opener.start(), len(shown)), i, opener, close, block)
     if close.strip() in block:  # the prompt has closed it
         if message.reasoning or _inline(message.content):
@@ -196,7 +196,7 @@ def _bridge(row: Row, i: int, prompt: Text, full: Text) -> tuple[Piece, ...]:
     return (*((thought,) if message.reasoning else ()), Piece(closing), *answer)
 
 
-def _close_of(opener: re.Match[str]) -> str:
+def close_of(opener: re.Match[str]) -> str:
     kind, name = next((k, v) for k, v in opener.groupdict().items() if v)
     return {
         "angle": f"</{name}>",
@@ -246,8 +246,8 @@ def _continued(content: str, i: int, opener: str, block: str, answer: tuple[Piec
 
 def _inline(content: str) -> bool:
     """Whether a text starts with a reasoning block of its own."""
-    found = _OPENERS.match(content.lstrip())
-    return found is not None and _close_of(found).strip() in content
+    found = OPENERS.match(content.lstrip())
+    return found is not None and close_of(found).strip() in content
 
 
 def _not_following(i: int, sent: str, shown: str, at: int) -> Unproved:
@@ -286,8 +286,8 @@ def _no_call(i: int) -> Unproved:
 
 def _check_inline(i: int, content: str, text: str) -> None:
     """Content that is not there in one piece: reasoning and answer of an inline block, each whole."""
-    found = _OPENERS.match(content.lstrip())
-    if found is None or _close_of(found) not in content:
+    found = OPENERS.match(content.lstrip())
+    if found is None or close_of(found) not in content:
         if content.strip() in text:
             return
         raise Unproved(
@@ -295,7 +295,7 @@ def _check_inline(i: int, content: str, text: str) -> None:
             f"turn {i}: the template does not render the assistant's text unchanged.",
             "Change the text or the template so that the model learns what you wrote.",
         )
-    reasoning, _, answer = content.lstrip().removeprefix(found[0]).partition(_close_of(found))
+    reasoning, _, answer = content.lstrip().removeprefix(found[0]).partition(close_of(found))
     if reasoning.strip() not in text:
         said = f"turn {i} has reasoning that the template does not put into the turn."
         raise Unproved("E-CHAT-308", said, "Give it as reasoning_content, or remove it.")

@@ -26,7 +26,7 @@ from educe.chat.render import Renderer
 from educe.chat.settle import settle
 from educe.chat.template import REASONING_KEYS, TemplateRefusal, Text
 from educe.chat.tokens import ChatTokenizer
-from educe.chat.turns import _OPENERS, Row, Unproved, _close_of, find_turn
+from educe.chat.turns import OPENERS, Row, Unproved, close_of, find_turn
 from educe.errors import Refusal
 from educe.recipes.inspect import why_apart
 from educe.recipes.template_talks import (
@@ -296,9 +296,9 @@ def _generation(ask: _Asker) -> dict[str, str]:
         at = max(at, next((start for start, end, _ in words if start < same < end), same))
     sent = text.text[at:]
     said = {"text": sent}
-    tags = list(_OPENERS.finditer(sent))
+    tags = list(OPENERS.finditer(sent))
     if tags:
-        closed = _close_of(tags[-1]).strip() in sent[tags[-1].end() :]
+        closed = close_of(tags[-1]).strip() in sent[tags[-1].end() :]
         said["block"] = f"opens {tags[-1][0].strip()}{' and closes it' if closed else ''}"
     return said
 
