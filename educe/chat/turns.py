@@ -133,6 +133,7 @@ def _stopped(row: Row, i: int, rest: tuple[Piece, ...]) -> tuple[Piece, ...]:
         raise Unproved("E-CHAT-302", found, "Change the text or the template so that the model learns what you wrote.")
     text = joined(rest)
     written = control_in(text[end:], tokenizer.control)
+    _no_stop_inside(i, cut(rest, 0, end), tokenizer)
     for _, stop, word in written:
         if tokenizer.control[word] in tokenizer.stop:
             return cut(rest, 0, end + stop)
@@ -144,6 +145,17 @@ def _stopped(row: Row, i: int, rest: tuple[Piece, ...]) -> tuple[Piece, ...]:
         fix = "Name the turn's end token: template: {kind: own, stop: ['…']} in the recipe."
         raise Unproved("E-CHAT-304", found, fix)
     return (*cut(rest, 0, max(end, len(text.rstrip()))), Piece("", part="eos"))
+
+
+def _no_stop_inside(i: int, body: tuple[Piece, ...], tokenizer: ChatTokenizer) -> None:
+    """Inference ends at the first stop token: what stands behind one could never be said."""
+    for p in body:
+        for _, _, word in control_in(p.text, tokenizer.control) if p.part == "template" else ():
+            if tokenizer.control[word] in tokenizer.stop:
+                found = f"turn {i} goes on behind {word}, which is a stop token: inference would end there."
+                raise Unproved(
+                    "E-CHAT-304", found, "Take it out of eos_token_id in generation_config.json, if it ends no turn."
+                )
 
 
 def _written_by_next(row: Row, i: int, tail: str) -> str | None:

@@ -51,16 +51,17 @@ def spans_of(path: Path, number: int) -> list[Span]:
     size = path.stat().st_size
     cuts = [(0, 1)]  # where a stretch begins, and the number of its first line
     with path.open("rb") as f:
-        line = 1
+        at, line = 0, 1
         for k in range(1, number):
-            wanted, at = size * k // number, cuts[-1][0]
-            while at < wanted:
-                block = f.read(min(1 << 20, wanted - at))
+            wanted = size * k // number
+            if wanted <= at:
+                continue
+            while block := f.read(min(1 << 20, wanted - at)):
                 at += len(block)
                 line += block.count(b"\n")
             at += len(f.readline())
             line += 1
-            if cuts[-1][0] < at < size:
+            if at < size:
                 cuts.append((at, line))
     ends = [*(start for start, _ in cuts[1:]), size]
     return [Span(path=path, start=start, end=end, first=line) for (start, line), end in zip(cuts, ends, strict=True)]
