@@ -262,6 +262,10 @@ def _judge_reason(row: Conversation, refusal: Refusal, i: int, server: Server) -
     elif refusal.code == "E-CHAT-302":
         if message.content.strip() in rest and full.startswith(prompt):
             yield f"the template shows the text of turn {i} unchanged"
+    elif refusal.code == "E-CHAT-304" and "goes on behind" in refusal.found:
+        word = refusal.found.split("goes on behind ", 1)[1].split(", which", 1)[0]
+        if len(rest.split(word)) < 2 or not rest.split(word, 1)[1].strip():
+            yield f"turn {i} does not go on behind {word!r}"
     elif refusal.code == "E-CHAT-304":
         if (tail := _tail(row, i, server)) is not None and server.first_stop(tail) is not None:
             yield f"turn {i} has a stop token in {tail!r}"
