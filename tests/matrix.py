@@ -38,10 +38,7 @@ KINDS = {"turns": TURNS, "contents": CONTENTS, "reasoning": REASONING, "tools": 
 LARGE = "qwen2_5+marks"  # 23 tokenizers of 5 MB: `slow`; "gpt2+marks, ends learned" stands for them
 LEARNED = "gpt2+marks, ends learned"  # no generation_config.json: turn ends are learned from the template
 # What the judge minds and is no fault of educe, as "template, tokenizer: what": why.
-EXPLAINED = {
-    r"trl/muse_glimmer, gpt2\+marks: turn \d: stop tokens at": "fitting.py guesses that <|eom|> ends an answer, as in Llama "
-    "3.1, and names it in generation_config.json; here it ends a message inside an answer"
-}
+EXPLAINED: dict[str, str] = {}
 HEAD = f"""\
 Every chat template × the tokenizers that fit it × {len(SHAPES)} shapes (tests/shapes.py). Made by `{COMMAND}`.
 

@@ -142,7 +142,7 @@ def test_every_template_is_proved_or_refused(
                 else:
                     prove(messages, chat, built)
                     outcome[kind].append("proved")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert outcome["foreign"].count("proved") >= 90
     assert outcome["own"].count("proved") >= 90
 

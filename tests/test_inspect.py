@@ -331,7 +331,7 @@ def test_the_page_fits_a_phone(chromium: str, place: Path, tmp_path: Path, row: 
     name = "qwen3" if row == 2 else "smollm2"
     page, began = tmp_path / "row.html", time.monotonic()
     run("inspect", place / f"{name}.yaml", "--row", str(row), "--diff", "trl", "--html", page)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     html = page.read_text(encoding="utf-8")
     assert "http" not in POLICY.sub("", html).replace("http-equiv", "")
     assert "<script" not in html
