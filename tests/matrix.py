@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -246,7 +247,7 @@ def differences(cells: dict[tuple[str, str], Cell]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    place = Path(argv[0] if argv else "/tmp/educe-fitting")
+    place = Path(argv[0]) if argv else Path(tempfile.gettempdir()) / "educe-fitting"
     place.mkdir(parents=True, exist_ok=True)
     cells: dict[tuple[str, str], Cell] = {}
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:

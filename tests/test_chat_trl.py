@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -321,6 +322,6 @@ def _sent(peer: Any, messages: Sequence[Any], tools: Sequence[Any] | None) -> li
 
 
 if __name__ == "__main__":
-    home = Path("/tmp/educe-fitting")
+    home = Path(tempfile.gettempdir()) / "educe-fitting"
     home.mkdir(exist_ok=True)
     GOLDEN.write_text("\n".join([*HEAD.strip().splitlines(), *lines_of(SHARED, home)]) + "\n", encoding="utf-8")
