@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from educe.chat.examples import Chunk, build_rendered
+from educe.chat.examples import Chunk, build_examples, build_rendered
 from educe.chat.prompt import render_prompt
 from educe.chat.render import Renderer
 from educe.chat.settle import settle
@@ -26,7 +26,7 @@ from educe.types import Conversation, Message, ToolCall
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_proof import build, row_of, talk
+from chat_proof import build, row_of, talk, with_template
 from fitting import fitting_dirs, template_files
 
 # Templates that look into texts, rewrite history, trim, or open reasoning, and one that does nothing of it.
@@ -249,3 +249,22 @@ def test_the_worker_ends_with_its_parent() -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the worker outlived its parent")
+
+
+def test_answers_that_touch_have_a_weight_each(tiny_tokenizer_dir: Path) -> None:
+    """A template that writes no header before an answer: two in a row are two runs."""
+    source = "{% for m in messages %}{{ m.content + ('<|im_end|>' if m.role == 'assistant' else '<|im_start|>') }}{% endfor %}"
+    chat = with_template(load_tokenizer(tiny_tokenizer_dir), source)
+    messages = (
+        Message(role="user", content="the cat"),
+        Message(role="assistant", content="sat", weight=1.0),
+        Message(role="assistant", content="hello", weight=0.25),
+    )
+    (made,) = build_examples([row_of(*messages)], Renderer(chat), max_tokens=99)
+    assert not isinstance(made, Refusal)
+    (example,) = made
+    ends = [k for k, i in enumerate(example.ids_T.tolist()) if i == chat.control["<|im_end|>"]]
+    assert [float(example.weights_T[k]) for k in ends] == [1.0, 0.25]
+    first = example.ids_T.tolist().index(chat.control["<|im_start|>"]) + 1
+    assert set(example.weights_T[first : ends[0] + 1].tolist()) == {1.0}
+    assert set(example.weights_T[ends[0] + 1 :].tolist()) == {0.25}

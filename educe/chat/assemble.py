@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from educe.chat.drafts import Draft, TokenizerKey, draft_of, written
+from educe.chat.drafts import Draft, TokenizerKey, draft_of, run_of, written
 from educe.chat.engine import Flat
 from educe.chat.pieces import control_in
 from educe.chat.tokens import ChatTokenizer
@@ -287,7 +287,7 @@ def _whole(d: Draft, ids_T: Int32[np.ndarray, " t"], edges: Sequence[int], token
         ids_T = np.append(ids_T, np.int32(tokenizer.eos))
         edges = [*edges[:-1], edges[-1] + 1]
     rendering = d.rendering()
-    groups = groupby(rendering.segments, key=lambda s: s.trained)
+    groups = groupby(rendering.segments, key=run_of)
     runs = [Run(first=a, end=b, segments=tuple(g)) for (_, g), (a, b) in zip(groups, pairwise(edges), strict=True)]
     return Rendered(ids_T=ids_T, runs=tuple(runs), rendering=rendering)
 
@@ -321,7 +321,7 @@ def _by_hand(rendering: Rendering, tokenizer: ChatTokenizer) -> Rendered:
     ids: list[int] = []
     made: list[Run] = []
     start = 0
-    for _, group in groupby(segments, key=lambda s: s.trained):
+    for _, group in groupby(segments, key=run_of):
         run = tuple(group)
         end = start + len(run)
         if not run[0].trained:

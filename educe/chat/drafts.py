@@ -108,7 +108,7 @@ class Draft:
 def plan_sequence(slots: Sequence[Slot], turns: tuple[int, ...], apart: Apart, tokenizer: ChatTokenizer) -> Plan:
     """Work out all that does not depend on the texts."""
     key = TokenizerKey(tokenizer)
-    groups = [tuple(g) for _, g in groupby(slots, key=lambda s: s.segment.trained)]
+    groups = [tuple(g) for _, g in groupby(slots, key=lambda s: run_of(s.segment))]
     control = [n for s in slots if s.segment.part == "template" for _, _, n in written(s.segment.text, key)]
     joints = [
         (k, _form((*loose, *map(_item, groups[k]))))
@@ -169,6 +169,11 @@ def draft_of(rendering: Rendering, tokenizer: ChatTokenizer) -> Draft:
     """A rendering as a draft of its own."""
     slots = [Slot(s) for s in rendering.segments]
     return fill(plan_sequence(slots, rendering.turns, rendering.apart, tokenizer), _NO_TEXTS)
+
+
+def run_of(segment: Segment) -> int | None:
+    """Which run a segment is in: one turn's completion, or context (None). Two turns may touch, each has its own weight."""
+    return segment.message if segment.trained else None
 
 
 def _item(slot: Slot) -> str | Piece:
