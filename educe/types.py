@@ -110,7 +110,7 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Tokens first … end of a sequence that are all trained, or all context; they came from these segments: context, or one turn's completion."""
+    """Tokens first … end of a sequence: context, or one turn's completion; they came from these segments."""
 
     first: int
     end: int
