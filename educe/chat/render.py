@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Any
 
 from educe.chat.drafts import Draft, Plan, Slot, fill, plan_sequence
@@ -18,7 +18,7 @@ from educe.chat.pieces import cut, joined, starts_with
 from educe.chat.template import Asked, Piece, TemplateRefusal, remade
 from educe.chat.tokens import ChatTokenizer
 from educe.chat.trace import ask
-from educe.chat.turns import Row, Turn, Unproved, find_turn
+from educe.chat.turns import Row, Turn, Unproved, check_answer, find_turn
 from educe.errors import Refusal
 from educe.types import Apart, Conversation, Message, Rendering, Segment, Source
 
@@ -28,10 +28,13 @@ MAX_LAYOUTS = 64  # remembered for one shape; a template that asks ever other th
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The sequences of a row, as they are for all rows of its shape that meet the conditions."""
+    """The sequences of a row, as they are for all rows of its shape that meet the conditions. `sure`: nothing else is to be
+    looked at; otherwise each turn is checked to say what it must.
+    """
 
     conditions: tuple[Asked, ...]
     plans: tuple[Plan, ...]
+    sure: bool
 
 
 class Renderer:
@@ -73,8 +76,11 @@ class Renderer:
         known = self._layouts.setdefault(shape, [])
         if not fresh:
             for layout in known:
-                if _meets(layout.conditions, texts) and (filled := _filled(layout, texts)) is not None:
+                if not _meets(layout.conditions, texts) or (filled := _filled(layout, texts)) is None:
+                    continue
+                if layout.sure or all(_says(d, conversation) for d in filled):
                     return filled
+                break  # the template itself tells what is wrong
         self.num_rendered += 1
         try:
             new, exact = _render(Row(conversation, self.tokenizer), wanted, apart)
@@ -116,14 +122,37 @@ def _render(row: Row, wanted: Sequence[int], apart: bool) -> tuple[_Layout, bool
             reason: Apart = (
                 "" if last is None else "eos" if last.adds_stop and follows else "ids" if follows else "text"
             )
+            exact = exact and (reason != "eos" or starts_with(turn.prompt, done))
             reasons.append(reason)
             groups.append([turn])
     plans = tuple(
         plan_sequence(tuple(_slots(group, exact)), tuple(t.index for t in group), reason, row.tokenizer)
         for group, reason in zip(groups, reasons, strict=True)
     )
-    asked = (c for t in (*row.texts.values(), *row.more) for c in t.conditions)
-    return _Layout(tuple(dict.fromkeys(asked)) if exact else (), plans), exact
+    asked = (*(c for t in (*row.texts.values(), *row.more) for c in t.conditions), *row.asked)
+    sure = all(t.sure for t in turns)
+    return _Layout(tuple(dict.fromkeys(asked)) if exact else (), plans, sure), exact
+
+
+def _says(draft: Draft, c: Conversation) -> bool:
+    """Whether the trained turns of a filled layout hold what they must."""
+    before: list[Piece] = []
+    for turn, group in groupby(draft.plan.slots, key=lambda s: s.segment.message if s.segment.trained else None):
+        pieces = [_piece(slot, draft) for slot in group]
+        if turn is not None:
+            try:
+                check_answer(c, turn, before, pieces)
+            except Unproved:
+                return False
+        before += pieces
+    return True
+
+
+def _piece(slot: Slot, draft: Draft) -> Piece:
+    text = slot.filled(draft.row).text
+    if slot.piece is not None:
+        return replace(slot.piece, text=text)
+    return Piece(text, slot.segment.message, slot.segment.part)
 
 
 def _slots(group: Sequence[Turn], exact: bool) -> Iterable[Slot]:

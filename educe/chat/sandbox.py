@@ -1,7 +1,8 @@
 """The process in which chat templates run: a template is foreign code.
 
 Started by `educe.chat.worker` as `python -P -m educe.chat.sandbox`. It reads one JSON request a line and answers with one JSON
-line; it may use little memory, writes no file and opens none after it has started. Time is kept by the other side, which ends it.
+line; it may use little memory, writes no file and opens none after it has started. Time is kept by the other side, which ends
+it; where that side is gone, by the system.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -20,9 +22,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from educe.chat.trace import FIRST_MARK, MARK, Leaf, TooManyLeaves, Trace, Traced
+from educe.chat.trace import FIRST_MARK, MARK, Leaf, TooManyLeaves, Trace, Traced, is_marked, pinned
 
 MAX_FACTOR, MIN_CHARACTERS = 20, 65_536
+MAX_ANSWER_CHARACTERS = 2**26  # what the other side reads, pieces and conditions included
+MAX_REASON_CHARACTERS = 500
+MAX_ALONE_S = 4.0
 
 # Of the rendering that goes on.
 _TRACE = Trace()
@@ -66,46 +71,72 @@ class _Generator(CodeGenerator):
         self.write("))")
 
 
+_JINJAS_OWN = ("_loop_vars", "_block_vars")  # all variables of the template, handed along with a call
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
+    intercepted_binops = frozenset("%")
 
     @staticmethod
     def inside(value: Any, holder: Any) -> bool:
         """`value in holder`, where a plain text must not look at marks."""
-        return (_real(value) if isinstance(holder, str) and not isinstance(holder, Traced) else value) in holder
+        return (pinned(value) if _is_plain(holder) else value) in holder
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **more: Any) -> Any:  # noqa: N805 - as jinja does
         """A call in the template. A method of a plain text gets real texts, but for those that only join."""
-        if type(getattr(__obj, "__self__", None)) is str and __obj.__name__ not in ("join", "format", "format_map"):
-            args, more = tuple(map(_real, args)), {k: _real(v) for k, v in more.items()}
+        if _is_plain(getattr(__obj, "__self__", None)) and __obj.__name__ not in ("join", "format", "format_map"):
+            args, more = pinned(args), {k: v if k in _JINJAS_OWN else pinned(v) for k, v in more.items()}
         made = super().call(__context, __obj, *args, **more)
         return _TRACE.wrap(made) if type(made) is str else made
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`left % right`: a form that is filled with marked texts."""
+        if _is_plain(left) and is_marked(right):
+            return _TRACE.made(left % pinned(right))
+        return super().call_binop(context, operator, left, right)
 
     concat = staticmethod(lambda parts: _TRACE.wrap("".join(parts)))
 
 
-def _real(value: Any) -> Any:
-    return _TRACE.leak(value) if isinstance(value, Traced) else value
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, Traced)
 
 
-def _leaking(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_real_text(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that looks into text with C code: it gets the real text, and that is recorded."""
-    if any(hasattr(function, name) for name in ("jinja_pass_arg",)):
+    first = int(hasattr(function, "jinja_pass_arg"))
 
-        def passed(first: Any, value: Any, *args: Any, **more: Any) -> Any:
-            return function(first, _real(value), *map(_real, args), **{k: _real(v) for k, v in more.items()})
+    def filtered(*args: Any, **more: Any) -> Any:
+        given, named = args[first:], more
+        if not (is_marked(given) or is_marked(named)):
+            return function(*args, **more)
+        made = function(*args[:first], *pinned(given), **pinned(named))
+        return _TRACE.made(str(made)) if isinstance(made, str) else made
 
-        passed.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
-        return passed
-    return lambda value, *args, **more: function(
-        _real(value), *map(_real, args), **{k: _real(v) for k, v in more.items()}
-    )
+    if first:
+        filtered.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+    return filtered
 
 
-_LEAKING = (
+_ON_REAL_TEXT = (
     "title wordcount wordwrap truncate indent center format striptags urlize xmlattr int float escape e forceescape"
 )
-_LEAKING += " urlencode filesizeformat round abs pprint"
+_ON_REAL_TEXT += " urlencode filesizeformat round abs pprint"
+
+
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """Jinja's filter. A text without marks that gets some is the row's, not the template's."""
+    text, number = str(value), -1 if count is None else count
+    if _is_plain(text) and is_marked((old, new)):
+        return _TRACE.made(text.replace(str(pinned(old)), str(pinned(new)), number))
+    return text.replace(str(old), str(new), number)
+
+
+def _trim(value: Any, chars: Any = None) -> str:
+    """Jinja's filter."""
+    text = value if isinstance(value, str) else str(value)
+    return text.strip(pinned(chars))
 
 
 def _raise(message: str) -> NoReturn:
@@ -146,24 +177,25 @@ def _tojson(
     )
     if ensure_ascii:  # the marks were escaped too, as surrogate pairs
         for k in range(len(_TRACE.leaves)):
-            mark = chr(FIRST_MARK + k)
-            text = text.replace(json.dumps(mark)[1:-1], mark)
+            if (mark := chr(FIRST_MARK + k)) not in _TRACE.taken:
+                text = text.replace(json.dumps(mark)[1:-1], mark)
     return _TRACE.wrap(text)
 
 
 def _strftime_now(form: str) -> str:
-    return _DATE.strftime(_real(form))
+    return _DATE.strftime(pinned(form))
 
 
 def build_environment() -> jinja2.Environment:
     """The environment that transformers renders chat templates in, with marks kept."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-    for name in _LEAKING.split():
-        environment.filters[name] = _leaking(environment.filters[name])
+    for name in _ON_REAL_TEXT.split():
+        environment.filters[name] = _on_real_text(environment.filters[name])
     safe = environment.filters["safe"]
     environment.filters["safe"] = lambda value: value if isinstance(value, Traced) else safe(value)
-    environment.filters.update(tojson=_tojson, join=_join)
+    environment.filters.update(tojson=_tojson, join=_join, replace=_replace, trim=_trim)
     environment.tests["in"] = environment.inside
+    environment.tests["escaped"] = lambda value: not isinstance(value, Traced) and hasattr(value, "__html__")
     for name in ("iterable", "sequence"):  # a text is both; asking shows nothing of it
         stock = environment.tests[name]
         environment.tests[name] = lambda value, stock=stock: isinstance(value, str) or stock(value)  # type: ignore[misc]
@@ -207,10 +239,11 @@ def run(template: jinja2.Template, job: dict[str, Any]) -> dict[str, Any]:
     given = {**job["special"], **job["settings"], "tools": job["tools"], "documents": None}
     given["add_generation_prompt"] = job["generation"]
     limit = MAX_FACTOR * job["size"] + MIN_CHARACTERS
-    _TRACE = Trace()
+    _TRACE = Trace(marking=False)
     text = render(template, {**given, "messages": job["messages"]}, limit)
     text.encode()  # a lone surrogate is no text
-    _TRACE = trace = Trace()
+    taken = frozenset(MARK.findall(json.dumps(job, ensure_ascii=False)))
+    _TRACE = trace = Trace(taken=taken)
     marked, why = "", ""
     try:
         marked = str.__str__(render(template, {**given, "messages": traced(job["messages"], trace)}, limit))
@@ -219,14 +252,14 @@ def run(template: jinja2.Template, job: dict[str, Any]) -> dict[str, Any]:
     except (TooManyLeaves, Exception) as e:  # what it does to real text alone it may not do to marked text
         why = f"{type(e).__name__}: {e}"[:200]
     if why:
-        _TRACE = Trace()
+        _TRACE = Trace(marking=False)
         again = render(template, {**given, "messages": job["messages"]}, limit)
         return {"text": text, "lost": why, "random": again != text}
-    used = {ord(m) - FIRST_MARK for m in MARK.findall(marked)}
-    asked = {ord(m) - FIRST_MARK for c in trace.conditions for m in MARK.findall(json.dumps(c, ensure_ascii=False))}
+    shown = MARK.findall(marked + "".join(about for about, *_ in trace.conditions))
+    used = {ord(m) - FIRST_MARK for m in set(shown) - taken}
     return {
         "marked": marked,
-        "leaves": {k: [trace.leaves[k].path, trace.leaves[k].ops, trace.leaves[k].text] for k in used | asked},
+        "leaves": {k: [trace.leaves[k].path, trace.leaves[k].ops, trace.leaves[k].text] for k in used},
         "conditions": trace.conditions,
         "leaked": sorted(trace.leaked),
     }
@@ -249,7 +282,7 @@ def _failure(e: BaseException) -> dict[str, Any]:
         return {"limit": str(e) if isinstance(e, TooLong) else "it asked for more memory than it may use"}
     if isinstance(e, jinja2.TemplateSyntaxError):
         return {"syntax": e.message or "syntax error", "line": e.lineno}
-    said = str(e) or type(e).__name__
+    said = (str(e) or type(e).__name__)[:MAX_REASON_CHARACTERS]
     return {"refused": said if isinstance(e, jinja2.TemplateError) else f"{type(e).__name__}: {said}"}
 
 
@@ -280,16 +313,30 @@ def serve(requests: Iterable[str], answer: Callable[[dict[str, Any]], None]) -> 
             answer(_failure(e))
 
 
+def _timed(requests: Iterable[str]) -> Iterable[str]:
+    """The requests; the system ends the process when one takes far too long: whoever should have ended it was killed."""
+    alarm = getattr(signal, "setitimer", None)  # not on Windows
+    for line in requests:
+        if alarm is not None:
+            alarm(signal.ITIMER_REAL, MAX_ALONE_S)
+        yield line
+        if alarm is not None:
+            alarm(signal.ITIMER_REAL, 0)
+
+
 def main() -> None:
     out = sys.stdout
     sys.stdout = sys.stderr
     confine(int(sys.argv[1]))
 
     def answer(value: dict[str, Any]) -> None:
-        out.write(json.dumps(value) + "\n")
+        line = json.dumps(value)
+        if len(line) > MAX_ANSWER_CHARACTERS:
+            line = json.dumps({"limit": "what it did takes too long to tell"})
+        out.write(line + "\n")
         out.flush()
 
-    serve(sys.stdin, answer)
+    serve(_timed(sys.stdin), answer)
 
 
 if __name__ == "__main__":

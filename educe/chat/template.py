@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from educe.chat.trace import FIRST_MARK, MARK, Op, apply_op, split_marked
+from educe.chat.trace import FIRST_MARK, Op, apply_op, split_marked
 from educe.chat.worker import WORKER, Ended
 from educe.errors import ChatError
 from educe.files.hashes import hash_bytes
@@ -165,8 +165,6 @@ class ChatTemplate:
         shown = pieces(answer["marked"])
         asked = []
         for marked, question, args, answered in _unique(answer["conditions"]):
-            if any(MARK.search(a) for a in args if isinstance(a, str)):
-                return Text("".join(p.text for p in shown), shown, lost="", leaked=(), conditions=_NEVER)
             asked.append(Asked(pieces(marked), question, _frozen(args), _frozen(answered)))
         leaked = tuple(made[m].text for k in answer["leaked"] if (m := chr(FIRST_MARK + k)) in made)
         return Text("".join(p.text for p in shown), shown, tuple(asked), leaked)
@@ -183,10 +181,6 @@ class ChatTemplate:
 def _frozen(value: Any) -> Any:
     """JSON's lists as tuples."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-# A condition that no other row meets.
-_NEVER = (Asked((), "bool", (), True),)
 
 
 def _unique(conditions: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

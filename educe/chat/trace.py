@@ -4,7 +4,8 @@ A chat template is given `Traced` strings in place of a row's texts. Such a stri
 text, its *leaf*) where the text would stand, so whatever the template writes shows who wrote it. A change the template makes to
 a text (trimming, splitting at `</think>`) gives a new leaf that knows the operation; a question it asks (`'x' in content`,
 `content.startswith(…)`) is answered from the real text and recorded as a condition. What comes out is therefore the rendering
-of every row with the same shape whose texts meet the same conditions (symbolic execution of one path).
+of every row with the same shape whose texts meet the same conditions (symbolic execution of one path). Where a change or a
+question cannot be made again for another text, the text itself is made a condition: it is *pinned*.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import markupsafe
 
 # One character of plane 15 or 16 for each leaf.
 FIRST_MARK, LAST_MARK = 0xF0000, 0x10FFFD
@@ -53,6 +56,8 @@ def ask(text: str, question: str, args: Sequence[Any]) -> Any:
         return args[0] in text
     if question == "parts":  # how many a split gives
         return len(getattr(text, args[0])(*args[1]))
+    if question == "reaches":  # whether it has a character there
+        return -len(text) <= args[0] < len(text)
     if question in ("eq", "lt", "le", "gt", "ge"):
         return getattr(text, f"__{question}__")(args[0])
     return getattr(text, question)(*args)
@@ -68,7 +73,7 @@ def _json_string(text: str, *, ensure_ascii: bool) -> str:
 class Leaf:
     """One of a row's texts after the operations: `path` leads to it in the messages, `text` is what it holds in this row.
 
-    A path is (message, field, *keys). An empty path is a text that mixes several and can only be shown, not made again.
+    A path is (message, field, *keys). An empty path is a text that was made of pinned ones: it can only be shown, not made again.
     """
 
     path: tuple[Any, ...]
@@ -78,75 +83,106 @@ class Leaf:
 
 @dataclass(slots=True)
 class Trace:
-    """What happened to the texts of one row in one rendering. `leaked`: leaves whose text the template got without its mark."""
+    """What happened to the texts of one row in one rendering. `leaked`: leaves whose text the template got without its mark.
+
+    `pinned` are the marked texts that another row must have to the letter. One that is not `marking` is for real texts: a mark
+    in them is a character like others, as are those that are `taken`: the row itself has them.
+    """
+
+    marking: bool = True
+    taken: frozenset[str] = frozenset()
 
     leaves: list[Leaf] = field(default_factory=list)
     conditions: list[Condition] = field(default_factory=list)
     leaked: set[int] = field(default_factory=set)
     known: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
 
     def text(self, leaf: Leaf) -> Traced:
         """The marked string that stands for a leaf; the same one for the same leaf."""
         key = (leaf.path, repr(leaf.ops), leaf.text if not leaf.path else "")
-        mark = self.known.get(key)
-        if mark is None:
-            if FIRST_MARK + len(self.leaves) > LAST_MARK:
+        if key not in self.known:
+            while (mark := chr(FIRST_MARK + len(self.leaves))) in self.taken:
+                self.leaves.append(Leaf((), (), mark))
+            if mark > chr(LAST_MARK):
                 raise TooManyLeaves
-            mark = self.known[key] = chr(FIRST_MARK + len(self.leaves))
+            self.known[key] = mark
             self.leaves.append(leaf)
-        return Traced(mark, self)
+        return Traced(self.known[key], self)
 
     def wrap(self, marked: str) -> str:
         """A plain string again where no mark is in it."""
-        return Traced(marked, self) if MARK.search(marked) else str.__str__(marked)
+        return Traced(marked, self) if self.marking and MARK.search(marked) else str.__str__(marked)
 
     def real(self, marked: str) -> str:
         """The text that a marked string stands for."""
-        return MARK.sub(lambda m: self.leaves[ord(m[0]) - FIRST_MARK].text, str.__str__(marked))
+        return MARK.sub(lambda m: self.leaf(m[0]).text, str.__str__(marked))
 
-    def leak(self, marked: str) -> str:
-        """The real text, handed out; right for rows with this very text only."""
-        real = self.real(marked)
-        self.leaked |= {ord(m) - FIRST_MARK for m in MARK.findall(str.__str__(marked))}
-        self.conditions.append((str.__str__(marked), "eq", (real,), True))
+    def leaf(self, mark: str) -> Leaf:
+        """Whose mark it is; a text of its own where it is nobody's."""
+        number = ord(mark) - FIRST_MARK
+        return self.leaves[number] if number < len(self.leaves) else Leaf((), (), mark)
+
+    def pin(self, marked: str) -> str:
+        """The real text, for what is right only for rows with this very text."""
+        real, written = self.real(marked), str.__str__(marked)
+        if written not in self.pinned:
+            self.pinned.add(written)
+            self.conditions.append((written, "eq", (real,), True))
         return real
 
+    def leak(self, marked: str) -> str:
+        """The real text, handed out: it may be written where nobody can tell whose it is."""
+        self.leaked |= {ord(m) - FIRST_MARK for m in MARK.findall(str.__str__(marked))}
+        return self.pin(marked)
 
-def _plain(value: Any) -> Any:
-    """An argument as the condition records it: marked text as a plain string."""
-    return str.__str__(value) if isinstance(value, str) else value
+    def made(self, text: str) -> Traced:
+        """Text that C code made of pinned texts: data, whoever wrote it."""
+        return self.text(Leaf((), (), text))
+
+
+def pinned(value: Any) -> Any:
+    """An argument as Python's own types; the marked texts in it are pinned."""
+    if isinstance(value, Traced):
+        return value._trace.pin(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(pinned, value)) if type(value) in (list, tuple) else value
+    return {pinned(k): pinned(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def is_marked(value: Any) -> bool:
+    """Whether a marked text is in it."""
+    if isinstance(value, (list, tuple)):
+        return any(map(is_marked, value))
+    return isinstance(value, Traced) or (isinstance(value, dict) and any(map(is_marked, value.values())))
 
 
 class Traced(str):
     """A marked string; see the module. Its own characters are the marks and the literal text around them."""
 
-    trace: Trace
+    _trace: Trace  # templates see no attribute that starts so
     # C code sees the marks; Python code sees the methods below.
 
     def __new__(cls, marked: str, trace: Trace) -> Traced:
         self = super().__new__(cls, marked)
-        self.trace = trace
+        self._trace = trace
         return self
 
     def _ask(self, question: str, *args: Any) -> Any:
-        given = [self.trace.real(a) if isinstance(a, Traced) else a for a in args]
-        answer = ask(self.trace.real(self), question, given)
-        self.trace.conditions.append((str.__str__(self), question, tuple(map(_plain, args)), answer))
+        given = pinned(args)
+        answer = ask(self._trace.real(self), question, given)
+        self._trace.conditions.append((str.__str__(self), question, given, answer))
         return answer
 
     def _leaf(self) -> Leaf | None:
         """The leaf, where this is one and nothing else."""
-        return self.trace.leaves[ord(self.mark) - FIRST_MARK] if str.__len__(self) == 1 else None
-
-    @property
-    def mark(self) -> str:
-        return str.__str__(self)
+        return self._trace.leaf(str.__str__(self)) if str.__len__(self) == 1 else None
 
     def _derive(self, op: Op) -> str:
         leaf = self._leaf()
-        if leaf is not None:
-            return self.trace.text(Leaf(leaf.path, (*leaf.ops, op) if leaf.path else (), apply_op(leaf.text, op)))
-        return self.trace.text(Leaf((), (), apply_op(self.trace.real(self), op)))
+        if leaf is not None and leaf.path:
+            return self._trace.text(Leaf(leaf.path, (*leaf.ops, op), apply_op(leaf.text, op)))
+        return self._trace.made(apply_op(self._trace.pin(self), op))
 
     # --- questions ---
 
@@ -166,25 +202,25 @@ class Traced(str):
         return not self == other
 
     def __lt__(self, other: str) -> bool:
-        return bool(self._ask("lt", other))
+        return bool(self._ask("lt", other)) if isinstance(other, str) else NotImplemented
 
     def __le__(self, other: str) -> bool:
-        return bool(self._ask("le", other))
+        return bool(self._ask("le", other)) if isinstance(other, str) else NotImplemented
 
     def __gt__(self, other: str) -> bool:
-        return bool(self._ask("gt", other))
+        return bool(self._ask("gt", other)) if isinstance(other, str) else NotImplemented
 
     def __ge__(self, other: str) -> bool:
-        return bool(self._ask("ge", other))
+        return bool(self._ask("ge", other)) if isinstance(other, str) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.trace.leak(self))
+        return hash(self._trace.pin(self))
 
     def __iter__(self) -> Iterator[str]:
         return iter([self._derive(("item", k)) for k in range(len(self))])
 
     def __repr__(self) -> str:
-        return repr(self.trace.leak(self))
+        return self._trace.made(repr(self._trace.pin(self)))
 
     # --- joining keeps the marks ---
 
@@ -192,30 +228,39 @@ class Traced(str):
         return self
 
     def __format__(self, spec: str) -> str:
-        return format(self.trace.leak(self), spec) if spec else str.__str__(self)
+        return self._trace.made(format(self._trace.pin(self), pinned(spec))) if spec else str.__str__(self)
+
+    def __html__(self) -> str:
+        """For joining with what a template calls safe."""
+        return self._trace.made(str(markupsafe.escape(self._trace.pin(self))))
 
     def __add__(self, other: str) -> str:
-        return self.trace.wrap(str.__add__(self, other))
+        return self._trace.wrap(str.__add__(self, other))
 
     def __radd__(self, other: str) -> str:
-        return self.trace.wrap(str.__add__(other, self))
+        return self._trace.wrap(str.__add__(other, self))
 
     def __mul__(self, count: Any) -> str:
-        return self.trace.wrap(str.__mul__(self, count))
+        return self._trace.wrap(str.__mul__(self, count))
 
     __rmul__ = __mul__
 
     def __mod__(self, values: Any) -> str:
-        return str(self.trace.leak(self) % values)
+        return self._trace.made(self._trace.pin(self) % pinned(values))
+
+    def __rmod__(self, form: str) -> str:
+        return self._trace.made(form % self._trace.pin(self))
 
     def join(self, parts: Any) -> str:
-        return self.trace.wrap(str.join(self, parts))
+        return self._trace.wrap(str.join(self, parts))
 
     # --- changes ---
 
     def __getitem__(self, key: Any) -> str:
         if isinstance(key, slice):
             return self._derive(("slice", key.start, key.stop, key.step))
+        if isinstance(key, int):
+            self._ask("reaches", key)
         return self._derive(("item", key))
 
     def strip(self, chars: str | None = None) -> str:
@@ -228,38 +273,38 @@ class Traced(str):
         return self._strip(chars, left=False, right=True)
 
     def _strip(self, chars: str | None, *, left: bool, right: bool) -> str:
+        chars = pinned(chars)
         if self._leaf() is not None:
             return self._derive(("strip" if left and right else "lstrip" if left else "rstrip", chars))
         parts = split_marked(self)
         if left:
-            parts = _strip_end(self.trace, parts, "lstrip", chars)
+            parts = _strip_end(self._trace, parts, "lstrip", chars)
         if right:
-            parts = _strip_end(self.trace, parts[::-1], "rstrip", chars)[::-1]
-        return self.trace.wrap("".join(map(str.__str__, parts)))
+            parts = _strip_end(self._trace, parts[::-1], "rstrip", chars)[::-1]
+        return self._trace.wrap("".join(map(str.__str__, parts)))
 
     def replace(self, old: str, new: str, count: Any = -1) -> str:
-        if not self._ask("contains", old):
-            return self
-        old, new = (self.trace.leak(x) if isinstance(x, Traced) else x for x in (old, new))
-        return self._derive(("replace", old, new, count))
+        return self._derive(("replace", *pinned((old, new, count)))) if self._ask("contains", old) else self
 
     def _split(self, method: str, args: tuple[Any, ...]) -> list[str]:
         """Parts as leaves of their own. Where only literal text holds the separator, the marked text is split."""
-        if isinstance(args[0], Traced):
-            return list(getattr(self.trace.leak(self), method)(self.trace.leak(args[0]), *args[1:]))
+        args = pinned(args)
         number = int(self._ask("parts", method, list(args)))
         if number == 1 and method in ("split", "rsplit") and args[0] is not None:
             return [self]
         if self._leaf() is None and isinstance(args[0], str) and self._only_literal(args[0]):
-            return [self.trace.wrap(p) for p in getattr(str, method)(str.__str__(self), *args)]
+            return [self._trace.wrap(p) for p in getattr(str, method)(str.__str__(self), *args)]
         return [self._derive(("part", method, list(args), k)) for k in range(number)]
 
     def _only_literal(self, sep: str) -> bool:
         """Whether all separators stand in the literal text between the leaves, none in a leaf or across an edge."""
-        leaves = [self.trace.text(self.trace.leaves[ord(m) - FIRST_MARK]) for m in MARK.findall(self.mark)]
+        if any(sep.startswith(sep[k:]) for k in range(1, len(sep))):
+            return False  # one could begin inside another: which are found depends on what stands before
+        marks = MARK.findall(str.__str__(self))
+        leaves = [self._trace.text(self._trace.leaf(m)) for m in marks]
         if any(leaf._ask("contains", sep) for leaf in leaves):
             return False
-        return bool(self._ask("count", sep) == str.count(self.mark, sep))
+        return bool(self._ask("count", sep) == str.count(self, sep))
 
     def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
         return self._split("split", (sep, maxsplit))
@@ -317,16 +362,20 @@ def _question(name: str) -> Callable[..., Any]:
 
 def _change(name: str) -> Callable[..., str]:
     def changed(self: Traced, *args: Any) -> str:
-        return self._derive((name, *map(_plain, args)))
+        return self._derive((name, *pinned(args)))
 
     return changed
 
 
-def _leaking(name: str) -> Callable[..., Any]:
-    def leaked(self: Traced, *args: Any, **more: Any) -> Any:
-        return getattr(self.trace.leak(self), name)(*args, **more)
+def _pinning(name: str) -> Callable[..., Any]:
+    def made(self: Traced, *args: Any, **more: Any) -> Any:
+        text = getattr(self._trace.leak(self) if name == "encode" else self._trace.pin(self), name)(
+            *pinned(args), **pinned(more)
+        )
+        return self._trace.made(text) if isinstance(text, str) else text
 
-    return leaked
+    made.__name__ = name  # the sandbox knows `format` by its name, and looks at what it would show
+    return made
 
 
 _QUESTIONS = (
@@ -334,7 +383,7 @@ _QUESTIONS = (
 )
 _QUESTIONS += " isnumeric isprintable isspace istitle isupper"
 _CHANGES = "capitalize casefold lower upper swapcase title removeprefix removesuffix expandtabs"
-_LEAKS = "center ljust rjust zfill encode format format_map translate"
-for _names, _make in ((_QUESTIONS, _question), (_CHANGES, _change), (_LEAKS, _leaking)):
+_PINNING = "center ljust rjust zfill encode format format_map translate"
+for _names, _make in ((_QUESTIONS, _question), (_CHANGES, _change), (_PINNING, _pinning)):
     for _name in _names.split():
         setattr(Traced, _name, _make(_name))

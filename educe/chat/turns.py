@@ -10,21 +10,18 @@ what the block still needs and the answer's own rendering; anything else that do
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from educe.chat.openers import OPENERS, about_opening, close_of, inline
 from educe.chat.pieces import control_in, cut, joined, last_of, merged, starts_with
 from educe.chat.probe import CALLED, closes, user
-from educe.chat.template import Piece, Text
+from educe.chat.template import Asked, Piece, Text
 from educe.chat.tokens import ChatTokenizer
 from educe.types import Conversation
 
-# Tags that open reasoning, and how each is closed.
-OPENERS = re.compile(
-    r"<(?P<angle>think|thinking|thought|reasoning|seed:think)>|\[(?P<square>THINK)\]|<\|(?P<bar>START_THINKING)\|>"
-    r"|<\|channel>(?P<channel>thought|analysis)\n|<(?P<fish>[｜|]begin_of_thought[｜|])>"
-)
+_STRIPS = ("strip", "lstrip", "rstrip")
 
 
 class Unproved(Exception):
@@ -33,13 +30,16 @@ class Unproved(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A turn as pieces. `exact`: prompt and completion fit together whatever the row's texts are."""
+    """A turn as pieces. `exact`: prompt and completion fit together whatever the row's texts are. `sure`: and they show all that
+    they must, so that `check_answer` need not look at another row of the same shape.
+    """
 
     index: int
     prompt: tuple[Piece, ...]
     completion: tuple[Piece, ...]
     bridged: bool
     exact: bool
+    sure: bool
 
     @property
     def adds_stop(self) -> bool:
@@ -49,12 +49,13 @@ class Turn:
 
 @dataclass(slots=True)
 class Row:
-    """A conversation before a template; what is rendered is kept."""
+    """A conversation before a template; what is rendered is kept. `asked` is what was asked about its texts here."""
 
     conversation: Conversation
     tokenizer: ChatTokenizer
     texts: dict[tuple[int, bool], Text] = field(default_factory=dict)
     more: list[Text] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokenizer = self.tokenizer.for_row(bool(self.conversation.tools))
@@ -101,10 +102,10 @@ def find_turn(row: Row, i: int) -> Turn:
     else:
         before, rest, bridged, exact = prompt.pieces, _bridge(row, i, prompt, full), True, True
     completion = _stopped(row, i, rest)
-    _check_answer(row, i, before, completion)
+    check_answer(row.conversation, i, before, completion)
     lost = bool(full.lost or prompt.lost)
     exact = exact and not lost and all(p.path for p in (*before, *completion) if p.from_data)
-    return Turn(i, before, merged(completion), bridged, exact)
+    return Turn(i, before, merged(completion), bridged, exact, _surely(row.conversation, i, before, completion))
 
 
 def _behind_last_text(i: int, prompt: Text, full: Text) -> int | None:
@@ -192,31 +193,21 @@ def _bridge(row: Row, i: int, prompt: Text, full: Text) -> tuple[Piece, ...]:
     if opener is None or not shown.startswith(sent[: opener.start()]):
         raise _not_following(i, sent, shown, split)
     block, close = sent[opener.start() :], close_of(opener)
+    row.asked += about_opening(message.content, i, block)
     answer = _own_answer(cut(full.pieces, opener.start(), len(shown)), i, opener, close, block)
     if close.strip() in block:  # the prompt has closed it
-        if message.reasoning or _inline(message.content):
+        if message.reasoning or inline(message.content):
             found = f"turn {i} has reasoning, but the prompt that inference sends has closed the reasoning block."
             raise Unproved("E-CHAT-308", found, "Allow thinking in template.settings, or remove the reasoning.")
         return answer
     closing = row.tokenizer.habits.closing
     if closing is None or close.strip() not in closing:
         closing = f"\n{close.strip()}\n\n" if block.endswith("\n") else close
-    if _inline(message.content):
+    if inline(message.content):
         return _continued(message.content, i, opener[0], block, answer)
     key = row.tokenizer.template.forms.reasoning_key
     thought = Piece((message.reasoning or "").strip("\n"), i, "reasoning", (i, key), (("strip", "\n"),))
     return (*((thought,) if message.reasoning else ()), Piece(closing), *answer)
-
-
-def close_of(opener: re.Match[str]) -> str:
-    kind, name = next((k, v) for k, v in opener.groupdict().items() if v)
-    return {
-        "angle": f"</{name}>",
-        "square": "[/THINK]",
-        "bar": "<|END_THINKING|>",
-        "channel": "<channel|>",
-        "fish": f"<{name.replace('begin', 'end')}>",
-    }[kind]
 
 
 def _own_answer(shown: tuple[Piece, ...], i: int, opener: re.Match[str], close: str, block: str) -> tuple[Piece, ...]:
@@ -256,12 +247,6 @@ def _continued(content: str, i: int, opener: str, block: str, answer: tuple[Piec
     return (Piece(text, i, "content", (i, "content"), tuple(ops)), *after)
 
 
-def _inline(content: str) -> bool:
-    """Whether a text starts with a reasoning block of its own."""
-    found = OPENERS.match(content.lstrip())
-    return found is not None and close_of(found).strip() in content
-
-
 def _not_following(i: int, sent: str, shown: str, at: int) -> Unproved:
     found = f"turn {i} does not follow its prompt: inference sends {sent[at:][:30]!r} where history says {shown[at:][:30]!r}."
     fix = "Use a template whose generation prompt opens the turn as history shows it; `educe template` proposes one."
@@ -271,24 +256,41 @@ def _not_following(i: int, sent: str, shown: str, at: int) -> Unproved:
 # --- what the turn must hold ---------------------------------------------------------------------------------------------
 
 
-def _check_answer(row: Row, i: int, prompt: tuple[Piece, ...], completion: tuple[Piece, ...]) -> None:
+def check_answer(c: Conversation, i: int, prompt: Sequence[Piece], completion: Sequence[Piece]) -> None:
     """The assistant's text, reasoning and calls stand in the completion; what came before stands in the prompt."""
-    messages = row.conversation.messages
     own = [p for p in completion if p.message == i]
     text = joined(completion)
-    content, message = messages[i].content, messages[i]
-    whole = any(p.part == "content" and p.text and p.text in (content, content.strip()) for p in own) or any(
-        p.part == "content" and all(op[0] in ("strip", "lstrip", "rstrip") for op in p.ops) and p.path for p in own
-    )
-    if content.strip() and not whole:
+    content, message = c.messages[i].content, c.messages[i]
+    whole = any(p.part == "content" and p.text and p.text in (content, content.strip()) for p in own)
+    if content.strip() and not whole and not _shows(own, "content"):
         _check_inline(i, content, text)
-    if message.reasoning and message.reasoning.strip() and message.reasoning.strip() not in text:
+    reasoning = (message.reasoning or "").strip()
+    if reasoning and (reasoning not in text or (_told_apart(own) and not any(p.part == "reasoning" for p in own))):
         found = f"turn {i} has reasoning that the template does not put into the turn."
         raise Unproved("E-CHAT-308", found, "Write it into content as <think>…</think>, or remove it.")
     for call in message.tool_calls:
         if call.name not in text or any(v not in text and _escaped(v) not in text for v in _strings(call.arguments)):
             raise _no_call(i)
-    _check_context(row, i, prompt)
+    _check_context(c, i, prompt)
+
+
+def _shows(own: Sequence[Piece], part: str) -> bool:
+    """Whether a text of the turn stands there, at most stripped, whatever it is."""
+    return any(p.part == part and p.path and all(op[0] in _STRIPS for op in p.ops) for p in own)
+
+
+def _told_apart(pieces: Sequence[Piece]) -> bool:
+    """Whether each text of the row is known to be which one."""
+    return all(p.message is not None for p in pieces if p.from_data)
+
+
+def _surely(c: Conversation, i: int, prompt: Sequence[Piece], completion: Sequence[Piece]) -> bool:
+    """Whether `check_answer` holds for all rows of the shape, by what is shown and not by how the texts read."""
+    m, shown = c.messages[i], {p.message for p in prompt if p.from_data}
+    own = [p for p in completion if p.message == i]
+    if c.tools or m.tool_calls or not _shows(own, "content") or (m.reasoning and not _shows(own, "reasoning")):
+        return False
+    return all(m.role == "assistant" or j in shown for j, m in enumerate(c.messages[:i]))
 
 
 def _no_call(i: int) -> Unproved:
@@ -316,15 +318,17 @@ def _check_inline(i: int, content: str, text: str) -> None:
         raise Unproved("E-CHAT-302", said, "Change the text or the template.")
 
 
-def _check_context(row: Row, i: int, prompt: tuple[Piece, ...]) -> None:
+def _check_context(c: Conversation, i: int, prompt: Sequence[Piece]) -> None:
     """What is said to the assistant reaches it. (What it said itself may be shortened: inference does so too.)"""
     shown = {p.message for p in prompt if p.from_data}
     text = joined(prompt)
-    for j, m in enumerate(row.conversation.messages[:i]):
-        if m.role != "assistant" and m.content.strip() and j not in shown and m.content.strip() not in text:
+    mixed = not _told_apart(prompt)
+    for j, m in enumerate(c.messages[:i]):
+        said = m.content.strip()
+        if m.role != "assistant" and said and j not in shown and not (mixed and said in text):
             found = f"the template leaves out message {j}, a {m.role} message, from the prompt of turn {i}."
             raise Unproved("E-CHAT-309", found, "Remove the message, or use a template that shows it.")
-    for tool in row.conversation.tools:
+    for tool in c.tools:
         name = str(tool.get("function", tool).get("name", ""))
         if name not in text:
             found = f"the template does not tell the model of the tool {name}."

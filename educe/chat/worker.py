@@ -18,6 +18,7 @@ MAX_RENDER_S = 1.8  # "within 2 s", the end of the process included
 MAX_MEMORY_BYTES = 600 * 2**20
 _LOOK_S = 0.05  # how often a long rendering is looked at
 _START_S = 30.0
+_MAX_LINE = 2**27  # more than the other side sends
 
 
 class Ended(Exception):
@@ -82,15 +83,15 @@ class Worker:
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            line = process.stdout.readline()
+            line = process.stdout.readline(_MAX_LINE)
         except (OSError, ValueError):
             line = ""
         finally:
             self._deadline = None
-        if not line.endswith("\n"):
+        answer = _answer_in(line)
+        if answer is None:
             self.stop()
             raise Ended(self._why or "it ended the process it ran in")
-        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _watch(self, process: subprocess.Popen[str]) -> None:
@@ -107,6 +108,18 @@ class Worker:
                 self._why = f"it used more than {MAX_MEMORY_BYTES // 2**20} MB of memory"
                 process.kill()
 
+    def forget(self) -> None:
+        """In a forked child: the process is the parent's. Its pipes are let go, so that it ends with the parent."""
+        process, self._process = self._process, None
+        self._lock = threading.Lock()  # a thread of the parent may have held it
+        self._deadline = None
+        if process is not None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None and not pipe.closed:
+                    os.dup2(nowhere, pipe.fileno(), inheritable=False)  # what is left in its buffer goes nowhere
+            os.close(nowhere)
+
     def stop(self) -> None:
         """End the process; the next request starts another."""
         process, self._process = self._process, None
@@ -119,6 +132,15 @@ class Worker:
                         pipe.close()
 
 
+def _answer_in(line: str) -> dict[str, Any] | None:
+    """What a whole line says; None for one that broke off."""
+    try:
+        answer = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
 def _memory_of(pid: int) -> int:
     try:
         return int(psutil.Process(pid).memory_info().rss)
@@ -128,3 +150,5 @@ def _memory_of(pid: int) -> int:
 
 WORKER = Worker()
 atexit.register(WORKER.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=WORKER.forget)

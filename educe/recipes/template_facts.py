@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from educe.chat.examples import build_rendered
+from educe.chat.openers import OPENERS, close_of
 from educe.chat.pieces import control_in
 from educe.chat.probe import (
     ANSWER,
@@ -26,7 +27,7 @@ from educe.chat.render import Renderer
 from educe.chat.settle import settle
 from educe.chat.template import REASONING_KEYS, TemplateRefusal, Text
 from educe.chat.tokens import ChatTokenizer
-from educe.chat.turns import OPENERS, Row, Unproved, close_of, find_turn
+from educe.chat.turns import Row, Unproved, find_turn
 from educe.errors import Refusal
 from educe.recipes.inspect import why_apart
 from educe.recipes.template_talks import (
