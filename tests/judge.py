@@ -272,6 +272,9 @@ def _judge_reason(row: Conversation, refusal: Refusal, i: int, server: Server) -
     elif refusal.code == "E-CHAT-308":
         thoughts = [t for t in ((message.reasoning or "").strip(), inline(message.content)[0]) if t]
         closed = any(c.strip() in prompt[-60:] for _, c in BLOCKS)
+        answer = message.content.strip()
+        if message.reasoning and message.reasoning.strip() in answer:  # the answer's own letters are not the reasoning
+            rest = rest.replace(answer, "", 1)
         if all(t in rest for t in thoughts) and not closed:
             yield f"the template shows the reasoning of turn {i}"
     elif refusal.code == "E-CHAT-309":
