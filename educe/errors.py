@@ -24,6 +24,10 @@ CODES: dict[str, str] = {
     "E-DATA-005": "no usable rows",
     "E-DATA-006": "a file of another kind poses as data",
     "E-DATA-007": "container needs an optional package",
+    "E-DATA-008": "file changed while it was read",
+    "E-DATA-009": "file is beyond what is safe to read",
+    "E-DATA-010": "no data file found",
+    "E-DATA-011": "too many rows are not used",
     # data: rows
     "E-DATA-101": "line is not UTF-8",
     "E-DATA-102": "line is not valid JSON",
@@ -32,6 +36,7 @@ CODES: dict[str, str] = {
     "E-DATA-105": "row is not an object",
     "E-DATA-106": "format not recognised",
     "E-DATA-107": "row fits two formats",
+    "E-DATA-108": "row has other fields than its table",
     "E-DATA-141": "messages missing, null, empty or not a list",
     "E-DATA-142": "unknown role",
     "E-DATA-143": "content missing or not text",
@@ -40,7 +45,13 @@ CODES: dict[str, str] = {
     "E-DATA-146": "feature of the row is not supported",
     "E-DATA-147": "tool call or tool result is malformed",
     "E-DATA-148": "weight of a message is not a number ≥ 0 or a boolean",
+    "E-DATA-149": "expression cannot be evaluated on a row",
+    "E-DATA-150": "row of another kind of training",
+    "E-DATA-151": "raw text is missing or empty",
+    "E-DATA-152": "tree of messages holds no usable path",
     "E-DATA-201": "row is longer than the sequence length",
+    "E-DATA-202": "row left out by the recipe's filter",
+    "E-DATA-203": "row nearly repeats a held-out row",
     # chat
     "E-CHAT-001": "template missing or unreadable",
     "E-CHAT-101": "template does not parse",
@@ -106,6 +117,10 @@ class EduceError(Exception):
             raise KeyError(f"{self.code} is not in errors.CODES")
         self.where, self.found, self.fix = where, found, fix
         super().__init__(f"{self.code} {where} {found} {fix}")
+        self._given = number, where, found, fix
+
+    def __reduce__(self) -> tuple[type[EduceError], tuple[int, str, str, str]]:
+        return type(self), self._given  # from a process to another
 
 
 class RecipeError(EduceError):

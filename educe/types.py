@@ -26,13 +26,15 @@ Apart = Literal["", "text", "ids", "eos"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a row came from: `line` counts from 1 (an element's number in a JSON array or a Parquet file)."""
+    """Where a row came from: `line` counts from 1 (an element's number in a JSON array or a Parquet file), `item` from 0 where one
+    line holds many rows."""
 
     file: str
     line: int
+    item: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.item is None else f"{self.file}:{self.line}[{self.item}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,26 @@ class Conversation:
     def __post_init__(self) -> None:
         if not self.messages:
             raise ValueError("a conversation has at least one message")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """Raw text, all of it to be learned, and where it was read."""
+
+    text: str
+    source: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, the first preferred: each a whole conversation."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+    @property
+    def source(self) -> Source:
+        return self.chosen.source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +157,13 @@ class Example:
     """What is stored: ids and the loss weight of each token as a *target* (0: context only).
 
     `prefix_of` is the number of leading ids it shares with the example stored before it (0 unless both come from one row):
-    what a packer may compute once for both.
+    what a packer may compute once for both. `task` is its task's number in the mixture.
     """
 
     ids_T: Int32[np.ndarray, " t"]
     weights_T: Float32[np.ndarray, " t"]
     prefix_of: int = 0
+    task: int = 0
 
     def __post_init__(self) -> None:
         if self.ids_T.shape != self.weights_T.shape or self.ids_T.ndim != 1:
@@ -161,6 +184,8 @@ class Batch:
     predict_N     indices into P whose *next* token is trained (a document's last token never is)
     targets_N     the id to be predicted there
     weights_N     its weight, > 0
+    tasks_N       the task it belongs to
+    scales_N      what its task multiplies the loss with (λ_k); never in a denominator
     """
 
     ids_P: Int64[np.ndarray, " p"]
@@ -169,6 +194,8 @@ class Batch:
     predict_N: Int64[np.ndarray, " n"]
     targets_N: Int64[np.ndarray, " n"]
     weights_N: Float32[np.ndarray, " n"]
+    tasks_N: Int64[np.ndarray, " n"]
+    scales_N: Float32[np.ndarray, " n"]
 
     @property
     def num_tokens(self) -> int:

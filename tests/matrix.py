@@ -24,7 +24,7 @@ from educe.chat.settle import settle
 from educe.chat.template import Forms
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.chat.weights import weigh
-from educe.data.formats import to_conversation
+from educe.data.reading import to_conversation
 from educe.errors import Refusal
 from educe.types import Conversation, Source
 

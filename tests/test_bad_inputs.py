@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -31,14 +32,16 @@ def _refuses(outcome: Outcome, code: str, *words: str) -> None:
 
 FILES: dict[str, tuple[str | bytes, str, str]] = {
     "3 empty": (b"", "E-DATA-003", "empty"),
-    "3 only a byte order mark": (b"\xef\xbb\xbf", "E-DATA-003", "no row"),
+    "3 only a byte order mark": (b"\xef\xbb\xbf", "E-DATA-003", "empty"),
     "3 an array of nothing": ("[]", "E-DATA-003", "no row"),
     "4 white space": (" \n\t\r\n ", "E-DATA-003", "empty"),
     "4 much white space": ("\n" * 100_000, "E-DATA-003", "empty"),
     "9 UTF-16": (ROWS.encode("utf-16"), "E-DATA-004", "iconv -f utf-16"),
     "9 UTF-16 without a mark": (ROWS.encode("utf-16-le"), "E-DATA-005", "rows.jsonl:1:"),
-    "17 gzip named jsonl": (b"\x1f\x8b\x08" + bytes(50), "E-DATA-004", "gunzip"),
-    "17 zstd named jsonl": (b"\x28\xb5\x2f\xfd" + bytes(50), "E-DATA-004", "unzstd"),
+    "17 gzip in name only": (b"\x1f\x8b\x08" + bytes(50), "E-DATA-004", "gzip stops"),
+    "17 zstd in name only": (b"\x28\xb5\x2f\xfd" + bytes(50), "E-DATA-004", "zstd stops"),
+    "18 a bomb": (gzip.compress(b" " * 50_000_000) * 21, "E-DATA-009", "200 times"),
+    "19 gzip cut short": (gzip.compress(ROWS.encode())[:-20], "E-DATA-004", "gzip stops"),
     "20 Git LFS pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "E-DATA-006", "git lfs pull"),
     "21 error page": ("<!DOCTYPE html>\n<html>Not found</html>", "E-DATA-006", "raw file"),
     "24 an array cut short": ("[" + ",\n\n".join(GOOD), "E-DATA-004", "rows.jsonl:15:"),
@@ -60,7 +63,6 @@ def test_paths_that_are_no_files_are_refused(check: Checker, tmp_path: Path) -> 
     _refuses(check(None), "E-DATA-001", "rows.jsonl", "does not exist")
     for path, code in (
         ("/dev/zero", "E-DATA-002"),  # 6: would be read forever
-        (".", "E-DATA-002"),
         ("recipe.yaml/rows.jsonl", "E-DATA-002"),
         ("a" * 300, "E-DATA-002"),
         ("rows.jsonl ", "E-DATA-001"),  # 77

@@ -35,6 +35,7 @@ def prepare_with_educe(file: Path, model_dir: Path, place: Path, *, alone: bool)
     from educe.config import Recipe
     from educe.recipes import build as module
     from educe.recipes.build import build
+    from educe.recipes.prepare import inputs_of
 
     if alone:
         module.num_hands = lambda num_bytes: 1
@@ -58,7 +59,8 @@ def prepare_with_educe(file: Path, model_dir: Path, place: Path, *, alone: bool)
     examples.Chunk.prove = timed(examples.Chunk.prove)  # type: ignore[method-assign]
     examples.Chunk.compare = timed(examples.Chunk.compare)  # type: ignore[method-assign]
     began = time.perf_counter()
-    build(recipe, tokenizer, {"train": file}, place / "prepared", {}, lambda line: None)
+    inputs, names = inputs_of(recipe)
+    build(recipe, tokenizer, inputs, names, place / "prepared", {}, lambda line: None)
     seconds = time.perf_counter() - began
     summary = json.loads((place / "prepared" / "summary.json").read_text(encoding="utf-8"))
     assert summary["refused"] + summary["dropped"] + sum(summary["rows"].values()) == NUM_ROWS

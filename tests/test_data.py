@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from educe.data.formats import FORMATS, detect, to_conversation
+from educe.data.formats import FORMATS, detect
+from educe.data.reading import Reading, read_row, to_conversation
 from educe.data.sources import read_rows
-from educe.data.split import draw, prompt_key, row_key
+from educe.data.split import Shares, nearest, prompt_key, row_key
 from educe.errors import DataError, Refusal
-from educe.types import ROLES, Conversation, Message, Source
+from educe.types import ROLES, Conversation, Message, Pair, Source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,10 +82,6 @@ def test_each_format_is_read(name: str, row: dict[str, Any], expected: list[tupl
     assert made.source == HERE
 
 
-def test_every_format_has_an_example() -> None:
-    assert {name for name, _, _ in GOOD} == set(FORMATS)
-
-
 def sharegpt(*turns: Any, **more: Any) -> dict[str, Any]:
     return {"conversations": list(turns), **more}
 
@@ -92,7 +89,8 @@ def sharegpt(*turns: Any, **more: Any) -> dict[str, Any]:
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 BAD: list[tuple[dict[str, Any], int, str]] = [
     ({}, 106, "fit no known format"),
-    ({"text": "x"}, 106, "'text'"),
+    ({"text": "x"}, 150, "document"),
+    ({"prompt": "q", "completion": "a", "label": False}, 150, "label"),
     ({"prompt": "q"}, 106, "'prompt'"),
     ({"messages": [USER, ASSISTANT], "prompt": "q", "completion": "a"}, 107, "messages and prompt/completion"),
     ({"prompt": "q", "completion": "a", "response": "a"}, 107, "prompt/completion and prompt/response"),
@@ -122,14 +120,14 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [USER, ASSISTANT | {"content": ""}]}, 144, "messages[1]"),
     ({"instruction": "q", "output": " \n\t"}, 144, "messages[1]"),
     ({"messages": [USER]}, 145, "no assistant"),
-    ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, 146, "history"),
+    ({"instruction": "q", "output": "a", "history": [["x"]]}, 146, "history"),
 ]
 
 
 @pytest.mark.parametrize("row, code, found", BAD)
 @pytest.mark.parametrize("system", [None, "be kind"])
 def test_each_refusal_has_its_code_and_place(row: dict[str, Any], code: int, found: str, system: str | None) -> None:
-    made = to_conversation(row, HERE, system)
+    made = to_conversation(row, HERE, Reading(system=system))
     assert isinstance(made, Refusal)
     assert (made.code, made.where) == (f"E-DATA-{code}", "rows.jsonl:3")
     assert found in made.found
@@ -143,10 +141,10 @@ def test_the_nearest_role_is_suggested() -> None:
 
 
 def test_a_system_prompt_is_given_to_rows_that_have_none() -> None:
-    assert pairs(to_conversation({"messages": [USER, ASSISTANT]}, HERE, "s"))[0] == ("system", "s")
+    assert pairs(to_conversation({"messages": [USER, ASSISTANT]}, HERE, Reading(system="s")))[0] == ("system", "s")
     own = {"messages": [{"role": "system", "content": "own"}, USER, ASSISTANT]}
-    assert pairs(to_conversation(own, HERE, "s"))[0] == ("system", "own")
-    assert pairs(to_conversation({"prompt": "q", "completion": "a"}, HERE, ""))[0] == ("system", "")
+    assert pairs(to_conversation(own, HERE, Reading(system="s")))[0] == ("system", "own")
+    assert pairs(to_conversation({"prompt": "q", "completion": "a"}, HERE, Reading(system="")))[0] == ("system", "")
 
 
 json_values = st.recursive(
@@ -157,16 +155,21 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
-KEYS = sorted({k for keys, _ in FORMATS.values() for k in keys} | {"input", "system", "tools", "history"})
+KEYS = sorted(
+    {k for f in FORMATS.values() for k in f.keys} | {"input", "system", "tools", "history", "replies", "label"}
+)
 
 
 @settings(few, max_examples=200)
 @given(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4))
 def test_any_row_is_a_conversation_or_a_refusal(row: dict[str, Any]) -> None:
-    made = to_conversation(row, HERE)
-    if isinstance(made, Conversation):
-        assert any(m.role == "assistant" for m in made.messages)
-        assert all(m.role in ROLES and isinstance(m.content, str) for m in made.messages)
+    made = read_row(row, HERE)
+    assert made
+    for item in made:
+        for c in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+            if isinstance(c, Conversation):
+                assert any(m.role == "assistant" for m in c.messages)
+                assert all(m.role in ROLES and isinstance(m.content, str) for m in c.messages)
 
 
 # sources
@@ -224,24 +227,26 @@ def test_elements_of_an_array_are_refused_one_by_one(tmp_path: Path) -> None:
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 IMPOSTORS: list[tuple[str, bytes, int, str]] = [
     ("a.jsonl", POINTER.encode(), 6, "LFS"),
-    ("a.jsonl", gzip.compress(JSONL.encode(), mtime=0), 4, "compressed"),
-    ("a.jsonl", b"\x28\xb5\x2f\xfd rest", 4, "compressed"),
+    ("a.jsonl", gzip.compress(JSONL.encode(), mtime=0)[:-9], 4, "damaged"),
+    ("a.jsonl", b"\x28\xb5\x2f\xfd rest", 4, "damaged"),
     ("a.jsonl", b"\n <!DOCTYPE html><html>", 6, "HTML"),
     ("a.json", b"<html><body>404", 6, "HTML"),
     ("a.jsonl", JSONL.encode("utf-16"), 4, "UTF-16"),
     ("a.jsonl", b"\xfe\xff" + JSONL.encode("utf-16-be"), 4, "UTF-16"),
     ("a.jsonl", b"", 3, "empty"),
     ("a.jsonl", b" \r\n\t\n", 3, "empty"),
-    ("a.jsonl", b"\xef\xbb\xbf\n", 3, "no row"),
+    ("a.jsonl", b"\xef\xbb\xbf\n", 3, "empty"),
     ("a.json", b"[]", 3, "no row"),
     ("a.json", b"[\n\n]\n", 3, "no row"),
     ("a.parquet", b"PAR1 but not really", 4, "Parquet"),
     ("a.parquet", JSONL.encode(), 4, "Parquet"),
     ("a.jsonl", b"PAR1 but not really", 4, "Parquet"),
-    ("a.json", b'[{"a": 1},\n\n {"b": oops}]', 4, "not JSON"),
+    ("a.json", b'[{"a": 1},]', 4, "missing"),
+    ("a.json", b'[{"a": 1}] x', 4, "after the array"),
+    ("a.json", b'{\n "a": oops}', 4, "not JSON"),
     ("a.json", b'[{"a": 1},\n {"b": "\xe9"}]', 4, "0xe9"),
-    ("a.json", b'[{"a": 1}', 4, "not JSON"),
-    ("a.json", b"[" * 100_000, 4, "nested"),
+    ("a.json", b'[{"a": 1}', 4, "ends inside"),
+    ("a.json", b"[" * 100_000, 4, "ends inside"),
 ]
 
 
@@ -255,11 +260,12 @@ def test_impostors_are_refused_by_name(tmp_path: Path, name: str, content: bytes
     assert found in caught.value.found
 
 
-def test_a_broken_array_is_placed_by_line_and_column(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", b'\n[{"a": 1},\n\n {"b": oops}]')
-    with pytest.raises(DataError) as caught:
-        list(read_rows(path))
-    assert caught.value.where == f"{path}:4:8"
+def test_a_broken_element_is_placed_by_line_and_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", b'\n[{"a": 1},\n\n {"b": oops}, {"c": 1}]')
+    rows = [row for _, row in read_rows(path)]
+    assert isinstance(rows[1], Refusal)
+    assert (rows[1].code, rows[1].where) == ("E-DATA-102", f"{path}:4:8")
+    assert rows[0::2] == [{"a": 1}, {"c": 1}]
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
@@ -313,14 +319,16 @@ FITS = [
     ("alpaca_5000.json", {"ok": 4998, "E-DATA-144": 2}),
     ("sharegpt_dummy.json", {"ok": 500}),
     ("dolly_hhrlhf/dolly_hhrlhf_train_small.jsonl", {"ok": 1000}),
-    ("dolly_hhrlhf/arxiv.jsonl", {"E-DATA-106": 20}),
+    ("dolly_hhrlhf/arxiv.jsonl", {"E-DATA-150": 20}),
     ("demos/alpaca_zh_demo.json", {"ok": 1000}),
     ("demos/glaive_toolcall_en_demo.json", {"ok": 300}),
     ("demos/v1_sft_demo.jsonl", {"ok": 500}),
     ("demos/reason_tool_use_demo_50.jsonl", {"ok": 50}),
-    ("gsm8k/test.jsonl", {"E-DATA-106": 1319}),
+    ("gsm8k/test.jsonl", {"ok": 1319}),
     ("oasst/en_100_text.jsonl", {"E-DATA-105": 100}),
-    ("flan_cot/qasc_train.tsv", {"E-DATA-102": 1084}),
+    ("oasst/en_100_tree.jsonl", {"ok": 100}),
+    ("super_ni/task1146_country_capital.json", {"ok": 1}),
+    ("demos/c4_demo.jsonl", {"E-DATA-150": 300}),
 ]
 
 
@@ -338,28 +346,29 @@ def conversation(*turns: tuple[str, str]) -> Conversation:
     return Conversation(messages=messages, source=HERE)
 
 
-keys = st.lists(st.text("0123456789abcdef", min_size=16, max_size=18), max_size=60)
+hex_keys = st.text("0123456789abcdef", min_size=64, max_size=64)
 shares = st.floats(0.01, 0.99)
 
 
 @few
-@given(keys, keys, shares)
-def test_new_rows_move_no_old_row(old: list[str], new: list[str], share: float) -> None:
-    before, after = draw(old, share), draw(old + new, share)
-    if any(int(k[:16], 16) < share * 2**64 for k in old):
-        assert after & set(old) == before
+@given(st.lists(hex_keys, max_size=60), shares, shares)
+def test_where_a_key_goes_depends_on_no_other_key(keys: list[str], dev: float, test: float) -> None:
+    split = Shares(dev=dev, test=test, forced={})
+    assert all((split.of(k) == "dev") == (int(k[:16], 16) < dev * 2**64) for k in keys)
+    wider = Shares(dev=dev, test=min(0.999, test * 1.2), forced={})
+    assert all(split.of(k) in (wider.of(k), "train") for k in keys)
+    assert Shares(dev=0.0, test=0.0, forced=dict.fromkeys(keys[:1], "test")).of(keys[0] if keys else "0" * 64) in (
+        "test" if keys else "train",
+    )
 
 
 @few
-@given(keys, shares, st.randoms(use_true_random=False))
-def test_draw_takes_its_share_of_distinct_keys(rows: list[str], share: float, random: Any) -> None:
-    drawn = draw(rows, share)
-    distinct = set(rows)
-    assert drawn <= distinct
-    below = {k for k in distinct if int(k[:16], 16) < share * 2**64}
-    assert drawn == below or (not below and drawn == ({min(distinct)} if len(distinct) > 1 else set()))
-    random.shuffle(rows)
-    assert draw(rows + rows, share) == drawn
+@given(st.lists(hex_keys, min_size=1, max_size=60), st.floats(0.01, 0.99))
+def test_the_nearest_key_is_the_first_that_a_larger_share_takes(keys: list[str], share: float) -> None:
+    near = nearest(keys, "dev")
+    taken = [k for k in keys if Shares(dev=share, test=0.0, forced={}).of(k) == "dev"]
+    assert near is not None
+    assert not taken or near in taken
 
 
 words = st.text("abcäö", min_size=1, max_size=5)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from educe.data.formats import to_conversation
+from educe.data.reading import Reading, to_conversation
 from educe.data.sources import read_rows
 from educe.errors import Refusal
 from educe.types import Conversation, Message, Source, ToolCall
@@ -134,7 +134,9 @@ def test_turns_of_a_prompt_are_context() -> None:
 
 @pytest.mark.parametrize("first", ["system", "developer"])
 def test_a_developer_counts_as_system(first: str) -> None:
-    made = read(to_conversation(row({"role": first, "content": "own"}, USER, ASSISTANT), HERE, "default"))
+    made = read(
+        to_conversation(row({"role": first, "content": "own"}, USER, ASSISTANT), HERE, Reading(system="default"))
+    )
     assert [m.content for m in made.messages] == ["own", "q", "a"]
 
 

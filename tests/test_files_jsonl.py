@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 from educe.errors import Refusal
-from educe.files.jsonl import MAX_DEPTH, parse_json, read_jsonl, read_lines, write_jsonl
+from educe.files import jsonl
+from educe.files.jsonl import MAX_DEPTH, parse_json, read_jsonl, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,7 +99,7 @@ def test_the_column_counts_characters(content: str, blanks: int) -> None:
 
 
 def test_a_whole_file_is_placed_by_line_and_column() -> None:
-    refusal = parse_json('[\n {"a": 1},\n\n {"b": oops}]', "f", whole=True)
+    refusal = parse_json('[\n {"a": 1},\n\n {"b": oops}]', "f", at=(1, 1))
     assert isinstance(refusal, Refusal)
     assert refusal.where == "f:4:8"
 
@@ -106,10 +108,7 @@ def test_a_whole_file_is_placed_by_line_and_column() -> None:
 
 
 def lines_of(data: bytes) -> list[tuple[int, str | Refusal]]:
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "rows"
-        path.write_bytes(data)
-        return list(read_lines(path, "rows"))
+    return list(jsonl.lines_of(io.BytesIO(data), "rows"))
 
 
 line_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff"), min_size=1, max_size=12)

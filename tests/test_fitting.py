@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from educe.data.formats import to_conversation
+from educe.data.reading import to_conversation
 from educe.types import Conversation, Source
 from tokenizers import Tokenizer
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from educe.data.formats import to_conversation
+from educe.data.reading import to_conversation
 from educe.types import Conversation, Source
 
 SPLITS = ("train", "dev", "test")

@@ -13,7 +13,7 @@ from educe.chat.render import Renderer
 from educe.chat.settle import NUM_TRIED, settle
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.config.recipe import NamedTemplate, OwnTemplate
-from educe.data.formats import to_conversation
+from educe.data.reading import to_conversation
 from educe.errors import ChatError, Refusal
 from educe.types import Conversation, Source
 from tokenizers import Tokenizer

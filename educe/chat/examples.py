@@ -245,6 +245,12 @@ def build_rendered(
     return [chunk.rendered(k, proved) for k in range(len(conversations))]
 
 
+def made_of(c: Conversation, renderer: Renderer, weighing: Weighing, max_tokens: int) -> Made | Refusal:
+    """One row by itself; see `Chunk.examples`."""
+    chunk = Chunk.of([c], renderer, weighing)
+    return chunk.examples(chunk.prove(renderer.tokenizer.encode_many(chunk.texts)), max_tokens)[0]
+
+
 def build_examples(
     conversations: Sequence[Conversation], renderer: Renderer, *, max_tokens: int, weighing: Weighing = EVEN
 ) -> list[list[Example] | Refusal]:

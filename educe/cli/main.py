@@ -71,13 +71,13 @@ def check(recipe: Path) -> None:
 
 @cli.command()
 @click.argument("recipe", type=RECIPE)
-@click.option("--row", type=int, default=1, show_default=True, help="Line of the row in the training file.")
+@click.option("--row", default="1", show_default=True, metavar="[FILE:]LINE", help="The row, by its line.")
 @click.option(
     "--diff", metavar="whole|trl", help="Show beside it what another mask would train: all of it, or TRL's default."
 )
 @click.option("--tokens", is_flag=True, help="List every token: id, text, weight, segment, message.")
 @click.option("--html", type=RECIPE, help="Write a page with every token instead of showing the row here.")
-def inspect(recipe: Path, row: int, diff: str | None, tokens: bool, html: Path | None) -> None:
+def inspect(recipe: Path, row: str, diff: str | None, tokens: bool, html: Path | None) -> None:
     """Show the tokens of a row: what is trained, what is context, what is a control token."""
     from educe.cli.inspection import show_inspection
     from educe.cli.screens import say

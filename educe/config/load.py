@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -15,7 +15,8 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
-from educe.config.recipe import FileSplit, FileTemplate, Recipe, ShareSplit
+from educe.config.data import Data, FileSplit, Rows
+from educe.config.recipe import FileTemplate, Recipe
 from educe.errors import RecipeError
 
 MAX_BYTES = 1_000_000
@@ -63,12 +64,6 @@ def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe
     def absolute(p: str) -> str:
         return str((base / Path(p).expanduser()).resolve())
 
-    def split(s: FileSplit | ShareSplit) -> FileSplit | ShareSplit:
-        return FileSplit(kind="file", file=absolute(s.file)) if isinstance(s, FileSplit) else s
-
-    data = recipe.data.model_copy(
-        update={"train": absolute(recipe.data.train), "dev": split(recipe.data.dev), "test": split(recipe.data.test)}
-    )
     template = recipe.template
     if isinstance(template, FileTemplate):
         file = absolute(template.file)
@@ -78,8 +73,37 @@ def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe
         template = template.model_copy(update={"file": file})
     local = recipe.model.startswith((".", "/", "~")) or (base / recipe.model).is_dir()
     model = absolute(recipe.model) if local else recipe.model
-    changed = {"data": data, "model": model, "runs": absolute(recipe.runs), "template": template}
+    changed = {
+        "data": _anchored_data(recipe.data, base),
+        "model": model,
+        "runs": absolute(recipe.runs),
+        "template": template,
+    }
     return recipe.model_copy(update=changed)
+
+
+# A data set on the Hub, where no such path exists: ORG/NAME, without a suffix that a file would have.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+_SUFFIX = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|gz|zst)$")
+
+
+def _anchored_data(data: Data, base: Path) -> Data:
+    def absolute(files: str) -> str:
+        if files == "-" or files.startswith("hf://"):
+            return files
+        path = base / Path(files).expanduser()
+        on_hub = _HUB_ID.fullmatch(files) and not _SUFFIX.search(files) and not path.exists()
+        return files if on_hub else str(path.resolve())
+
+    def rows(r: Rows | None) -> Any:
+        return r.model_copy(update={"files": absolute(r.files)}) if r is not None else None
+
+    def split(s: Any) -> Any:
+        return s.model_copy(update={"file": absolute(s.file)}) if isinstance(s, FileSplit) else s
+
+    update = {"tasks": {name: rows(task) for name, task in data.tasks.items()}, "replay": rows(data.replay)}
+    train = absolute(data.train) if data.train is not None else None
+    return data.model_copy(update={**update, "train": train, "dev": split(data.dev), "test": split(data.test)})
 
 
 def _parse(text: str, shown: str) -> Any:
@@ -165,13 +189,19 @@ def _walked(path: _Path) -> tuple[list[str | int], type[BaseModel] | None, list[
     written: list[str | int] = []
     block: type[BaseModel] | None = Recipe
     kinds: list[type[BaseModel]] = []
+    named = False  # the next key is a name that the user gave to a block
     for key in path:
+        if named:
+            written.append(key)
+            named = False
+            continue
         if kinds:
             block, kinds = next((k for k in kinds if key in _names([k])), None), []
             continue
         written.append(key)
         field = block.model_fields.get(str(key)) if block is not None else None
         inner = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        named = field is not None and get_origin(field.annotation) is dict
         found = [k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)]
         block, kinds = (found[0], []) if len(found) == 1 else (None, found)
     return written, block, kinds
@@ -197,8 +227,8 @@ def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
     if first["type"] in ("missing", "union_tag_not_found"):
         missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
         return RecipeError(104, where, f"{missing} is missing.", "Add it, or start from `educe init --data FILE`.")
-    if not written:
-        return RecipeError(201, shown, first["msg"].removeprefix("Value error, ") + ".", "Change one of the two.")
+    if first["type"] == "value_error":
+        return RecipeError(201, where, first["msg"].removeprefix("Value error, ") + ".", "Change one of the two.")
     found = _found(tree, written)
     if kinds and found:
         return _no_kind(written, found[-1][0], _names(kinds), tree, shown)

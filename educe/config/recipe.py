@@ -5,53 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Knobs(BaseModel):
-    """Base of every block: strict types (no "4" for 4, no true for 1), frozen, nothing unknown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class FileSplit(Knobs):
-    """Held-out rows from a file of their own."""
-
-    kind: Literal["file"]
-    file: str = Field(description="the file")
-
-
-class ShareSplit(Knobs):
-    """Held-out rows taken from the training file by a hash of the prompt (equal prompts stay together)."""
-
-    kind: Literal["share"]
-    share: Share = Field(description="fraction of the rows")
-
-
-Split = Annotated[FileSplit | ShareSplit, Field(discriminator="kind")]
-
-
-class Data(Knobs):
-    """Where the rows come from and which of their tokens are trained."""
-
-    train: str = Field(description="the training file")
-    dev: Split = Field(default=ShareSplit(kind="share", share=0.05), description="rows measured while training")
-    test: Split = Field(
-        default=ShareSplit(kind="share", share=0.1), description="rows that are answered once, at the end"
-    )
-    system: str | None = Field(default=None, description="system prompt for rows that have none")
-    train_on: Literal["all", "last", "flagged"] = Field(
-        default="all", description="which assistant turns are trained: all, the last, or those the row gives a weight"
-    )
-    prompt_weight: float = Field(
-        default=0.0, ge=0, le=1, description="loss weight of what users and system say; never of template text"
-    )
-    reasoning_weight: float = Field(
-        default=1.0, ge=0, le=1, description="loss weight of reasoning inside trained turns"
-    )
-    max_tokens: int = Field(default=2048, ge=8, le=1_048_576, description="longer rows are dropped, never cut")
+from educe.config.data import Data
+from educe.config.knobs import Knobs, Share
 
 
 class _Template(Knobs):

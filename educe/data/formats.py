@@ -1,26 +1,34 @@
-"""Row → conversation, one pure function per format; the format of a row is recognised by its keys, never guessed between two.
+"""Row → turns, one pure function per format; the format of a row is recognised by its keys, never guessed between two.
 
 A format function gets the row and returns its turns in the `messages` form, still unchecked, and the tools it offers;
-`to_conversation` checks all turns in one place.
+`reading.read_row` checks all turns in one place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from educe.data.messages import read_message
-from educe.data.tools import Row, Unfit, check_results, list_calls, read_tools
-from educe.errors import Refusal
-from educe.types import Conversation, Message, Source
+from educe.data.anthropic import from_blocks, has_blocks
+from educe.data.tools import Row, Unfit, list_calls, read_tools
 
 Turns = tuple[Sequence[Row], tuple[Row, ...]]
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+# Spellings of ShareGPT files; anything else is for the recipe's `roles` to say.
+_SHAREGPT_ROLES = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"},
+    **{"observation": "tool", "tool": "tool", "function_response": "tool"},
+}
 
 
 def _messages(row: Row) -> Turns:
-    return _turns(row, "messages", "{role, content}"), read_tools(row)
+    turns = _turns(row, "messages", "{role, content}")
+    if len(row) > 1 and "system" in row:
+        turns = _with_system(row, turns)
+    return from_blocks(turns) if has_blocks(turns) else turns, read_tools(row)
 
 
 def _turns(row: Row, key: str, form: str) -> list[Row]:
@@ -51,10 +59,17 @@ def _alpaca(row: Row) -> Turns:
     ask, more = _no_list(row, "instruction"), row.get("input")
     if more is not None and not isinstance(more, str):
         raise Unfit("E-DATA-143", f"input is a {type(more).__name__}, not text.", "Give text, or leave it out.")
-    if row.get("history"):
-        raise Unfit("E-DATA-146", "the row has history.", "Write the turns as messages.")
     prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
-    return _with_system(row, _exchange(prompt, _no_list(row, "output"))), ()
+    return _with_system(row, [*_history(row.get("history")), *_exchange(prompt, _no_list(row, "output"))]), ()
+
+
+def _history(history: Any) -> list[Row]:
+    """Earlier turns: a list of [prompt, answer]; they are context, as LLaMA-Factory has them trained: like all answers."""
+    if not history:
+        return []
+    if not isinstance(history, list) or any(not isinstance(h, list) or len(h) != 2 for h in history):
+        raise Unfit("E-DATA-146", "history is no list of [prompt, answer].", "Write the turns as messages.")
+    return [turn for prompt, answer in history for turn in _exchange(prompt, answer)]
 
 
 def _prompt_completion(row: Row) -> Turns:
@@ -91,51 +106,83 @@ def _no_list(row: Row, key: str) -> Any:
     return row[key]
 
 
+def _dolly(row: Row) -> Turns:
+    ask, more = _no_list(row, "instruction"), _no_list(row, "context")
+    prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
+    return _exchange(prompt, _no_list(row, "response")), ()
+
+
+def _question_answer(row: Row) -> Turns:
+    return _exchange(_no_list(row, "question"), _no_list(row, "answer")), ()
+
+
+# --- which one -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`keys` must be there, none of `without` may. `read` makes turns of a row; None where rows of this format are no single
+    conversation (see `reading`)."""
+
+    keys: frozenset[str]
+    read: Callable[[Row], Turns] | None
+    without: frozenset[str] = frozenset()
+
+
 def detect(row: Row) -> list[str]:
-    """Names of the formats whose required keys the row has."""
-    return [name for name, (keys, _) in FORMATS.items() if keys <= row.keys()]
+    """Names of the formats that the row's keys fit."""
+    return _fitting(tuple(row))
 
 
-def to_conversation(row: Row, source: Source, system: str | None = None) -> Conversation | Refusal:
-    """The row as a checked conversation, or why not. `system` is put before rows that have no system message."""
+@lru_cache(maxsize=512)
+def _fitting(keys: tuple[str, ...]) -> list[str]:
+    have = set(keys)
+    found = [name for name, f in FORMATS.items() if f.keys <= have and not f.without & have]
+    found = [n for n in found if n not in LAST] or found  # only where nothing else fits
+    more = [n for n in found if any(FORMATS[n].keys < FORMATS[other].keys for other in found)]
+    return [n for n in found if n not in more]  # all keys of one are keys of the other: the other says more
+
+
+def evidence(row: Row) -> str:
+    """What the format of a row was told by."""
     fits = detect(row)
-    if len(fits) != 1:
-        return _not_one(row, fits, source)
-    try:
-        turns, tools = FORMATS[fits[0]][1](row)
-        messages = _checked(turns)
-        if system is not None and messages[0].role not in ("system", "developer"):
-            messages = (Message(role="system", content=system), *messages)
-        return Conversation(messages=messages, source=source, tools=tools)
-    except Unfit as e:
-        code, found, fix = e.args
-        return Refusal(code=code, where=str(source), found=found, fix=fix)
+    return " and ".join(f"{name} ({', '.join(sorted(FORMATS[name].keys))})" for name in fits) or "nothing"
 
 
-def _not_one(row: Row, fits: list[str], source: Source) -> Refusal:
-    if fits:
-        found = f"the row fits {' and '.join(fits)}."
-        return Refusal(code="E-DATA-107", where=str(source), found=found, fix="Remove the keys of one of them.")
-    known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in FORMATS.items())
-    found = f"keys {', '.join(map(repr, list(row)[:8]))} fit no known format."
-    return Refusal(code="E-DATA-106", where=str(source), found=found, fix=f"Rename them ({known}).")
+def unread_keys(row: Row, name: str) -> set[str]:
+    """Keys that no reader of this format looks at: counted, for what they might mean."""
+    read = FORMATS[name].keys | OPTIONAL.get(name, frozenset())
+    return {k for k in row if k not in read}
 
 
-def _checked(turns: Sequence[Row]) -> tuple[Message, ...]:
-    messages = tuple([read_message(turn, i) for i, turn in enumerate(turns)])
-    roles = [m.role for m in messages]
-    if "assistant" not in roles:
-        raise Unfit("E-DATA-145", "there is no assistant message to learn from.", "Add one, or remove the row.")
-    if "tool" in roles:
-        check_results(messages)
-    return messages
+def _keys(*names: str) -> frozenset[str]:
+    return frozenset(names)
 
 
-# The open family: keys a row must have, and the function that reads it.
-FORMATS: dict[str, tuple[frozenset[str], Callable[[Row], Turns]]] = {
-    "messages": (frozenset({"messages"}), _messages),
-    "sharegpt": (frozenset({"conversations"}), _sharegpt),
-    "alpaca": (frozenset({"instruction", "output"}), _alpaca),
-    "prompt/completion": (frozenset({"prompt", "completion"}), _prompt_completion),
-    "prompt/response": (frozenset({"prompt", "response"}), _prompt_response),
+# The open family: keys that a row must have, and the function that reads it.
+FORMATS: dict[str, Format] = {
+    "messages": Format(_keys("messages"), _messages),
+    "sharegpt": Format(_keys("conversations"), _sharegpt, _keys("chosen", "rejected")),
+    "alpaca": Format(_keys("instruction", "output"), _alpaca),
+    "dolly": Format(_keys("instruction", "context", "response"), _dolly),
+    "prompt/completion": Format(_keys("prompt", "completion"), _prompt_completion),
+    "prompt/response": Format(_keys("prompt", "response"), _prompt_response, _keys("instruction")),
+    "question/answer": Format(_keys("question", "answer"), _question_answer),
+    "preference": Format(_keys("chosen", "rejected"), None),
+    "preference messages": Format(_keys("chosen_messages", "rejected_messages"), None),
+    "oasst tree": Format(_keys("message_tree_id", "prompt"), None),
+    "oasst message": Format(_keys("message_id", "parent_id", "role", "text"), None),
+    "natural instructions": Format(_keys("Definition", "Instances"), None),
+    "text": Format(_keys("text"), None),
+}
+LAST = frozenset({"text"})
+OPTIONAL: dict[str, frozenset[str]] = {
+    "messages": _keys("tools", "functions", "system"),
+    "sharegpt": _keys("tools", "functions", "system"),
+    "alpaca": _keys("input", "system", "history"),
+    "prompt/completion": _keys("tools", "functions"),
+    "preference": _keys("prompt", "messages", "conversations", "system", "tools"),
+    "oasst tree": _keys("tree_state"),
+    "oasst message": _keys("message_tree_id", "replies", "rank", "lang", "deleted", "review_result"),
+    "natural instructions": _keys("Positive Examples", "Negative Examples", "Categories", "Input_language"),
 }

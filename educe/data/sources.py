@@ -1,59 +1,68 @@
-"""A data file as rows, each with its place; what poses as data is refused by name."""
+"""Data files as rows, each with its place: JSONL, JSON arrays, one JSON object, Parquet, CSV, TSV, text; plain, gzip or zstd.
+
+Rows stream: a file is never held in memory. What a file is is told by its first bytes; the name decides only between tables,
+text and lines of JSON.
+"""
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
+from educe.data.json_array import elements
+from educe.data.opening import compression_of, head_of, open_data
+from educe.data.tables import csv_rows, parquet_groups, parquet_rows
 from educe.errors import DataError, Refusal
-from educe.files.jsonl import parse_json, read_lines
+from educe.files.jsonl import lines_of, parse_json
 from educe.types import Source
 
 Row = tuple[Source, dict[str, Any] | Refusal]
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a JSONL file, a JSON array or a Parquet file, in order. Bad rows come as `Refusal`, bad files raise `DataError`."""
-    head = _checked_head(path)
-    if path.suffix == ".parquet" or head.startswith(b"PAR1"):
-        rows = _parquet_rows(path)
-    elif _is_array(head):
-        rows = _array_rows(path)
-    else:
-        rows = _json_lines(path)
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise DataError(3, str(path), "holds no row.", "Give a file with at least one row.")
+Container = Literal["lines", "array", "object", "parquet", "csv", "tsv", "text"]
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".txt")
+MOST_OBJECT_BYTES = 10**9
+# What parts texts in a .txt file: this mark, or else blank lines.
+END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """A stretch of a data file: whole (`end` None), or the lines that begin in some bytes of it, the first numbered `first`."""
+    """A stretch of a data file: whole (`end` None), or the lines that begin in some bytes of it, or some row groups of a Parquet
+    file; its first row has the number `first`. `header` names the columns of a table that has no header line."""
 
     path: Path
+    container: Container
     start: int = 0
     end: int | None = None
     first: int = 1
+    header: tuple[str, ...] = ()
 
 
-def spans_of(path: Path, number: int) -> list[Span]:
-    """The file in about so many stretches of lines; in one where it is not lines. Raises `DataError` for what is no data file."""
-    head = _checked_head(path)
-    lines = path.suffix != ".parquet" and not head.startswith(b"PAR1") and not _is_array(head)
-    if number < 2 or not lines:
-        return [Span(path=path)]
+def read_rows(path: Path, header: Sequence[str] = ()) -> Iterator[Row]:
+    """All rows of a file in order. Bad rows come as `Refusal`, bad files raise `DataError`."""
+    for span in spans_of(path, None, header):
+        yield from read_span(span)
+
+
+def spans_of(path: Path, about_bytes: int | None, header: Sequence[str] = ()) -> list[Span]:
+    """The file in stretches of about so many bytes where it is plain lines or Parquet, else (and with None) in one."""
+    container = container_of(path)
+    whole = Span(path=path, container=container, header=tuple(header))
+    if about_bytes is None:
+        return [whole]
+    if container == "parquet":
+        cuts = parquet_groups(path, about_bytes)
+        return [Span(path=path, container=container, start=a, end=b, first=n) for a, b, n in cuts] or [whole]
+    if container != "lines" or compression_of(path) or path.stat().st_size <= about_bytes:
+        return [whole]
     size = path.stat().st_size
-    cuts = [(0, 1)]  # where a stretch begins, and the number of its first line
+    begins = [(0, 1)]  # where a stretch begins, and the number of its first line
     with path.open("rb") as f:
         at, line = 0, 1
-        for k in range(1, number):
-            wanted = size * k // number
+        for k in range(1, -(-size // about_bytes)):
+            wanted = size * k // -(-size // about_bytes)
             if wanted <= at:
                 continue
             while block := f.read(min(1 << 20, wanted - at)):
@@ -62,104 +71,162 @@ def spans_of(path: Path, number: int) -> list[Span]:
             at += len(f.readline())
             line += 1
             if at < size:
-                cuts.append((at, line))
-    ends = [*(start for start, _ in cuts[1:]), size]
-    return [Span(path=path, start=start, end=end, first=line) for (start, line), end in zip(cuts, ends, strict=True)]
+                begins.append((at, line))
+    ends = [*(start for start, _ in begins[1:]), size]
+    return [
+        Span(path=path, container=container, start=start, end=end, first=line)
+        for (start, line), end in zip(begins, ends, strict=True)
+    ]
 
 
 def read_span(span: Span) -> Iterator[Row]:
-    """The rows of a stretch, as `read_rows` gives them."""
-    return read_rows(span.path) if span.end is None else _json_lines(span.path, span)
+    """The rows of a stretch."""
+    empty = True
+    for row in _rows_of(span):
+        empty = False
+        yield row
+    if empty and span.start == 0:
+        raise DataError(3, str(span.path), "holds no row.", "Give a file with at least one row.")
 
 
-def _is_array(head: bytes) -> bool:
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def _checked_head(path: Path) -> bytes:
-    shown = str(path)
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as e:
-        raise DataError(1, shown, "does not exist.", "Check the path; it is relative to the recipe.") from e
-    except OSError as e:
-        raise DataError(2, shown, f"cannot be read: {e.strerror}.", "Check the path and its permissions.") from e
-    if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-        raise DataError(2, shown, f"is {kind}.", "Give a .jsonl, .json or .parquet file.")
-    try:
-        with path.open("rb") as f:
-            head = f.read(4096)
-    except OSError as e:
-        raise DataError(2, shown, f"cannot be read: {e.strerror}.", "Check its permissions.") from e
-    if not head.strip():
-        raise DataError(3, shown, "is empty.", "Give a file with at least one row.")
-    _refuse_impostor(head, shown)
-    return head
-
-
-def _refuse_impostor(head: bytes, shown: str) -> None:
-    if head.startswith(b"version https://git-lfs"):
-        raise DataError(6, shown, "is a Git LFS pointer, not the data.", "Fetch it: git lfs pull.")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(4, shown, "is UTF-16.", "Convert it: iconv -f utf-16 -t utf-8.")
-    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
-        raise DataError(4, shown, "is compressed.", "Decompress it first (gunzip, unzstd).")
-    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html")):
-        raise DataError(6, shown, "is an HTML page, not the data.", "Download the raw file.")
-
-
-def _json_lines(path: Path, span: Span | None = None) -> Iterator[Row]:
-    where = (span.start, span.end, span.first) if span is not None else ()
-    for number, line in read_lines(path, str(path), *where):
-        source = Source(file=str(path), line=number)
-        value = line if isinstance(line, Refusal) else parse_json(line, str(source))
-        yield source, _as_row(value, source)
-
-
-def _array_rows(path: Path) -> Iterator[Row]:
-    texts: list[str] = []
-    for number, line in read_lines(path, str(path)):
-        if isinstance(line, Refusal):
-            raise DataError(4, line.where, line.found, line.fix)
-        texts += [""] * (number - 1 - len(texts))  # blank lines count
-        texts.append(line)
-    whole = parse_json("\n".join(texts), str(path), whole=True)
-    if isinstance(whole, Refusal) and not isinstance(parse_json(next(filter(None, texts)), ""), Refusal):
-        yield from _json_lines(path)
+def _rows_of(span: Span) -> Iterator[Row]:
+    if span.container == "parquet":
+        groups = (span.start, span.end) if span.end is not None else None
+        for number, value in parquet_rows(span.path, groups, span.first):
+            yield _placed(str(span.path), number, value)
         return
-    if isinstance(whole, Refusal) or not isinstance(whole, list):
-        found = whole.found if isinstance(whole, Refusal) else "starts like a JSON array and is none."
-        raise DataError(
-            4, whole.where if isinstance(whole, Refusal) else str(path), found, "Write one JSON object per line."
-        )
-    for number, value in enumerate(whole, 1):
-        source = Source(file=str(path), line=number)
-        yield source, _as_row(value, source)
+    with open_data(span.path) as stream:
+        yield from _READERS[span.container](stream, span)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def sample_rows(paths: Sequence[Path], number: int, header: Sequence[str] = ()) -> list[Row]:
+    """About `number` rows spread over the files, the same ones every time, without reading plain lines through; the line
+    numbers of those are not known (0). Of other files the first rows."""
+    rows: list[Row] = []
+    each = -(-number // max(1, len(paths)))
+    for path in paths[:: max(1, len(paths) // number)]:
+        if container_of(path) != "lines" or compression_of(path):
+            rows += [row for row, _ in zip(read_rows(path, header), range(each), strict=False)]
+            continue
+        size, shown, seen = path.stat().st_size, str(path), -1
+        with path.open("rb") as f:
+            for k in range(each):
+                f.seek(max(0, size * k // each - 1))
+                if k:
+                    f.readline()
+                at = f.tell()
+                found = next(iter(lines_of(f, shown, 0)), None) if at > seen else None
+                if found is not None:
+                    seen = at
+                    value = found[1] if isinstance(found[1], Refusal) else parse_json(found[1], shown)
+                    rows.append(_placed(shown, 0, value))
+    return rows
+
+
+def container_of(path: Path) -> Container:
+    """What kind of file it is. Raises `DataError` for what is no data file."""
+    head = head_of(path)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    suffix = next((s for s in reversed(path.suffixes) if s.lower() in SUFFIXES), "").lower()
+    if suffix == ".parquet":
+        raise DataError(4, str(path), "is named Parquet and is none.", "Download or write it again.")
+    if suffix in (".csv", ".tsv", ".txt"):
+        return {".csv": "csv", ".tsv": "tsv", ".txt": "text"}[suffix]  # type: ignore[return-value]
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"["):
+        first, _, rest = start.partition(b"\n")
+        lines = bool(rest.strip()) and _parses(first)
+        return "lines" if lines else "array"
+    return "object" if re.match(rb"\{[ \t\r]*\n", start) else "lines"
+
+
+def _parses(line: bytes) -> bool:
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as e:
+        return not isinstance(parse_json(line.decode(), ""), Refusal)
+    except UnicodeDecodeError:
+        return False
+
+
+# --- readers: one for each container ------------------------------------------------------------------------------------
+
+
+def _lines(stream: BinaryIO, span: Span) -> Iterator[Row]:
+    shown = str(span.path)
+    if span.start:
+        stream.seek(span.start)
+    for number, line in lines_of(stream, shown, span.first, span.end - span.start if span.end is not None else None):
+        source = Source(file=shown, line=number)
+        value = line if isinstance(line, Refusal) else parse_json(line, f"{shown}:{number}")
+        yield source, value if isinstance(value, (dict, Refusal)) else _no_object(value, source)
+
+
+def _array(stream: BinaryIO, span: Span) -> Iterator[Row]:
+    shown = str(span.path)
+    for number, (line, column, text) in enumerate(elements(stream, shown), 1):
+        yield _placed(shown, number, parse_json(text, shown, at=(line, column)))
+
+
+def _object(stream: BinaryIO, span: Span) -> Iterator[Row]:
+    shown = str(span.path)
+    raw = stream.read(MOST_OBJECT_BYTES + 1)
+    if len(raw) > MOST_OBJECT_BYTES:
+        raise DataError(9, shown, "is one JSON object of more than 1 GB.", "Write one row per line.")
+    try:
+        value = parse_json(raw.decode("utf-8-sig"), shown, at=(1, 1))
+    except UnicodeDecodeError as e:
+        found = f"byte 0x{raw[e.start]:02x} is not UTF-8."
         raise DataError(
-            7, str(path), "is Parquet, and pyarrow is not installed.", "pip install 'educe[parquet]'."
+            4, f"{shown}:{raw[: e.start].count(10) + 1}", found, "Convert the file: iconv -f latin1."
         ) from e
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                source = Source(file=str(path), line=number)
-                yield source, _as_row(value, source)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        found = f"is not readable Parquet after row {number}: {e}."
-        raise DataError(4, str(path), found, "Download or write it again.") from e
+    if isinstance(value, Refusal):
+        raise DataError(4, value.where, f"starts like one JSON object and is none: {value.found}", value.fix)
+    yield _placed(shown, 1, value)
 
 
-def _as_row(value: Any, source: Source) -> dict[str, Any] | Refusal:
-    if isinstance(value, (Refusal, dict)):
-        return value
+def _table(stream: BinaryIO, span: Span) -> Iterator[Row]:
+    shown = str(span.path)
+    for line, value in csv_rows(stream, shown, "," if span.container == "csv" else "\t", span.header):
+        yield Source(file=shown, line=line), value
+
+
+def _texts(stream: BinaryIO, span: Span) -> Iterator[Row]:
+    """Texts by the line they begin on."""
+    shown = str(span.path)
+    marked = END_OF_TEXT.encode() in head_of(span.path)
+    begun, parts = 0, list[str]()
+    for number, line in lines_of(stream, shown, 1, blank=True):
+        if isinstance(line, Refusal):
+            yield Source(file=shown, line=number), line
+            continue
+        pieces = line.split(END_OF_TEXT) if marked else [line]
+        for k, piece in enumerate(pieces):
+            ends = k < len(pieces) - 1 if marked else not piece.strip()
+            parts.append(piece)
+            begun = begun or number
+            if ends:
+                if text := "\n".join(parts).strip("\n"):
+                    yield Source(file=shown, line=begun), {"text": text}
+                begun, parts = 0, []
+    if text := "\n".join(parts).strip("\n"):
+        yield Source(file=shown, line=begun), {"text": text}
+
+
+def _placed(shown: str, number: int, value: Any) -> Row:
+    source = Source(file=shown, line=number)
+    return source, value if isinstance(value, (dict, Refusal)) else _no_object(value, source)
+
+
+def _no_object(value: Any, source: Source) -> Refusal:
     found = f"a {type(value).__name__}, not an object."
     return Refusal(code="E-DATA-105", where=str(source), found=found, fix="Write one JSON object per line.")
+
+
+_READERS: dict[str, Any] = {
+    "lines": _lines,
+    "array": _array,
+    "object": _object,
+    "csv": _table,
+    "tsv": _table,
+    "text": _texts,
+}

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from educe.types import Conversation, Message
+
+HeldOut = Literal["dev", "test"]
+
+
+def group_key(value: Any) -> str:
+    """Hash of a group's name: any JSON value."""
+    return hashlib.sha256(f"group {json.dumps(value, sort_keys=True)}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def prompt_key(conversation: Conversation) -> str:
@@ -33,11 +42,27 @@ def _calls(turns: Sequence[Message]) -> str:
     return json.dumps(calls, sort_keys=True) if calls else ""
 
 
-def draw(keys: Iterable[str], share: float) -> set[str]:
-    """The keys (hex digests) that fall into the first `share` of all possible digests: adding rows moves no other row.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What is held out of the training rows: shares of all possible keys (0: none), so that adding rows moves no other row.
 
-    Of two keys or more at least one is drawn; only while none falls there by itself can a new row take its place.
+    `forced` are keys that are held out although they lie outside: of a share that took none, the key nearest to it.
     """
-    ordered = sorted(set(keys))
-    drawn = {k for k in ordered if int(k[:16], 16) < share * 2**64}
-    return drawn if drawn or len(ordered) < 2 else {ordered[0]}
+
+    dev: float
+    test: float
+    forced: Mapping[str, HeldOut]
+
+    def of(self, key: str) -> Literal["train"] | HeldOut:
+        """Where the rows of a key (64 hex digits) go; each share looks at digits that the other does not."""
+        if key in self.forced:
+            return self.forced[key]
+        if int(key[:16], 16) < self.dev * 2**64:
+            return "dev"
+        return "test" if int(key[32:48], 16) < self.test * 2**64 else "train"
+
+
+def nearest(keys: Iterable[str], split: HeldOut) -> str | None:
+    """The key that a larger share of `split` would take first."""
+    at = 0 if split == "dev" else 32
+    return min(keys, key=lambda k: k[at : at + 16] + k, default=None)

@@ -6,14 +6,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
-from educe.errors import Refusal
+from educe.errors import DataError, Refusal
 
 MAX_DEPTH = 100
+MAX_LINE_BYTES = 10**9
 _UNFIT = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -95,14 +97,15 @@ def _num_keys(value: Any) -> int | None:
     return None if isinstance(value, float) else 0
 
 
-def parse_json(text: str, place: str, *, whole: bool = False) -> Any | Refusal:
+def parse_json(text: str, place: str, *, at: tuple[int, int] | None = None) -> Any | Refusal:
     """`text` as JSON, or why not. `place` is `file:line`; the column is added where it is known.
 
-    With `whole`, `text` is a whole file and `place` its name: line and column are added.
+    With `at`, `place` is a file's name and the text begins there in it (line, column): both are added.
     """
     quick = _quick(text)
     if quick is not None:
         return quick
+    file, place = place, place if at is None else f"{place}:{at[0]}"
     if _too_deep(text):
         return Refusal(
             code="E-DATA-102", where=place, found=f"JSON nested deeper than {MAX_DEPTH}.", fix="Flatten the row."
@@ -117,7 +120,9 @@ def parse_json(text: str, place: str, *, whole: bool = False) -> Any | Refusal:
         return Refusal(code="E-DATA-104", where=place, found=f"{e}.", fix="Use null or a string instead.")
     except json.JSONDecodeError as e:
         fix = "Write one JSON object per line, without comments or trailing commas."
-        where = f"{place}:{e.lineno}:{e.colno}" if whole else f"{place}:{e.colno}"
+        where = f"{place}:{e.colno}"
+        if at is not None:
+            where = f"{file}:{at[0] + e.lineno - 1}:{e.colno + (at[1] - 1 if e.lineno == 1 else 0)}"
         return Refusal(code="E-DATA-102", where=where, found=f"not JSON: {e.msg}.", fix=fix)
     unfit = _UNFIT.search(text) or ("\\u" in text and _unfit(value))
     if unfit and unfit[0] == "\x00":
@@ -137,32 +142,34 @@ def _unfit(value: Any) -> re.Match[str] | None:
     return next(filter(None, map(_unfit, value)), None) if isinstance(value, list) else None
 
 
-def read_lines(
-    path: Path, shown: str, start: int = 0, end: int | None = None, first: int = 1
+def lines_of(
+    stream: BinaryIO, shown: str, first: int = 1, num_bytes: int | None = None, *, blank: bool = False
 ) -> Iterator[tuple[int, str | Refusal]]:
-    """Lines of a UTF-8 file, split on \\n only (U+2028 inside a string is text), numbered from `first`; blank lines are skipped.
+    """Lines of UTF-8 text, split on \\n only (U+2028 inside a string is text), numbered from `first`; blank lines are skipped
+    unless `blank`.
 
-    A byte order mark and \\r\\n are tolerated. `shown` is the file's name in messages. Only the lines that begin in the bytes
-    `start` to `end` are read; `start` is where a line begins.
+    A byte order mark and \\r\\n are tolerated. `shown` is the file's name in messages. Only the lines that begin in the next
+    `num_bytes` are read. Raises `DataError` for a line of more than `MAX_LINE_BYTES`, without reading all of it.
     """
-    with path.open("rb") as f:
-        f.seek(start)
-        at = start
-        for number, raw in enumerate(f, first):
-            if end is not None and at >= end:
-                return
-            at += len(raw)
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as e:
-                column = len(line[: e.start].decode("utf-8", "replace")) + 1
-                found = f"byte 0x{line[e.start]:02x} is not UTF-8."
-                fix = "Convert the file: iconv -f latin1 -t utf-8."
-                yield number, Refusal(code="E-DATA-101", where=f"{shown}:{number}:{column}", found=found, fix=fix)
+    at = 0
+    for number, raw in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES), b""), first):
+        if num_bytes is not None and at >= num_bytes:
+            return
+        if len(raw) == MAX_LINE_BYTES:
+            found = f"is longer than {MAX_LINE_BYTES:,} bytes."
+            raise DataError(9, f"{shown}:{number}", found, "Write one row per line.")
+        at += len(raw)
+        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        line = line.rstrip(b"\r\n")
+        if not blank and not line.strip():
+            continue
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as e:
+            column = len(line[: e.start].decode("utf-8", "replace")) + 1
+            found = f"byte 0x{line[e.start]:02x} is not UTF-8."
+            fix = "Convert the file: iconv -f latin1 -t utf-8."
+            yield number, Refusal(code="E-DATA-101", where=f"{shown}:{number}:{column}", found=found, fix=fix)
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:

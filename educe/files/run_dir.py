@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 from educe.errors import RunError
 from educe.files.atomic import told
 from educe.files.jsonl import read_jsonl
+from educe.files.locks import take
 
 
 class RunDir:
@@ -60,28 +60,13 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / ".lock").open("a+b")
         try:
-            if not _take(handle.fileno()):
+            if not take(handle.fileno()):
                 raise RunError(
                     202, str(self.path), "another process is training here.", "Wait for it, or stop it first."
                 )
             yield
         finally:
             handle.close()
-
-
-def _take(fd: int) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def find_run(given: Path | None, runs: Path) -> RunDir:

@@ -1,8 +1,12 @@
-"""Examples → one packed micro-batch: ids, positions, document lengths, and the positions that are trained."""
+"""Examples → packed micro-batches: ids, positions, document lengths, the positions that are trained, and what their task weighs.
+
+Shape legend: P tokens of one packed row, D documents in it, N trained positions, K tasks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,4 +27,22 @@ def build_batch(examples: Sequence[Example]) -> Batch:
         predict_N=trained - 1,
         targets_N=ids_P[trained],
         weights_N=weights_P[trained].astype(np.float32),
+        tasks_N=np.repeat(np.array([e.task for e in examples], np.int64), lengths_D)[trained],
+        scales_N=np.ones(trained.size, np.float32),
     )
+
+
+def build_step(
+    groups: Sequence[Sequence[Example]], loss_weights: Sequence[float], *, within_tasks: bool = False
+) -> list[Batch]:
+    """The micro-batches of one optimizer step, with λ_k = `loss_weights[k]` for task k.
+
+    The step's loss is Σ_k λ_k Σ_{i in k} w_i nll_i / Σ_i w_i: λ is not in the denominator, so a task alone in a step with
+    λ = 0.1 gets a tenth of the gradient. `within_tasks`: Σ_k λ_k (Σ_{i in k} w_i nll_i / Σ_{i in k} w_i), each task's own mean.
+    """
+    batches = [build_batch(group) for group in groups]
+    scales_K = np.array(loss_weights, np.float64)
+    if within_tasks:
+        weights_K = sum(np.bincount(b.tasks_N, b.weights_N, scales_K.size) for b in batches)
+        scales_K = scales_K * np.divide(np.sum(weights_K), weights_K, out=np.zeros_like(scales_K), where=weights_K > 0)
+    return [replace(b, scales_N=scales_K[b.tasks_N].astype(np.float32)) for b in batches]

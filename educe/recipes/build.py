@@ -1,34 +1,64 @@
-"""What `prepare` does when the data was not prepared before: parts of the files at work side by side, and their results merged."""
+"""What `prepare` does when the data was not prepared before: parts of the files done side by side, and their results joined."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
+
 from educe.chat.engine import Engine, choose_engine
-from educe.chat.settle import settle
+from educe.chat.settle import NUM_TRIED, settle
 from educe.chat.tokens import ChatTokenizer
 from educe.chat.weights import POLICIES, Weighing
 from educe.config import Recipe
-from educe.config.recipe import Data, FileSplit
-from educe.data.sources import spans_of
-from educe.data.split import draw
-from educe.errors import DataError
+from educe.config.data import Data, ShareSplit
+from educe.data.near import Tokens, near_copies
+from educe.data.reading import Group, Reading, read_row
+from educe.data.sources import sample_rows, spans_of
+from educe.data.split import HeldOut, Shares
+from educe.data.trees import is_message
+from educe.errors import DataError, Refusal
 from educe.files.atomic import directory
 from educe.files.jsonl import write_jsonl
 from educe.model.source import Say
-from educe.recipes.hands import Hand, at_work, num_hands
-from educe.recipes.part import MAX_LIMIT_REFUSALS, SPLITS, Done, Part, Read, Shown, Split, Task, Wanted, ledger_bytes
-from educe.seeds import derive, permute
+from educe.recipes.hands import MOST_BYTES, done_by, num_hands
+from educe.recipes.part import (
+    MAX_LIMIT_REFUSALS,
+    NUM_PREVIEWS,
+    NUM_SHOTS,
+    SPLITS,
+    Done,
+    Job,
+    Part,
+    Split,
+    do,
+)
 from educe.stats import percentile
-from educe.store.token_store import write_arrays
+from educe.store.shards import join_shards
+from educe.store.token_store import joined_tokens, open_store
+from educe.types import Conversation
 
-NUM_PREVIEWS = 3
-NUM_SHOTS = 256
 TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """Files that are read alike: what they are for, the number of their task, and how their rows are read."""
+
+    role: Split
+    task: int
+    files: Sequence[Path]
+    reading: Reading
+    header: tuple[str, ...] = ()
 
 
 def weighing_of(data: Data) -> Weighing:
@@ -39,162 +69,240 @@ def weighing_of(data: Data) -> Weighing:
 
 
 def build(
-    recipe: Recipe, tokenizer: ChatTokenizer, files: Mapping[Split, Path], path: Path, about: dict[str, Any], say: Say
+    recipe: Recipe,
+    tokenizer: ChatTokenizer,
+    inputs: Sequence[Input],
+    names: Sequence[str],
+    path: Path,
+    about: dict[str, Any],
+    say: Say,
 ) -> None:
-    """Prepare into `path`. Raises `DataError` when no row is left, `ChatError` for a template that cannot be used.
+    """Prepare into `path`; `names` are the tasks. Raises `DataError` when no row is left, `ChatError` for a template that
+    cannot be used.
 
     The result does not depend on the number of parts.
     """
-    sizes = {role: file.stat().st_size for role, file in files.items()}
-    engine = choose_engine(tokenizer.engine_json, tokenizer.stock, about_chars=sum(sizes.values()))
-    spans = [(role, span) for role, file in files.items() for span in spans_of(file, num_hands(sizes[role]))]
-    alone = num_hands(max(sizes.values())) == 1
-    parts = [Part(role=role, span=span, system=recipe.data.system, alone=alone) for role, span in spans]
-    with at_work(parts, tokenizer, engine) as hands:
-        read: list[Read] = _ask(hands)
-        held = _held_out(
-            recipe.data, [k for p, r in zip(parts, read, strict=True) if p.role == "train" for k in r.keys]
-        )
-        settled = tokenizer
-        if recipe.template.settings is None:
-            sample = [c for p, r in zip(parts, read, strict=True) if p.role == "train" for c in r.sample]
-            found = settle(tokenizer, sample, weighing_of(recipe.data))
-            settled = found.tokenizer
-            if found.why:
-                say(found.why)
-        done = _done(hands, recipe, held, settled, say)
-        ledger = [line for d in done for line in d.ledger]
-        if not any(d.kept["train"] for d in done):
-            raise _nothing_left(recipe.data.train, ledger)
-        shown = _shown(hands, done, recipe.train.seed)
+    size = sum(f.stat().st_size for i in inputs for f in i.files)
+    engine = choose_engine(tokenizer.engine_json, tokenizer.stock, about_chars=size)
+    hands = num_hands(size)
+    parts = _parts(inputs, max(1, min(MOST_BYTES, -(-size // hands))))
+    settled = tokenizer
+    if recipe.template.settings is None:
+        found = settle(tokenizer, sample_of(inputs), weighing_of(recipe.data))
+        settled = found.tokenizer
+        if found.why:
+            say(found.why)
     with directory(path, about={"stage": "prepare", **about}) as place:
-        _write(place, done, shown, ledger, settled)
-        _dump(place / "summary.json", _summary(done, ledger, settled, engine))
+        job = _job(recipe, settled, place / "parts", names, alone=hands == 1)
+        done = _done(parts, job, settled, engine, hands, say)
+        if not any(d.keys["train"] for d in done):
+            raise _nothing_left(inputs, done)
+        _join(place, done, job)
+        copies = _copies(place, recipe.data)
+        counts = sum((d.counts for d in done), Counter[str]()) + _join_ledger(place, done, job, copies)
+        shutil.rmtree(job.place)
+        _write(place, done, settled)
+        _dump(place / "summary.json", _summary(place, done, counts, settled, engine, names))
 
 
-def _ask(hands: Sequence[Hand], said: Sequence[Any] | None = None) -> list[Any]:
-    """Say something to every hand, then wait for all answers."""
-    for k, hand in enumerate(hands):
-        hand.next(said[k] if said is not None else None)
-    return [hand.answer() for hand in hands]
+def sample_of(inputs: Sequence[Input]) -> list[Conversation]:
+    """Some conversations of the training files, spread over them: template settings are chosen on these."""
+    sample: list[Conversation] = []
+    for i in inputs:
+        if i.role == "train":
+            for source, value in sample_rows(i.files, NUM_TRIED, i.header):
+                items = read_row(value, source, i.reading) if not isinstance(value, Refusal) else []
+                sample += [c for c in items[:NUM_TRIED] if isinstance(c, Conversation)]
+    return sample[:: max(1, len(sample) // NUM_TRIED)]
 
 
-def _held_out(data: Data, keys: Sequence[str]) -> dict[str, Split]:
-    """Which prompts of the train file go to which split, by their key."""
-    held: dict[str, Split] = {}
-    shares: tuple[tuple[int, Split, Any], ...] = ((0, "dev", data.dev), (32, "test", data.test))
-    for turned, name, split in shares:
-        if not isinstance(split, FileSplit):  # digits of the key that the other split does not look at
-            free = {k[turned:] + k[:turned]: k for k in keys if k not in held}
-            for drawn in draw(free, split.share):
-                held[free[drawn]] = name
-    return held
+def _parts(inputs: Sequence[Input], about_bytes: int) -> list[Part]:
+    spans = [
+        (i, span)
+        for i in inputs
+        for file in i.files
+        for span in spans_of(file, _cut_bytes(file, i, about_bytes), i.header)
+    ]
+    return [Part(number=n, role=i.role, task=i.task, span=span, reading=i.reading) for n, (i, span) in enumerate(spans)]
+
+
+def _cut_bytes(file: Path, i: Input, about_bytes: int) -> int | None:
+    """How large a part of a file may be; None where its rows need each other (messages of trees)."""
+    first = next((row for _, row in sample_rows([file], 1, i.header)), None)
+    return None if isinstance(first, dict) and is_message(first) else about_bytes
+
+
+def _job(recipe: Recipe, tokenizer: ChatTokenizer, place: Path, names: Sequence[str], *, alone: bool) -> Job:
+    data = recipe.data
+    dev, test = (s.share if isinstance(s, ShareSplit) else 0.0 for s in (data.dev, data.test))
+    return Job(
+        place=place,
+        tasks=tuple(names),
+        settings=dict(tokenizer.settings),
+        weighing=weighing_of(data),
+        max_tokens=data.max_tokens,
+        too_long=data.too_long,
+        shares=Shares(dev=dev, test=test, forced={}),
+        group=Group(data.group) if data.group is not None else None,
+        alone=alone,
+        careful=False,
+    )
 
 
 def _done(
-    hands: Sequence[Hand], recipe: Recipe, held: Mapping[str, Split], tokenizer: ChatTokenizer, say: Say
+    parts: Sequence[Part], job: Job, tokenizer: ChatTokenizer, engine: Engine, hands: int, say: Say
 ) -> list[Done]:
     """Every part done. Where one is caught giving another result than the template or `tokenizers` would, all are done again
-    without remembered layouts and without the engine."""
-    done: list[Done] = []
-    for careful in (False, True):
-        task = Task(
-            held=held,
-            settings=dict(tokenizer.settings),
-            weighing=weighing_of(recipe.data),
-            max_tokens=recipe.data.max_tokens,
-            careful=careful,
-        )
-        done = _ask(hands, [task] * len(hands))
-        over = sum(d.counts["over limits"] for d in done)
-        if over >= MAX_LIMIT_REFUSALS:
-            first = next(line for d in done for line in d.ledger if line["code"] == "E-CHAT-103")
-            found = f"is one of {over} rows on which {first['reason']}"
-            raise DataError(5, str(first["where"]), found, "Stopped: each such row costs two seconds.")
+    without remembered layouts and without the engine; where a share took no row, with the nearest one held out."""
+    while True:
+        done = list(done_by(hands, partial(do, job=job, tokenizer=tokenizer, engine=engine), parts))
+        over = [line for d in done for line in d.over_limits]
+        if len(over) >= MAX_LIMIT_REFUSALS:
+            found = f"is one of {len(over)} rows on which {over[0]['reason']}"
+            raise DataError(5, str(over[0]["where"]), found, "Stopped: each such row costs two seconds.")
         caught = next((d.caught for d in done if d.caught), "")
-        if not caught:
-            break
-        say(f"{caught}; all rows again, each rendered by the template and encoded by tokenizers")
-    return done
+        if caught:
+            say(f"{caught}; all rows again, each rendered by the template and encoded by tokenizers")
+            job = replace(job, careful=True)
+            continue
+        forced = _forced(job.shares, done)
+        if not forced:
+            return done
+        job = replace(job, shares=replace(job.shares, forced={**job.shares.forced, **forced}))
 
 
-def _shown(hands: Sequence[Hand], done: Sequence[Done], seed: int) -> list[Shown]:
-    """A sample of the rows kept for training, for examples in prompts, and the first ones as they are trained."""
-    sizes = [len(d.kept["train"]) for d in done]
-    order = permute(sum(sizes), derive(seed, "shots"))[:NUM_SHOTS].tolist()
-    wanted: list[Wanted] = []
-    first, previews = 0, NUM_PREVIEWS
-    for size in sizes:
-        lines = sorted(i - first for i in order if first <= i < first + size)
-        wanted.append(Wanted(lines=lines, previews=min(size, previews)))
-        first, previews = first + size, previews - min(size, previews)
-    shown: list[Shown] = _ask(hands, wanted)
-    return shown
+def _forced(shares: Shares, done: Sequence[Done]) -> dict[str, HeldOut]:
+    """Keys to be held out for a share that took no row, while there are two different ones at least."""
+    trained = {bytes(d.keys["train"][i : i + 8]) for d in done for i in range(0, min(len(d.keys["train"]), 24), 8)}
+    forced: dict[str, HeldOut] = {}
+    wanted: tuple[tuple[HeldOut, float, int], ...] = (("dev", shares.dev, 0), ("test", shares.test, 32))
+    for split, share, at in wanted:
+        if share and len(trained) > 1 and not any(d.keys[split] for d in done) and split not in shares.forced.values():
+            near = [d.near[split] for d in done if split in d.near and d.near[split] not in forced]
+            if near:
+                forced[min(near, key=lambda k: k[at : at + 16] + k)] = split
+                break  # the other one may have none left to take
+    return forced
 
 
 # --- what is written -----------------------------------------------------------------------------------------------------
 
 
-def _write(
-    place: Path,
-    done: Sequence[Done],
-    shown: Sequence[Shown],
-    ledger: Sequence[dict[str, Any]],
-    tokenizer: ChatTokenizer,
-) -> None:
-    for split in ("train", "dev"):
-        columns = [d.columns[split] for d in done]
-        write_arrays(
-            place / split,
-            [a for c in columns for a in c.ids],
-            [a for c in columns for a in c.weights],
-            [n for c in columns for n in c.lengths],
-            [n for c in columns for n in c.prefix_of],
-        )
-    for name in ("dev", "test"):
-        write_jsonl(place / f"{name}.jsonl", [line for d in done for line in d.lines[name]])
-    write_jsonl(place / "shots.jsonl", [line for s in shown for line in s.lines])
-    (place / "ledger.jsonl").write_bytes(ledger_bytes(ledger))
+def _join(place: Path, done: Sequence[Done], job: Job) -> None:
+    firsts = [0, *accumulate(d.counts["rows"] for d in done)]
+    for split in SPLITS:
+        join_shards([job.place_of(d.number) / split for d in done], firsts[:-1], place / split)
+    for split in ("dev", "test"):
+        with (place / f"{split}.jsonl").open("wb") as out:
+            for d in done:
+                with (job.place_of(d.number) / f"{split}.jsonl").open("rb") as f:
+                    shutil.copyfileobj(f, out, 1 << 20)
+
+
+def _copies(place: Path, data: Data) -> dict[int, int]:
+    """Training rows that nearly repeat a held-out row, and that row, by their numbers; their examples are never drawn, if the
+    recipe says so (see `left_out.npy`)."""
+    train, dev, test = (open_store(place / s) for s in SPLITS)
+    near = near_copies(Tokens(*train.tokens), Tokens(*joined_tokens([dev, test])))
+    rows = train.rows[near.examples]
+    copies = dict(zip(rows.tolist(), np.concatenate([dev.rows, test.rows])[near.of].tolist(), strict=True))
+    drop = data.near_copies == "drop"
+    np.save(place / "left_out.npy", np.flatnonzero(np.isin(train.rows, rows)) if drop else np.zeros(0, np.int64))
+    _dump(place / "near_copies.json", sorted(copies.items()))
+    return copies if drop else {}
+
+
+def _join_ledger(place: Path, done: Sequence[Done], job: Job, copies: Mapping[int, int]) -> Counter[str]:
+    """Write the ledger, a line for each row in order, copies of held-out rows dropped. Returns what that changes in the counts."""
+    parts = [job.place_of(d.number) / "ledger.jsonl" for d in done]
+    firsts = [0, *accumulate(d.counts["rows"] for d in done)]
+    wanted = set(copies.values())
+    named = {n: line for part, first in zip(parts, firsts, strict=False) for n, line in _lines(part, first, wanted)}
+    changed: Counter[str] = Counter()
+    with (place / "ledger.jsonl").open("wb") as out:
+        for part, first, end in zip(parts, firsts, firsts[1:], strict=False):
+            if not any(first <= n < end for n in copies):
+                with part.open("rb") as f:
+                    shutil.copyfileobj(f, out, 1 << 20)
+                continue
+            for n, line in _lines(part, first):
+                if n in copies:
+                    of = named[copies[n]]
+                    changed.subtract(
+                        {k: line[v] for k, v in (("tokens", "tokens"), ("trained tokens", "trained_tokens"))}
+                    )
+                    changed.subtract({"train": 1, f"task {line['task']}": 1})
+                    changed.update({"dropped": 1, "near copies": 1})
+                    found = f"nearly repeats {Path(of['file']).name}:{of['line']}, a {of['status']} row."
+                    fix = "To train on it all the same: data.near_copies: keep."
+                    line |= {"status": "dropped", "code": "E-DATA-203", "reason": f"{found} {fix}"}
+                    line |= {"where": f"{line['file']}:{line['line']}", "tokens": 0, "trained_tokens": 0}
+                out.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    return changed
+
+
+def _lines(part: Path, first: int, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Lines of a part's ledger with their numbers: all, or those that are wanted."""
+    if wanted is not None and not wanted:
+        return
+    with part.open("rb") as f:
+        for n, raw in enumerate(f, first):
+            if wanted is None or n in wanted:
+                yield n, orjson.loads(raw)
+
+
+def _write(place: Path, done: Sequence[Done], tokenizer: ChatTokenizer) -> None:
+    shots = {digest: line for d in done for digest, line in d.shots.items()}
+    write_jsonl(place / "shots.jsonl", [shots[d] for d in sorted(shots)[:NUM_SHOTS]])
     (place / TEMPLATE).write_text(tokenizer.template.source, encoding="utf-8")
-    _dump(place / "preview.json", [p for s in shown for p in s.previews])
+    _dump(place / "preview.json", [p for d in done for p in d.previews][:NUM_PREVIEWS])
+
+
+_COUNTED = (
+    *("trimmed turns", "opening turns", "unanswered ends", "split rows", "repeated tokens", "documents", "near copies"),
+    *("turn splits", "cut rows", "lost trained tokens", "unfinished answers"),
+)
 
 
 def _summary(
-    done: Sequence[Done], ledger: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, engine: Engine
+    place: Path,
+    done: Sequence[Done],
+    counts: Counter[str],
+    tokenizer: ChatTokenizer,
+    engine: Engine,
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    lengths = [n for d in done for n in d.columns["train"].lengths]
-    kept = {s: [k for d in done for k in d.kept[s]] for s in SPLITS}
-    prompts = {s: set(keys) for s, keys in kept.items()}
-    counts = sum((d.counts for d in done), Counter[str]())
+    """What the data became, in numbers; check and the report say it."""
+    lengths = np.delete(open_store(place / "train").lengths, np.load(place / "left_out.npy")).tolist()
+    keys = {s: np.frombuffer(b"".join(d.keys[s] for d in done), np.uint64) for s in SPLITS}
+    rows = np.frombuffer(b"".join(d.rows for d in done), np.uint64)
     stops = sum((d.stops for d in done), Counter[int]())
-    names = {number: word for word, number in tokenizer.control.items()}
-    status = Counter(line["status"] for line in ledger)
+    words = {number: word for word, number in tokenizer.control.items()}
     return {
-        "rows_in": len(ledger),
-        "rows": {s: len(kept[s]) for s in SPLITS},
-        "dropped": status["dropped"],
-        "refused": status["refused"],
+        "rows_in": counts["rows"],
+        "rows": {s: counts[s] for s in SPLITS},
+        "dropped": counts["dropped"],
+        "refused": counts["refused"],
+        "tasks": {name: counts[f"task {name}"] for name in names},
         "examples": len(lengths),
-        "tokens": sum(lengths),
+        "tokens": counts["tokens"],
         "trained_tokens": counts["trained tokens"],
         "length": {"median": percentile(lengths, 0.5), "p95": percentile(lengths, 0.95), "max": max(lengths)},
-        "duplicates": len(kept["train"]) - len({row for d in done for row in d.rows}),
-        "leaks": {s: len(prompts["train"] & prompts[s]) for s in ("dev", "test")},
+        "duplicates": rows.size - np.unique(rows).size,
+        "leaks": {s: int(np.unique(keys[s][np.isin(keys[s], keys["train"])]).size) for s in ("dev", "test")},
         "template": tokenizer.template_name,
         "template_settings": dict(tokenizer.settings),
         "engine": engine.name if engine.fell_back is None else f"tokenizers ({engine.fell_back})",
         "engine_why": engine.reason,
-        "stop": {names.get(i, tokenizer.decode([i])): n for i, n in stops.most_common()},
+        "stop": {words.get(i, tokenizer.decode([i])): n for i, n in stops.most_common()},
         "trained_turns": stops.total(),
-        "trimmed_turns": counts["trimmed turns"],
-        "opening_turns": counts["opening turns"],
-        "split_rows": counts["split rows"],
-        "repeated_tokens": counts["repeated tokens"],
+        **{name.replace(" ", "_"): counts[name] for name in _COUNTED},
     }
 
 
-def _nothing_left(file: str, ledger: Sequence[dict[str, Any]]) -> DataError:
-    first = next((line for line in ledger if line["code"]), None)
+def _nothing_left(inputs: Sequence[Input], done: Sequence[Done]) -> DataError:
+    file = next(str(f) for i in inputs if i.role == "train" for f in i.files)
+    first = next((d.first_unused for d in done if d.first_unused), None)
     if first is None:
         return DataError(5, file, "has no row left to train on after the split.", "Give more rows.")
     found = f"has no usable row; the first is refused: {first['code']} {first['where']} {first['reason']}"

@@ -14,7 +14,8 @@ from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.recipes.estimate import Estimate, estimate_run
-from educe.recipes.plan import plan_run, warnings_of
+from educe.recipes.mixing import TaskPlan, mix
+from educe.recipes.plan import plan_run, too_many_unused, warnings_of
 from educe.recipes.prepare import Prepared, prepare
 
 
@@ -26,6 +27,7 @@ class Check:
     facts: ModelFacts
     prepared: Prepared
     plan: PackPlan
+    tasks: tuple[TaskPlan, ...]
     estimate: Estimate
     device: str
     device_why: str
@@ -46,7 +48,8 @@ def check(recipe: Recipe, say: Say) -> Check:
 
     prepared = prepare(recipe, say)
     facts = describe_model(prepared.model_dir, recipe.model)
-    plan = plan_run(recipe, prepared, facts)
+    mixed = mix(recipe, prepared)
+    plan = plan_run(recipe, prepared, facts, mixed)
     device = device_of(recipe)
     share = prepared.summary["trained_tokens"] / prepared.summary["tokens"]
     estimate = estimate_run(facts, recipe, plan, share, device.flops, device.kind, device.dtype)
@@ -60,11 +63,13 @@ def check(recipe: Recipe, say: Say) -> Check:
         )
     if estimate.disk_bytes > free:
         blockers.append(f"needs {estimate.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
+    blockers += too_many_unused(recipe, prepared)
     return Check(
         recipe=recipe,
         facts=facts,
         prepared=prepared,
         plan=plan,
+        tasks=mixed.tasks,
         estimate=estimate,
         device=f"{device.kind} ({device.name}), {device.dtype}",
         device_why=device.why,

@@ -1,22 +1,26 @@
-"""Parts of the data at work side by side: in processes of their own where that pays, else one after the other here."""
+"""Parts of the data done side by side: in processes of their own where that pays, else one after the other here."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from educe.chat.engine import Engine
-from educe.chat.tokens import ChatTokenizer
-from educe.errors import EduceError, MachineError
-from educe.recipes.part import Part, Worker, work
+from educe.errors import MachineError
+from educe.recipes.part import Done, Part
 
 # Below this a process costs more than it saves.
 WORTH_BYTES = 8_000_000
+# A part is about so large: what a process holds in memory does not grow with the file.
+MOST_BYTES = 32_000_000
+
+Doing = Callable[[Part], Done]
+_doing: Doing | None = None  # in a forked process: what it was forked to do
 
 
 def num_hands(num_bytes: int) -> int:
@@ -26,78 +30,36 @@ def num_hands(num_bytes: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), num_bytes // WORTH_BYTES))
 
 
-class Hand(Protocol):
-    """A part at work: what it yields next, and what it is sent."""
+def done_by(number: int, doing: Doing, parts: Sequence[Part]) -> Iterator[Done]:
+    """Every part done, in order, by `number` processes; in this one where that is 1.
 
-    def next(self, said: Any = None) -> None: ...
-
-    def answer(self) -> Any: ...
-
-
-class _Here:
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._said: Any = None
-
-    def next(self, said: Any = None) -> None:
-        self._said = said
-
-    def answer(self) -> Any:
-        return self._worker.send(self._said)
-
-
-class _There:
-    def __init__(self, connection: Connection, process: multiprocessing.process.BaseProcess) -> None:
-        self._connection, self._process = connection, process
-
-    def next(self, said: Any = None) -> None:
-        if said is not None:  # the first answer comes by itself
-            self._connection.send(said)
-
-    def answer(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except EOFError as e:
-            fix = "Free some memory and start again."
-            raise MachineError(3, "prepare", "one of its processes was ended.", fix) from e
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-
-@contextmanager
-def at_work(parts: Sequence[Part], tokenizer: ChatTokenizer, engine: Engine) -> Iterator[list[Hand]]:
-    """A hand for each part; here where no part is worth a process."""
-    if all(part.alone for part in parts):
-        yield [_Here(work(part, tokenizer, engine)) for part in parts]
+    Processes are forked, so that what `doing` holds (a loaded tokenizer, an engine) comes along. Raises what `doing` raises.
+    """
+    if number == 1:
+        yield from map(doing, parts)
         return
-    context = multiprocessing.get_context("fork")  # the loaded tokenizer and engine come along
-    hands: list[Hand] = []
-    processes = []
+    global _doing
+    _doing = doing
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
     try:
-        for part in parts:
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, part, tokenizer, engine), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            hands.append(_There(mine, process))
-        yield hands
+        yield from pool.map(_do, parts)
+    except BrokenProcessPool as e:
+        found = "one of its processes was ended."
+        raise MachineError(3, "prepare", found, "Free some memory and start again.") from e
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        pool.shutdown(wait=True, cancel_futures=True)
+        _doing = None
 
 
-def _serve(connection: Connection, part: Part, tokenizer: ChatTokenizer, engine: Engine) -> None:
-    worker = work(part, tokenizer, engine)
-    said: Any = None
-    try:
-        while True:
-            connection.send(worker.send(said))
-            said = connection.recv()
-    except (StopIteration, EOFError, KeyboardInterrupt):
-        return
-    except EduceError as e:
-        connection.send(e)
+def _begin(parent: int) -> None:
+    """In a new process: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG (Linux)
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _do(part: Part) -> Done:
+    assert _doing is not None
+    return _doing(part)

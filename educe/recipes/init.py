@@ -13,7 +13,7 @@ from educe.chat.render import Renderer
 from educe.chat.settle import settle
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.config import parse_recipe
-from educe.data.formats import to_conversation
+from educe.data.reading import to_conversation
 from educe.data.sources import read_rows
 from educe.errors import DataError, Refusal, UsageError
 from educe.files.atomic import write_text

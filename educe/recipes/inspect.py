@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from educe.chat.examples import build_rendered
@@ -17,15 +16,15 @@ from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.chat.view import Span, view
 from educe.chat.weights import Weighing
 from educe.config import Recipe
-from educe.data.formats import detect, to_conversation
+from educe.data.formats import detect
+from educe.data.reading import to_conversation
 from educe.data.sources import read_rows
+from educe.data.trees import joined
 from educe.errors import Refusal, UsageError
 from educe.model.source import Say, find_model
-from educe.recipes.build import weighing_of
+from educe.recipes.build import sample_of, weighing_of
+from educe.recipes.prepare import inputs_of
 from educe.types import Conversation, Message, Rendered
-
-# Template settings are chosen for a task: on so many rows, evenly spaced over the file.
-NUM_LOOKED_AT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +75,14 @@ class _Row:
     others: list[Conversation]
 
 
-def inspect(recipe: Recipe, row: int, say: Say, diff: str | None = None) -> Inspection:
-    """Render the training file's row number `row` (its line, from 1) and prove it. `diff` names a mask to compare with."""
+def inspect(recipe: Recipe, row: str, say: Say, diff: str | None = None) -> Inspection:
+    """Render a training row (LINE, from 1, or FILE:LINE) and prove it. `diff` names a mask to compare with."""
     if diff is not None and diff not in MASKS:
         raise UsageError(101, "--diff", f"{diff!r} is no mask.", f"One of {', '.join(MASKS)}.")
     loaded = load_tokenizer(find_model(recipe.model, say), recipe.template)
     weighing = weighing_of(recipe.data)
     chosen = recipe.template.settings is None and len(settings_to_try(loaded.template)) > 1
-    found = _find(recipe, row, looked_at=NUM_LOOKED_AT if chosen else 0)
+    found = _find(recipe, row, look=chosen)
     if isinstance(found.conversation, Refusal):
         return _refused(found.conversation, found)
     settled = settle(loaded, found.others, weighing) if chosen else None
@@ -141,31 +140,25 @@ def _refused(refusal: Refusal, found: _Row) -> Inspection:
     )
 
 
-def _find(recipe: Recipe, row: int, looked_at: int) -> _Row:
-    """The row, and up to twice `looked_at` rows evenly spaced over the file."""
-    last, step, count = 0, 1, 0
-    found: _Row | None = None
-    others: list[Conversation] = []
-    for source, value in read_rows(Path(recipe.data.train)):
+def _find(recipe: Recipe, row: str, *, look: bool) -> _Row:
+    """The row, given as LINE or FILE:LINE, and with `look` rows spread over the files."""
+    inputs, _ = inputs_of(recipe)
+    train = [(f, i) for i in inputs if i.role == "train" for f in i.files]
+    name, _, line = row.rpartition(":")
+    places = [(f, i) for f, i in train if not name or str(f).endswith(name)]
+    if not line.isdigit() or not places:
+        there = ", ".join(f.name for f, _ in train[:5])
+        raise UsageError(101, "--row", f"{row!r} names no row.", f"Give LINE or FILE:LINE; the files are {there}.")
+    file, read = places[0]
+    others = sample_of(inputs) if look else []
+    last = 0
+    for source, value in joined(read_rows(file, read.header)):
         last = source.line
-        wanted, sampled = source.line == row, looked_at > 0 and count % step == 0
-        count += 1
-        if not wanted and not sampled:
-            continue
-        made = value if isinstance(value, Refusal) else to_conversation(value, source, recipe.data.system)
-        if wanted:
+        if source.line == int(line):
+            made = value if isinstance(value, Refusal) else to_conversation(value, source, read.reading)
             raw = {} if isinstance(value, Refusal) else value
-            found = _Row(raw, "".join(detect(raw)[:1]), made, others)
-            if not looked_at:
-                return found
-        if sampled and not isinstance(made, Refusal):
-            others.append(made)
-            if len(others) >= 2 * looked_at:
-                del others[1::2]
-                step *= 2
-    if found is not None:
-        return found
-    what = f"there is no row at line {row}; the last is at line {last}."
+            return _Row(raw, read.reading.format or "".join(detect(raw)[:1]), made, others)
+    what = f"there is no row at line {line} of {file.name}; the last is at line {last}."
     raise UsageError(101, "--row", what, "Give the line of a row in the training file.")
 
 

@@ -1,7 +1,7 @@
-"""One part of the data on its way from bytes to examples. A part knows nothing of the others: it may be in a process of its own.
+"""One part of the data on its way from bytes to examples, in memory for one block of rows at a time.
 
-`work` is a conversation with the recipe that merges the parts: it reads and yields `Read`; is sent `Task`s, and yields a `Done`
-for each (a second one when the first must be done again more carefully); is sent `Wanted`, and yields a `Shown`.
+A part knows nothing of the others and may be done in a process of its own: what it makes goes to files of its own, and what
+it learned (counts, digests, samples) comes back as `Done`.
 """
 
 from __future__ import annotations
@@ -9,146 +9,111 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-import numpy as np
 import orjson
 
+from educe.chat.documents import document_made
 from educe.chat.engine import Engine
-from educe.chat.examples import Distrust, Made, build_rendered, build_stream
+from educe.chat.examples import Distrust, Made, build_rendered, build_stream, made_of
 from educe.chat.render import Renderer
-from educe.chat.settle import NUM_TRIED
 from educe.chat.tokens import ChatTokenizer
+from educe.chat.too_long import cut, halves
 from educe.chat.view import joined, view
 from educe.chat.weights import Weighing, answered_turn
-from educe.data.formats import to_conversation
+from educe.data.reading import Group, Reading, read_row
 from educe.data.sources import Span, read_span
-from educe.data.split import prompt_key, row_key
+from educe.data.split import Shares, group_key, prompt_key, row_key
+from educe.data.trees import joined as joined_messages
 from educe.errors import Refusal
-from educe.types import Conversation, Example, Source
+from educe.store.shards import Shard
+from educe.types import Conversation, Document, Pair, Source
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
-CHUNK_ROWS = 2048
+BLOCK_ROWS, CHUNK_ROWS = 8192, 2048
 # A template that exceeds its limits on so many rows is stopped: each costs two seconds.
 MAX_LIMIT_REFUSALS = 3
+NUM_PREVIEWS = 3
+NUM_SHOTS = 256
+# Rows that are left out on purpose; any other code is a refusal.
+DROPPED = frozenset({"E-DATA-201", "E-DATA-202", "E-DATA-203", "E-CHAT-310"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A stretch of a data file. `role` is what the file is for; rows of a train file may be held out. `alone`: all parts are
-    done in one process, so another core is free."""
+    """A stretch of a data file, read as `reading` says. `role` is what the file is for: rows for training may be held out."""
 
+    number: int
     role: Split
+    task: int
     span: Span
-    system: str | None
-    alone: bool
+    reading: Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
-    """What reading gave: the keys of the rows' prompts in order, and some rows spread over the part."""
+class Job:
+    """What to do with every row. `place` is where parts put their files, `tasks` are the names of the tasks; `alone`: one
+    process does them all, so that another core is free; `careful`: without remembered layouts and without the engine."""
 
-    keys: list[str]
-    sample: list[Conversation]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """What to do with the rows. `held` maps keys of prompts to the split they go to."""
-
-    held: Mapping[str, Split]
+    place: Path
+    tasks: tuple[str, ...]
     settings: Mapping[str, bool | int | str]
     weighing: Weighing
     max_tokens: int
+    too_long: Literal["drop", "split", "cut"]
+    shares: Shares
+    group: Group | None
+    alone: bool
     careful: bool
 
-
-@dataclass(slots=True)
-class Columns:
-    """Examples end to end."""
-
-    ids: list[np.ndarray] = field(default_factory=list)
-    weights: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    prefix_of: list[int] = field(default_factory=list)
-
-    def add(self, examples: Sequence[Example]) -> None:
-        for e in examples:
-            self.ids.append(e.ids_T)
-            self.weights.append(e.weights_T)
-            self.lengths.append(e.ids_T.size)
-            self.prefix_of.append(e.prefix_of)
-
-    def joined(self) -> Columns:
-        """The same with one array of each, quick to hand over."""
-        if self.ids:
-            self.ids, self.weights = [np.concatenate(self.ids)], [np.concatenate(self.weights)]
-        return self
+    def place_of(self, number: int) -> Path:
+        return self.place / f"{number:06d}"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Done:
-    """What the rows of a part became. `ledger` is a line for each, in order; `kept` the keys of the rows kept in each split,
-    `rows` a digest of each row kept for training; `caught` says why all must be done again more carefully ("" if not).
-    """
+    """What the rows of a part became. `keys` are the first 8 bytes of the keys of the rows kept in each split, `rows` digests of the
+    rows kept for training; `near` the keys that a larger share would hold out first; `shots` a sample of the rows kept for
+    training, by digest; `caught` says why all must be done again more carefully ("" if not)."""
 
-    columns: dict[Split, Columns] = field(default_factory=lambda: {s: Columns() for s in SPLITS})
-    ledger: list[dict[str, Any]] = field(default_factory=list)
-    kept: dict[Split, list[str]] = field(default_factory=lambda: {s: [] for s in SPLITS})
-    lines: dict[Split, list[dict[str, Any]]] = field(default_factory=lambda: {s: [] for s in SPLITS})
-    rows: list[bytes] = field(default_factory=list)
-    stops: Counter[int] = field(default_factory=Counter)
+    number: int
     counts: Counter[str] = field(default_factory=Counter)
+    stops: Counter[int] = field(default_factory=Counter)
+    keys: dict[Split, bytearray] = field(default_factory=lambda: {s: bytearray() for s in SPLITS})
+    rows: bytearray = field(default_factory=bytearray)
+    near: dict[str, str] = field(default_factory=dict)
+    shots: dict[bytes, dict[str, Any]] = field(default_factory=dict)
+    previews: list[dict[str, Any]] = field(default_factory=list)
+    first_unused: dict[str, Any] | None = None
+    over_limits: list[dict[str, Any]] = field(default_factory=list)
     caught: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """Rows kept for training, by their number in this part: as lines, and the first `previews` of them as shown."""
-
-    lines: Sequence[int]
-    previews: int
+Row = tuple[Source, Conversation | Document | Refusal, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    lines: list[dict[str, Any]]
-    previews: list[dict[str, Any]]
-
-
-Worker = Generator[Read | Done | Shown, Any, None]
-
-
-def work(part: Part, tokenizer: ChatTokenizer, engine: Engine) -> Worker:
-    """See the module."""
-    unread: list[dict[str, Any]] = []
-    with _no_garbage():
-        rows = list(_readable(part, unread))
-        keys = [prompt_key(c) for c in rows]
-    asked: Task | Wanted = yield Read(keys=keys, sample=rows[:: max(1, len(rows) // NUM_TRIED)])
-    train: list[Conversation] = []
-    renderer = Renderer(tokenizer)
-    while isinstance(asked, Task):
-        renderer = Renderer(tokenizer.with_settings(asked.settings), remembers=not asked.careful)
-        with _no_garbage():
-            done, train = _do(part, rows, keys, asked, renderer, engine)
-            done.ledger = sorted(done.ledger + unread, key=lambda line: int(line["line"]))
-        weighing = asked.weighing
-        asked = yield done
-    shown = build_rendered(train[: asked.previews], renderer, weighing)
-    yield Shown(
-        lines=[as_line(train[i]) for i in asked.lines],
-        previews=[
-            {"row": _short(c.source), "runs": joined(view(b[0], c.messages, renderer.tokenizer, weighing))}
-            for c, b in zip(train, shown, strict=False)
-            if not isinstance(b, Refusal)
-        ],
-    )
+def do(part: Part, job: Job, tokenizer: ChatTokenizer, engine: Engine) -> Done:
+    """Do a part. What it makes of a row depends on nothing but the row and the job."""
+    place = job.place_of(part.number)
+    settled = tokenizer.with_settings(job.settings)
+    with ExitStack() as stack:
+        shards = {s: stack.enter_context(Shard(place / s)) for s in SPLITS}
+        files = {n: stack.enter_context((place / f"{n}.jsonl").open("wb")) for n in ("ledger", "dev", "test")}
+        work = _Work(part, job, Renderer(settled, remembers=not job.careful), engine, shards, files)
+        rows = _rows(part, job)
+        while True:
+            with _no_garbage():
+                block = list(islice(rows, BLOCK_ROWS))
+                if not block or not work.block(block):
+                    break
+    return work.finish()
 
 
 @contextlib.contextmanager
@@ -163,76 +128,227 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def _readable(part: Part, ledger: list[dict[str, Any]]) -> Iterator[Conversation]:
-    for source, row in read_span(part.span):
-        made = row if isinstance(row, Refusal) else to_conversation(row, source, part.system)
-        if isinstance(made, Refusal):
-            ledger.append(_refused(source, made))
-        else:
-            yield made
+def _rows(part: Part, job: Job) -> Iterator[Row]:
+    """The rows, each with the key that decides about its split."""
+    for source, value in joined_messages(read_span(part.span)):
+        if isinstance(value, Refusal):
+            yield source, value, ""
+            continue
+        items = read_row(value, source, part.reading)
+        group = job.group.of(value) if job.group is not None else value.get("message_tree_id")
+        for item in items:
+            at = source if isinstance(item, Refusal) else item.source
+            if isinstance(item, Pair):
+                found, fix = (
+                    "the row is a preference pair, and this stage learns from answers.",
+                    "Map one of the two: columns.",
+                )
+                yield at, Refusal(code="E-DATA-150", where=str(at), found=found, fix=fix), ""
+            elif isinstance(item, Refusal):
+                yield at, item, ""
+            elif group is not None:
+                yield at, item, group_key(group)
+            else:
+                yield at, item, prompt_key(item) if isinstance(item, Conversation) else group_key(item.text)
 
 
-def _do(
-    part: Part, rows: Sequence[Conversation], keys: Sequence[str], task: Task, renderer: Renderer, engine: Engine
-) -> tuple[Done, list[Conversation]]:
-    done = Done()
-    train: list[Conversation] = []
-    splits: list[Split] = [task.held.get(k, "train") if part.role == "train" else part.role for k in keys]
-    encode = renderer.tokenizer.encode_many if task.careful else engine.encode_flat
-    for split in SPLITS:
-        mine = [k for k, s in enumerate(splits) if s == split]
-        weighing = Weighing(policy=answered_turn) if split == "test" else task.weighing
-        chunks = ([rows[k] for k in mine[i : i + CHUNK_ROWS]] for i in range(0, len(mine), CHUNK_ROWS))
-        number = iter(mine)
+class _Work:
+    """A part being done. `shards` take examples, `files` ledger lines and held-out rows."""
+
+    def __init__(
+        self,
+        part: Part,
+        job: Job,
+        renderer: Renderer,
+        engine: Engine,
+        shards: Mapping[Split, Shard],
+        files: Mapping[str, BinaryIO],
+    ) -> None:
+        self._part, self._job, self._renderer, self._engine = part, job, renderer, engine
+        self._shards, self._files = shards, files
+        self._encode = renderer.tokenizer.encode_many if job.careful else engine.encode_flat
+        self._done = Done(number=part.number)
+        self._first = 0  # number of the block's first row
+        self._bar = b"\xff" * 12  # digests of rows that may still be among the lowest
+        self._shown: list[Conversation] = []
+
+    def block(self, rows: Sequence[Row]) -> bool:
+        """Do a block of rows; False where the part is given up (see `Done.caught` and `over_limits`)."""
+        lines: list[dict[str, Any]] = [{}] * len(rows)
+        mine: dict[Split, list[int]] = {s: [] for s in SPLITS}
+        for k, (source, item, key) in enumerate(rows):
+            if isinstance(item, Refusal):
+                lines[k] = self._refused(source, item)
+                continue
+            split: Split = self._part.role
+            if split == "train":
+                split = self._job.shares.of(key)
+                for name in ("dev", "test"):
+                    self._nearer(name, key)
+            mine[split].append(k)
+        made: list[Made | Refusal | None] = [None] * len(rows)
         try:
-            for chunk, proved in build_stream(chunks, renderer, weighing, encode, threaded=part.alone):
-                for c, made in zip(chunk.rows, chunk.examples(proved, task.max_tokens), strict=True):
-                    key = keys[next(number)]
-                    if isinstance(made, Refusal):
-                        done.ledger.append(_refused(c.source, made))
-                        done.counts["over limits"] += made.code == "E-CHAT-103"
-                        if done.counts["over limits"] >= MAX_LIMIT_REFUSALS:
-                            return done, train
-                    else:
-                        _keep(done, split, c, key, made)
-                        if split == "train":
-                            train.append(c)
+            for split, numbers in mine.items():
+                self._make(split, [rows[k] for k in numbers], numbers, made)
         except Distrust as e:
-            done.caught = f"{e}: the template does not treat rows alike"
-            return done, train
-    if engine.fell_back is not None and not task.careful:
-        done.caught = f"the tokenizer engine was caught in a difference: {engine.fell_back}"
-    done.columns = {split: columns.joined() for split, columns in done.columns.items()}
-    return done, train
+            self._done.caught = f"{e}: the template does not treat rows alike"
+            return False
+        for split, numbers in mine.items():
+            self._keep(split, rows, numbers, made, lines)
+        self._files["ledger"].write(b"".join([orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines]))
+        self._first += len(rows)
+        self._done.counts["rows"] += len(rows)
+        return len(self._done.over_limits) < MAX_LIMIT_REFUSALS
+
+    def finish(self) -> Done:
+        if self._engine.fell_back is not None and not self._job.careful:
+            self._done.caught = f"the tokenizer engine was caught in a difference: {self._engine.fell_back}"
+        built = build_rendered(self._shown, self._renderer, self._job.weighing) if not self._done.caught else []
+        tokenizer, weighing = self._renderer.tokenizer, self._job.weighing
+        self._done.previews = [
+            {"row": _short(c.source), "runs": joined(view(b[0], c.messages, tokenizer, weighing))}
+            for c, b in zip(self._shown, built, strict=False)
+            if not isinstance(b, Refusal)
+        ]
+        return self._done
+
+    def _make(
+        self, split: Split, rows: Sequence[Row], numbers: Sequence[int], made: list[Made | Refusal | None]
+    ) -> None:
+        """What each row of a split becomes, put into `made` at its number."""
+        weighing = Weighing(policy=answered_turn) if split == "test" else self._job.weighing
+        max_tokens = self._job.max_tokens
+        chats = [k for k, row in zip(numbers, rows, strict=True) if isinstance(row[1], Conversation)]
+        talks = [row[1] for row in rows if isinstance(row[1], Conversation)]
+        chunks = (talks[i : i + CHUNK_ROWS] for i in range(0, len(talks), CHUNK_ROWS))
+        number = iter(chats)
+        for chunk, proved in build_stream(chunks, self._renderer, weighing, self._encode, threaded=self._job.alone):
+            for c, got in zip(chunk.rows, chunk.examples(proved, max_tokens), strict=True):
+                if isinstance(got, Refusal) and got.code == "E-DATA-201" and split != "test":
+                    got = self._shortened(c, got, weighing)
+                made[next(number)] = got
+        for k, (_, item, _) in zip(numbers, rows, strict=True):
+            if isinstance(item, Document):
+                made[k] = document_made(item.text, self._renderer.tokenizer, max_tokens)
+
+    def _shortened(self, c: Conversation, refusal: Refusal, weighing: Weighing) -> Made | Refusal:
+        """A row that is too long, by the recipe's choice: dropped, split between turns, or cut."""
+        if self._job.too_long == "cut":
+            whole = made_of(c, self._renderer, weighing, 2**31)
+            kept = cut(whole, self._job.max_tokens) if isinstance(whole, Made) else None
+            if kept is not None:
+                self._done.counts.update(
+                    {"cut rows": 1, "lost trained tokens": kept.num_lost, "unfinished answers": kept.num_unfinished}
+                )
+                return kept.made
+        parts = halves(c) if self._job.too_long == "split" else None
+        if parts is None:
+            return refusal
+        both = [made_of(p, self._renderer, weighing, self._job.max_tokens) for p in parts]
+        for k, (p, got) in enumerate(zip(parts, both, strict=True)):
+            if isinstance(got, Refusal) and got.code == "E-DATA-201":
+                both[k] = self._shortened(p, got, weighing)
+        if wrong := next((b for b in both if isinstance(b, Refusal)), None):
+            return wrong
+        self._done.counts["turn splits"] += 1
+        one, two = (b for b in both if isinstance(b, Made))
+        return Made(
+            one.examples + two.examples,
+            one.num_trained + two.num_trained,
+            one.stops + two.stops,
+            one.num_trimmed + two.num_trimmed,
+        )
+
+    def _keep(
+        self,
+        split: Split,
+        rows: Sequence[Row],
+        numbers: Iterable[int],
+        made: Sequence[Made | Refusal | None],
+        lines: list[dict[str, Any]],
+    ) -> None:
+        done, examples, of_rows = self._done, [], []
+        task = self._part.task
+        for k in numbers:
+            (source, item, key), got = rows[k], made[k]
+            if isinstance(got, Refusal):
+                lines[k] = self._refused(source, got)
+                if got.code == "E-CHAT-103":
+                    done.over_limits.append(lines[k])
+                continue
+            assert got is not None
+            assert not isinstance(item, Refusal)
+            digest = _digest(item)
+            sizes = [e.ids_T.size for e in got.examples]
+            lines[k] = {
+                **self._line(source, split, digest),
+                "tokens": sum(sizes),
+                "trained_tokens": sum(got.num_trained),
+            }
+            done.counts[split] += 1
+            done.keys[split] += bytes.fromhex(key[:16])
+            examples += [replace(e, task=task) for e in got.examples] if task else got.examples
+            of_rows += [self._first + k] * len(sizes)
+            if split == "train":
+                self._count(item, got, sizes, digest)
+            elif isinstance(item, Conversation):
+                self._files[split].write(orjson.dumps(as_line(item), option=orjson.OPT_APPEND_NEWLINE))
+        self._shards[split].add(examples, of_rows)
+        if len(done.shots) > NUM_SHOTS:
+            done.shots = {d: done.shots[d] for d in sorted(done.shots)[:NUM_SHOTS]}
+            self._bar = max(done.shots)
+
+    def _count(self, item: Conversation | Document, made: Made, sizes: Sequence[int], digest: bytes) -> None:
+        done, counts = self._done, self._done.counts
+        done.rows += digest[:8]
+        counts[f"task {self._job.tasks[self._part.task]}"] += 1
+        counts["trained tokens"] += sum(made.num_trained)
+        counts["tokens"] += sum(sizes)
+        done.stops.update(made.stops)
+        if made.num_trimmed:
+            counts["trimmed turns"] += made.num_trimmed
+        if isinstance(item, Document):
+            counts["documents"] += 1
+            return
+        if len(sizes) > 1:
+            counts["split rows"] += 1
+            counts["repeated tokens"] += sum(sizes[:-1]) - sum(made.num_trained[:-1])
+        if item.messages[0].role == "assistant":
+            counts["opening turns"] += 1
+        if item.messages[-1].role != "assistant":
+            counts["unanswered ends"] += 1
+        if len(self._shown) < NUM_PREVIEWS:
+            self._shown.append(item)
+        if digest < self._bar:
+            done.shots[digest] = as_line(item)
+
+    def _nearer(self, split: str, key: str) -> None:
+        at = 0 if split == "dev" else 32
+        best = self._done.near.get(split)
+        if best is None or key[at : at + 16] < best[at : at + 16]:
+            self._done.near[split] = key
+
+    def _line(self, source: Source, status: str, digest: bytes | None) -> dict[str, Any]:
+        place = {
+            "file": source.file,
+            "line": source.line,
+            "item": source.item,
+            "task": self._job.tasks[self._part.task],
+        }
+        return {**place, "status": status, "hash": digest.hex() if digest else None, "code": None, "reason": None}
+
+    def _refused(self, source: Source, refusal: Refusal) -> dict[str, Any]:
+        status = "dropped" if refusal.code in DROPPED else "refused"
+        said = {"code": refusal.code, "reason": f"{refusal.found} {refusal.fix}", "where": refusal.where}
+        line = {**self._line(source, status, None), **said, "tokens": 0, "trained_tokens": 0}
+        self._done.counts[status] += 1
+        self._done.first_unused = self._done.first_unused or line
+        return line
 
 
-def _keep(done: Done, split: Split, c: Conversation, key: str, made: Made) -> None:
-    done.kept[split].append(key)
-    done.columns[split].add(made.examples)
-    trained = sum(made.num_trained)
-    sizes = [e.ids_T.size for e in made.examples]
-    line = {"file": c.source.file, "line": c.source.line, "status": split, "code": None, "reason": None}
-    done.ledger.append({**line, "tokens": sum(sizes), "trained_tokens": trained})
-    if split != "train":
-        done.lines[split].append(as_line(c))
-        return
-    done.rows.append(blake2b(repr(row_key(c)).encode("utf-8", "surrogatepass"), digest_size=12).digest())
-    counts = done.counts
-    counts["trained tokens"] += trained
-    done.stops.update(made.stops)
-    if made.num_trimmed:
-        counts["trimmed turns"] += made.num_trimmed
-    if len(sizes) > 1:
-        counts["split rows"] += 1
-        counts["repeated tokens"] += sum(sizes[:-1]) - sum(made.num_trained[:-1])
-    if c.messages[0].role == "assistant":
-        counts["opening turns"] += 1
-
-
-def _refused(source: Source, refusal: Refusal) -> dict[str, Any]:
-    status = "dropped" if refusal.code in ("E-DATA-201", "E-CHAT-310") else "refused"
-    said = {"status": status, "code": refusal.code, "reason": f"{refusal.found} {refusal.fix}", "where": refusal.where}
-    return {"file": source.file, "line": source.line, **said, "tokens": 0, "trained_tokens": 0}
+def _digest(item: Conversation | Document) -> bytes:
+    text = repr(row_key(item)) if isinstance(item, Conversation) else item.text
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 def as_line(c: Conversation) -> dict[str, Any]:
@@ -240,9 +356,5 @@ def as_line(c: Conversation) -> dict[str, Any]:
     return {"source": asdict(c.source), "messages": [asdict(m) for m in c.messages], "tools": list(c.tools)}
 
 
-def ledger_bytes(lines: Sequence[Mapping[str, Any]]) -> bytes:
-    return b"".join([orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines])
-
-
 def _short(source: Source) -> str:
-    return f"{Path(source.file).name}:{source.line}"
+    return str(replace(source, file=Path(source.file).name))

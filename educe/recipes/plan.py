@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
-from educe.errors import ModelError, TrainError
+from educe.errors import ModelError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
+from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
 
 
-def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, *, packed: bool = True) -> PackPlan:
+def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, *, packed: bool = True) -> PackPlan:
     """The run's plan; refuses what could only fail later."""
     store = prepared.store("train")
     if recipe.data.max_tokens > facts.max_positions:
@@ -21,17 +22,25 @@ def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, *, packed: b
     if store.max_id >= known:
         found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
         raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
-    plan = plan_packs(
-        store.lengths,
-        epochs=recipe.train.epochs,
+    lengths = store.lengths
+    return plan_packs(
+        lengths,
+        mixed.order_K,
         batch_tokens=recipe.train.batch_tokens,
-        capacity_tokens=recipe.train.micro_batch_tokens if packed else int(store.lengths.max()),
+        capacity_tokens=recipe.train.micro_batch_tokens if packed else int(lengths.max()),
         seed=recipe.train.seed,
         packed=packed,
     )
-    if plan.num_steps < 1:
-        raise TrainError(201, "train.epochs", "gives no step.", "Raise it.")
-    return plan
+
+
+def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
+    """Why so many rows are left out that a run must not start; nothing where they are few enough."""
+    unused, rows = prepared.summary["refused"] + prepared.summary["dropped"], prepared.summary["rows_in"]
+    if unused <= recipe.data.max_unused * rows:
+        return []
+    return [
+        f"{unused} of {rows} rows are not used, more than the share of data.max_unused ({recipe.data.max_unused:g})"
+    ]
 
 
 def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]:
@@ -42,6 +51,13 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
     for split, count in s["leaks"].items():
         if count:
             said.append(f"{count} prompts of the {split} rows are also in the training rows: its score will flatter")
+    if s["near_copies"]:
+        said.append(f"{s['near_copies']} training rows nearly repeat a held-out row and are left out")
+    if s["unfinished_answers"]:
+        lost = s["lost_trained_tokens"]
+        said.append(
+            f"{s['unfinished_answers']} answers are cut before their stop token, {lost:,} trained tokens are lost"
+        )
     if s["rows"]["test"] == 0:
         said.append("no test rows: nothing will tell whether tuning helped")
     elif s["rows"]["test"] < 100:

@@ -7,24 +7,32 @@ are prepared once.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
-from educe.config.recipe import Data, FileSplit, FileTemplate
-from educe.data.sources import read_rows
-from educe.files.hashes import hash_file, hash_json
+from educe.config.data import Data, FileSplit, Rows, Task
+from educe.config.recipe import FileTemplate
+from educe.data.finding import find_files
+from educe.data.reading import Expression, Reading
+from educe.data.sources import container_of
+from educe.files.hashes import cache_dir, hash_file, hash_json
 from educe.files.jsonl import read_jsonl
+from educe.files.locks import one_at_a_time
 from educe.model.source import Say, find_model
-from educe.recipes.build import TEMPLATE, build
+from educe.recipes.build import TEMPLATE, Input, build
 from educe.recipes.part import Split
 from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, open_store
 from educe.types import Conversation, Message, Source, ToolCall
 
 # Bump when the same rows and settings would be prepared differently.
-PREPARE_VERSION = 3
+PREPARE_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +44,16 @@ class Prepared:
     model_dir: Path
     tokenizer: ChatTokenizer
     summary: dict[str, Any]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of their numbers."""
+        return tuple(self.summary["tasks"])
+
+    @property
+    def left_out(self) -> np.ndarray:
+        """Examples of the training store that are never drawn."""
+        return np.asarray(np.load(self.path / "left_out.npy"))
 
     def store(self, split: str) -> TokenStore:
         return open_store(self.path / split)
@@ -56,23 +74,77 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         say(f"{model_dir.name} has no chat template; using {DEFAULT_NAME} (<|user|>…<|end|> <|assistant|>…<|end|>)")
     if tokenizer.new_tokens:
         say(f"new control tokens, trained with the model: {' '.join(tokenizer.new_tokens)}")
-    files = {s: hash_file(_present(p)) for s, p in files_of(recipe.data).items()}
+    inputs, names = inputs_of(recipe)
+    files = _hashes(inputs)
     key = hash_json(
         {
             "versions": [PREPARE_VERSION, STORE_VERSION],
             "files": files,
-            "data": {k: v for k, v in recipe.data.model_dump().items() if k not in ("train", "dev", "test")},
-            "splits": [
-                s.model_dump()["kind"] + str(getattr(s, "share", "")) for s in (recipe.data.dev, recipe.data.test)
-            ],
-            "seed": recipe.train.seed,
+            "data": _decisive(recipe.data),
             "tokenizer": [tokenizer.tokenizer_hash, tokenizer.template_hash, sorted(tokenizer.stop)],
             "template": [dict(tokenizer.template.special), recipe.template.settings, tokenizer.eos],
         }
     )[:16]
-    if open_prepared(_place(recipe, key)) is None:
-        build(recipe, tokenizer, files_of(recipe.data), _place(recipe, key), {"key": key, "files": files}, say)
+    place = _place(recipe, key)
+    if open_prepared(place) is None:
+        waits = partial(say, f"another process prepares {key}: waiting for it")
+        with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits):
+            if open_prepared(place) is None:
+                build(recipe, tokenizer, inputs, names, place, {"key": key, "files": files}, say)
     return _opened(recipe, key, model_dir, tokenizer)
+
+
+def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
+    """The files of a recipe with how they are read, in order, and the names of the tasks. Raises `DataError`."""
+    data, own = recipe.data, Path(recipe.runs).resolve()
+    inputs: list[Input] = []
+    names: list[str] = []
+    for name, rows in data.sources.items():
+        found = find_files(rows.files, own)
+        per_file = isinstance(rows, Task) and rows.per_file
+        for files in [[f] for f in found] if per_file else [found]:
+            role: Split = "test" if name in data.hold_out else "train"
+            reading = reading_of(rows, data)
+            inputs.append(Input(role=role, task=len(names), files=files, reading=reading, header=rows.header))
+            names.append(f"{name}/{files[0].name.split('.')[0]}" if per_file else name)
+    splits: tuple[tuple[Split, Any], ...] = (("dev", data.dev), ("test", data.test))
+    for split, held in splits:
+        if isinstance(held, FileSplit):
+            named = next((n for n, name in enumerate(names) if name == held.task), 0)
+            rows = data.sources[held.task] if held.task else Rows(files=held.file)
+            files, reading = find_files(held.file, own), reading_of(rows, data)
+            inputs.append(Input(role=split, task=named, files=files, reading=reading, header=rows.header))
+    for i in inputs:
+        for file in i.files:
+            container_of(file)  # raises for what is no data file, before it is read through
+    return inputs, names
+
+
+def reading_of(rows: Rows, data: Data) -> Reading:
+    """How a source's rows are read. Raises `RecipeError` for an expression that is none."""
+    return Reading(
+        format=rows.format,
+        columns={key: Expression(text, f"columns.{key}") for key, text in rows.columns.items()},
+        where=Expression(rows.where, "where") if rows.where is not None else None,
+        roles=rows.roles,
+        system=data.system,
+        best=rows.trees.paths == "best",
+        max_rank=rows.trees.max_rank,
+        languages=rows.trees.languages,
+    )
+
+
+def _hashes(inputs: Sequence[Input]) -> list[list[str]]:
+    return [[i.role, *map(hash_file, i.files)] for i in inputs]
+
+
+def _decisive(data: Data) -> dict[str, Any]:
+    """The settings that decide what is prepared: all but how tasks are mixed and weighed, and where files lie."""
+    mixing = {"rate", "cap", "loss_weight", "files", "share"}
+    tasks = {name: rows.model_dump(exclude=mixing) for name, rows in data.sources.items()}
+    splits = [s.model_dump(exclude={"file"}) for s in (data.dev, data.test)]
+    others = data.model_dump(exclude={"train", "tasks", "rates", "loss_mean", "replay", "dev", "test", "max_unused"})
+    return {**others, "tasks": tasks, "splits": splits}
 
 
 def open_prepared_data(recipe: Recipe, key: str, say: Say) -> Prepared | None:
@@ -95,20 +167,6 @@ def _opened(recipe: Recipe, key: str, model_dir: Path, tokenizer: ChatTokenizer)
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     settled = tokenizer.with_settings(summary["template_settings"])
     return Prepared(path=path, key=key, model_dir=model_dir, tokenizer=settled, summary=summary)
-
-
-def files_of(data: Data) -> dict[Split, Path]:
-    files: dict[Split, Path] = {"train": Path(data.train)}
-    held: tuple[tuple[Split, Any], ...] = (("dev", data.dev), ("test", data.test))
-    for name, split in held:
-        if isinstance(split, FileSplit):
-            files[name] = Path(split.file)
-    return files
-
-
-def _present(path: Path) -> Path:
-    next(iter(read_rows(path)))  # raises the right DataError for what is no data file
-    return path
 
 
 def _conversation(line: dict[str, Any]) -> Conversation:

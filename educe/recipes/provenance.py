@@ -19,7 +19,7 @@ from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.source import Say
 from educe.pack.plan import PLAN_VERSION, PackPlan
-from educe.recipes.prepare import Prepared
+from educe.recipes.prepare import Prepared, inputs_of
 from educe.training.checkpoint import newest_checkpoint
 from educe.training.state import State
 
@@ -35,7 +35,10 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[s
     skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
     data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
-    policy = recipe.data.model_dump(mode="json", exclude={"train": True, "dev": {"file"}, "test": {"file"}})
+    policy = recipe.data.model_dump(mode="json", exclude={"train": True, "max_unused": True})
+    for block in (policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
+        for place in ("file", "files"):
+            (block or {}).pop(place, None)
     return {
         "model": _weights_hash(facts.directory),
         **template,
@@ -107,7 +110,10 @@ def provenance_of(
         "template_sha256": prepared.tokenizer.template_hash,
         "new_tokens": dict(prepared.tokenizer.new_tokens),
         "tokenizer_sha256": prepared.tokenizer.tokenizer_hash,
-        "data": {name: {"file": file, "sha256": hashes[name]} for name, file in _data_files(recipe).items()},
+        "data": {
+            name: {"file": ", ".join(map(str, files)), "sha256": hashes[name]}
+            for name, files in _data_files(recipe).items()
+        },
         "prepared": prepared.key,
         "plan_sha256": plan.hash,
         "packed": packed,
@@ -131,13 +137,19 @@ def finished(provenance: dict[str, Any], run: RunDir) -> dict[str, Any]:
     }
 
 
-def _data_files(recipe: Recipe) -> dict[str, str]:
-    splits = {"dev": recipe.data.dev, "test": recipe.data.test}
-    return {"train": recipe.data.train, **{n: s.file for n, s in splits.items() if s.kind == "file"}}
+def _data_files(recipe: Recipe) -> dict[str, list[Path]]:
+    """The files of each task and split."""
+    inputs, names = inputs_of(recipe)
+    found: dict[str, list[Path]] = {}
+    for i in inputs:
+        found.setdefault(names[i.task] if i.role == "train" else i.role, []).extend(i.files)
+    return found
 
 
 def _data_hashes(recipe: Recipe) -> dict[str, str]:
-    return {name: hash_file(Path(file)) for name, file in _data_files(recipe).items()}
+    """One hash for the files of each task and split."""
+    hashes = {name: [hash_file(f) for f in files] for name, files in _data_files(recipe).items()}
+    return {name: found[0] if len(found) == 1 else hash_json(found) for name, found in hashes.items()}
 
 
 def _weights_hash(directory: Path) -> str:

@@ -113,11 +113,11 @@ def check(recipe: str | Path, *, say: Say = quiet) -> Check:
     return run_check(load_recipe(Path(recipe)), say)
 
 
-def inspect(recipe: str | Path, row: int = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:
-    """Tokens of one training row as they will be trained; `diff` ("whole", "trl") names a mask to compare with."""
+def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:
+    """Tokens of one training row (LINE or FILE:LINE) as they will be trained; `diff` ("whole", "trl") names another mask."""
     from educe.recipes.inspect import inspect as run_inspect
 
-    return run_inspect(load_recipe(Path(recipe)), row, say, diff)
+    return run_inspect(load_recipe(Path(recipe)), str(row), say, diff)
 
 
 def template(what: str | Path, *, say: Say = quiet) -> TemplateReport:

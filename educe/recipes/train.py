@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from educe.config import Recipe
+from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.load import load_model
 from educe.model.proof import packs_are_blind, prove_head
 from educe.model.source import Say
-from educe.pack.batch import build_batch
+from educe.pack.batch import build_step
 from educe.recipes.estimate import remember_speed, speed_key
 from educe.recipes.machine import device_of_run
-from educe.recipes.plan import plan_run
+from educe.recipes.mixing import loss_weights, mix
+from educe.recipes.plan import plan_run, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import claim, finished, provenance_of, settings_of
 from educe.recipes.watch import Screen, Watch
@@ -42,6 +44,8 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
     """Run the recipe; `text` is the recipe as given. Raises `Interrupted` when a signal ended it early, after saving."""
     run = RunDir(recipe.run_path())
     prepared = prepare(recipe, say)
+    if why := too_many_unused(recipe, prepared):
+        raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
     facts = describe_model(prepared.model_dir, recipe.model)
     with run.lock():
         settings = settings_of(recipe, prepared, facts)
@@ -80,7 +84,8 @@ def _train(
     packed = packs_are_blind(model)
     if not packed:
         say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
-    plan = plan_run(recipe, prepared, facts, packed=packed)
+    mixed = mix(recipe, prepared)
+    plan = plan_run(recipe, prepared, facts, mixed, packed=packed)
     betas = (recipe.train.beta1, recipe.train.beta2)
     optimizer = MasterAdamW(model.trainable(), betas=betas, weight_decay=recipe.train.weight_decay)
     state = State(model=model, optimizer=optimizer)
@@ -92,7 +97,7 @@ def _train(
     provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed, earlier.get("started"))
     write_json(run.provenance, provenance)
 
-    store = prepared.store("train")
+    store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
     watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed)
     watch.begin()
     with _signals() as asked:
@@ -102,7 +107,11 @@ def _train(
 
         run_loop(
             state,
-            lambda step: [build_batch([store[i] for i in group]) for group in plan.steps[step]],
+            lambda step: build_step(
+                [[store[i] for i in group] for group in plan.step(step)],
+                weights,
+                within_tasks=recipe.data.loss_mean == "task",
+            ),
             sft_loss,
             [watch.on_step, stop],
             LoopConfig(

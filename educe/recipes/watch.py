@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +54,7 @@ class Watch:
     ) -> None:
         self._recipe, self._run, self._state, self._plan, self._settings = recipe, run, state, plan, settings
         self._screen, self._packed = screen, packed
-        self._dev = prepared.store("dev")
+        self._dev, self._tasks = prepared.store("dev"), prepared.tasks
         every = recipe.train.sample_every_share
         self._looks = {round(plan.num_steps * every * k) for k in range(1, int(1 / every) + 1)}
         self._tokenizer = prepared.tokenizer
@@ -73,7 +73,8 @@ class Watch:
 
     def on_step(self, state: State, report: StepReport) -> None:
         line = asdict(report)
-        del line["total_steps"]
+        del line["total_steps"], line["task_losses"]
+        line |= self._of_tasks(report.task_losses)
         _append(self._run.metrics, {"kind": "step", **line})
         self._screen.step(report)
         if report.step % TRIM_EVERY_STEPS == 0:
@@ -99,9 +100,14 @@ class Watch:
 
     def _measure(self) -> None:
         if len(self._dev):
-            loss = held_out_loss(self._state.model, self._dev_batches())
-            _append(self._run.metrics, {"kind": "dev", "step": self._state.step, "loss": loss})
-            self._screen.dev(self._state.step, loss)
+            means = held_out_loss(self._state.model, self._dev_batches())
+            line = {"kind": "dev", "step": self._state.step, "loss": means.mean, **self._of_tasks(means.by_task)}
+            _append(self._run.metrics, line)
+            self._screen.dev(self._state.step, means.mean)
+
+    def _of_tasks(self, losses: Mapping[int, float]) -> dict[str, dict[str, float]]:
+        """Each task's own loss by name; nothing where there is one task."""
+        return {"tasks": {self._tasks[k]: loss for k, loss in losses.items()}} if len(self._tasks) > 1 else {}
 
     def _dev_batches(self) -> Iterator[Batch]:
         lengths = self._dev.lengths

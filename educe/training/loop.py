@@ -15,6 +15,7 @@ from educe.loss.cross_entropy import LossOut
 from educe.model.device import peak_memory_bytes
 from educe.model.load import CausalLM
 from educe.seeds import derive
+from educe.training.means import Means
 from educe.training.schedule import learning_rate
 from educe.training.state import State, StepReport
 from educe.types import Batch
@@ -44,7 +45,7 @@ class LoopConfig:
 def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[Hook], config: LoopConfig) -> State:
     """Run steps `state.step` .. `total_steps`. `batches_of(step)` gives the micro-batches of a step.
 
-    A step's gradient is that of sum(w * nll) / sum(w) over all its micro-batches, however it is split. Raises `TrainError`
+    A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches, however it is split. Raises `TrainError`
     before an update that would not be finite.
     """
     started = time.perf_counter()
@@ -55,11 +56,12 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
         batches = batches_of(state.step)
         denominator = sum(b.total_weight for b in batches)
 
-        loss = 0.0
+        loss, means = 0.0, Means()
         for batch in batches:
             out = loss_fn(state.model, batch, denominator)
             out.loss.backward()  # type: ignore[no-untyped-call]
             loss += float(out.loss.detach())
+            means.add(batch, out.nll_N)
 
         rate = learning_rate(
             state.step,
@@ -81,6 +83,7 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
             step=state.step,
             total_steps=config.total_steps,
             loss=loss,
+            task_losses=means.by_task,
             learning_rate=rate,
             grad_norm=norm,
             tokens=tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from educe.model.load import CausalLM
@@ -19,11 +20,14 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One finished step. `loss` is the mean nll per unit of weight, in nats; `elapsed_s` counts this process's steps only."""
+    """One finished step. `loss` is what was minimised, in nats: the mean nll per unit of weight, each token times its task's λ.
+    `task_losses` has each task's own mean, without λ. `elapsed_s` counts this process's steps only.
+    """
 
     step: int
     total_steps: int
     loss: float
+    task_losses: Mapping[int, float]
     learning_rate: float
     grad_norm: float
     tokens: int

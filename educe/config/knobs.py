@@ -1,0 +1,15 @@
+"""What all blocks of a recipe have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Knobs(BaseModel):
+    """Base of every block: strict types (no "4" for 4, no true for 1), frozen, nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -1,0 +1,118 @@
+"""What a recipe calls files → the data files: a file, a directory, a glob, a data set on the Hub, standard input."""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import fnmatch
+import itertools
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from educe.data.sources import SUFFIXES
+from educe.errors import DataError
+
+HUB = "hf://datasets/"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
+_PACKED = (".gz", ".zst")
+_NO_DATA = re.compile(r"(?i)(readme|licen[cs]e|dataset_infos|dataset_info|state|config|requirements)\b")
+_stdin: list[Path] = []
+
+
+def find_files(spec: str, without: Path | None = None) -> list[Path]:
+    """The data files that `spec` names, sorted by path; none that lie in `without`, where educe itself writes. Raises `DataError`
+    where there are none.
+    """
+    found = [f for f in _found(spec) if without is None or not f.resolve().is_relative_to(without)]
+    if not found:
+        raise DataError(10, spec, "holds only what educe wrote.", "Name files of your own.")
+    return found
+
+
+def _found(spec: str) -> list[Path]:
+    if spec == "-":
+        return [_standard_input()]
+    if spec.startswith(HUB):
+        return _on_hub(spec.removeprefix(HUB), spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found = _data_in(path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+        if not found:
+            raise DataError(10, spec, "is a directory without data files.", f"Data files end in {', '.join(SUFFIXES)}.")
+        return found
+    if path.exists() or path.is_symlink():
+        return [path]
+    if any(c in spec for c in "*?["):
+        base = Path(*itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts))
+        found = sorted(p for p in base.glob(str(path.relative_to(base))) if p.is_file())
+        if not found:
+            raise DataError(10, spec, "matches no file.", "Check the pattern; ** goes into directories.")
+        return found
+    if _HUB_ID.fullmatch(spec):
+        return _on_hub(spec, spec)
+    raise DataError(1, spec, "does not exist.", _near(path) or "Check the path; it is relative to the recipe.")
+
+
+def _near(path: Path) -> str:
+    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, 1, 0.7)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _data_in(base: Path, names: Sequence[str]) -> list[Path]:
+    """Files that look like data, by their names below `base`: the split for training where there are several."""
+    kept = [n for n in names if _is_data(n)]
+    train = [n for n in kept if re.search(r"(^|[/_.-])train([/_.-]|$)", n)]
+    others = [n for n in kept if re.search(r"(^|[/_.-])(test|dev|validation|valid|val|eval)([/_.-]|$)", n)]
+    return [base / n for n in (train if train and others else kept)]
+
+
+def _is_data(name: str) -> bool:
+    parts = name.split("/")
+    plain = parts[-1].lower()
+    for packed in _PACKED:
+        plain = plain.removesuffix(packed)
+    hidden = any(p.startswith((".", "_")) for p in parts)
+    return plain.endswith(SUFFIXES) and not hidden and not _NO_DATA.match(parts[-1])
+
+
+def _on_hub(name: str, shown: str) -> list[Path]:
+    """ORG/NAME[@REVISION][/PATH], downloaded or taken from the Hub's cache on this machine."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    match = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
+    if match is None:
+        raise DataError(10, shown, "names no data set.", f"Write {HUB}ORG/NAME, or {HUB}ORG/NAME@REVISION/PATH.")
+    repo, revision, inside = match.groups()
+    wanted = [inside, f"{inside.rstrip('/')}/*"] if inside else [f"*{s}{p}" for s in SUFFIXES for p in ("", *_PACKED)]
+    try:
+        place = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted))
+    except RepositoryNotFoundError as e:
+        fix = "Check the name; for a gated or private one set HF_TOKEN."
+        raise DataError(10, shown, "is no data set on the Hub that can be read.", fix) from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        fix = "Go online once, or give local files."
+        raise DataError(10, shown, f"cannot be fetched: {str(e).splitlines()[0]}", fix) from e
+    names = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
+    matching = [place / n for n in names if any(fnmatch.fnmatch(n, w) for w in wanted)]
+    found = matching if inside else _data_in(place, names)
+    if not found:
+        there = ", ".join(names[:5]) or "nothing"
+        raise DataError(10, shown, f"has no such data file; there is {there}.", f"Name one: {HUB}{repo}/PATH.")
+    return found
+
+
+def _standard_input() -> Path:
+    """Standard input as a file, since it is read more than once: kept until this process ends."""
+    if not _stdin:
+        place = Path(tempfile.mkdtemp(prefix="educe-stdin-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        with (place / "stdin").open("wb") as f:
+            shutil.copyfileobj(sys.stdin.buffer, f, 1 << 20)
+        _stdin.append(place / "stdin")
+    return _stdin[0]

@@ -1,0 +1,260 @@
+"""How the rows of a source are read: filter, columns, format, roles; one row of a file → its conversations, texts or pairs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jmespath
+from jmespath.exceptions import JMESPathError
+
+from educe.data.formats import FORMATS, Turns, detect
+from educe.data.messages import read_message
+from educe.data.tools import Row, Unfit, check_results, read_tools
+from educe.data.trees import paths_of, turns_of
+from educe.errors import RecipeError, Refusal
+from educe.types import Conversation, Document, Message, Pair, Role, Source
+
+Item = Conversation | Document | Pair | Refusal
+
+
+class Expression:
+    """A JMESPath expression (jmespath.org). Raises `RecipeError` where it is none; `name` is the knob it stands in."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.text, self.name = text, name
+        try:
+            self._compiled = jmespath.compile(text)
+        except JMESPathError as e:
+            found = f"{text!r} is no JMESPath expression: {' '.join(str(e).split())}."
+            raise RecipeError(103, name, found, "See jmespath.org, e.g. answers[0].text.") from e
+
+    def of(self, row: Row) -> Any:
+        """Its value on a row. Raises `Unfit`."""
+        try:
+            return self._compiled.search(row)
+        except JMESPathError as e:
+            raise Unfit(
+                "E-DATA-149", f"{self.name}: {' '.join(str(e).split())}", "Mend the expression or the row."
+            ) from e
+
+    def __reduce__(self) -> tuple[type[Expression], tuple[str, str]]:
+        return Expression, (self.text, self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """`format` is a name in `FORMATS` (None: told by each row's keys); `columns` make a new row of expressions on the given one, by
+    key; `where` keeps the rows for which it is true; `roles` are this source's names of roles; `system` stands before rows
+    that have none; `best`, `max_rank` and `languages` are for trees (see `trees.paths_of`)."""
+
+    format: str | None = None
+    columns: Mapping[str, Expression] = field(default_factory=dict)
+    where: Expression | None = None
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    system: str | None = None
+    best: bool = True
+    max_rank: int | None = None
+    languages: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            fix = f"One of {', '.join(FORMATS)}."
+            raise RecipeError(103, "format", f"{self.format!r} is no format.", fix)
+
+
+PLAIN = Reading()
+
+
+def read_row(row: Row, source: Source, reading: Reading = PLAIN) -> Sequence[Item]:
+    """What a row of a file holds, checked: usually one conversation."""
+    try:
+        if reading.where is not None and not reading.where.of(row):
+            return [
+                _refusal(
+                    Unfit("E-DATA-202", "where is false for the row.", "It is left out as the recipe says."), source
+                )
+            ]
+        if reading.columns:
+            made = {key: expression.of(row) for key, expression in reading.columns.items()}
+            row = {key: value for key, value in made.items() if value is not None}
+        name = reading.format or _format_of(row)
+        form = FORMATS[name]
+        if form.read is None:
+            return list(_READERS[name](row, source, reading))
+        if reading.format is None and type(row.get("label")) is bool:
+            found = "the row has a label (true or false): an answer is judged in it, not shown to be learned."
+            raise Unfit("E-DATA-150", found, "To learn from the good ones: where: label, and name the format.")
+        missing = form.keys - row.keys()
+        if missing:
+            raise Unfit("E-DATA-106", f"the row lacks {', '.join(sorted(missing))}.", f"Rows of {name} have it.")
+        return [_conversation(form.read(row), source, reading)]
+    except Unfit as e:
+        return [_refusal(e, source)]
+
+
+def to_conversation(row: Row, source: Source, reading: Reading = PLAIN) -> Conversation | Refusal:
+    """The first conversation of a row, or why there is none."""
+    first = read_row(row, source, reading)[0]
+    if isinstance(first, (Conversation, Refusal)):
+        return first
+    return _refusal(Unfit("E-DATA-150", f"the row is a {type(first).__name__.lower()}.", "Give conversations."), source)
+
+
+def _format_of(row: Row) -> str:
+    fits = detect(row)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        fix = "Remove the keys of one of them, or name the format."
+        raise Unfit("E-DATA-107", f"the row fits {' and '.join(fits)}.", fix)
+    known = "; ".join(f"{name}: {', '.join(sorted(f.keys))}" for name, f in FORMATS.items())
+    found = f"keys {', '.join(map(repr, list(row)[:8]))} fit no known format."
+    raise Unfit("E-DATA-106", found, f"Rename them, or map them with columns ({known}).")
+
+
+def _conversation(read: Turns, source: Source, reading: Reading) -> Conversation:
+    turns, tools = read
+    if reading.roles:
+        turns = [{**t, "role": reading.roles.get(r, r) if isinstance(r := t.get("role"), str) else r} for t in turns]
+    messages = tuple([read_message(turn, i) for i, turn in enumerate(turns)])
+    roles = [m.role for m in messages]
+    if "assistant" not in roles:
+        raise Unfit("E-DATA-145", "there is no assistant message to learn from.", "Add one, or remove the row.")
+    if "tool" in roles:
+        check_results(messages)
+    if reading.system is not None and messages[0].role not in ("system", "developer"):
+        messages = (Message(role="system", content=reading.system), *messages)
+    return Conversation(messages=messages, source=source, tools=tools)
+
+
+def _refusal(e: Unfit, source: Source) -> Refusal:
+    code, found, fix = e.args
+    return Refusal(code=code, where=str(source), found=found, fix=fix)
+
+
+# --- rows that are not one conversation ----------------------------------------------------------------------------------
+
+
+def _tree(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
+    root = row if "replies" in row else row.get("prompt")
+    paths = paths_of(root, best=reading.best, max_rank=reading.max_rank, languages=reading.languages)
+    for k, path in enumerate(paths):
+        at = source if len(paths) == 1 else replace(source, item=k)
+        yield _or_refusal(lambda path=path, at=at: _conversation((turns_of(path), ()), at, reading), at)  # type: ignore[misc]
+
+
+def _message(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
+    if "replies" in row:
+        return _tree(row, source, reading)
+    raise Unfit(
+        "E-DATA-152", "one message of a tree, without the others.", "Keep a tree's messages together in the file."
+    )
+
+
+def _natural(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
+    """Super-NaturalInstructions: the definition before each input; of several right outputs the first."""
+    definition, instances = row.get("Definition"), row.get("Instances")
+    text = "\n".join(definition) if isinstance(definition, list) and all(map(_is_text, definition)) else definition
+    if not isinstance(text, str) or not isinstance(instances, list) or not instances:
+        raise Unfit(
+            "E-DATA-106",
+            "Definition is no text, or Instances is no list of instances.",
+            "Give a task file as published.",
+        )
+    for k, one in enumerate(instances):
+        at = replace(source, item=k)
+        outputs = one.get("output") if isinstance(one, dict) else None
+        answer = outputs[0] if isinstance(outputs, list) and outputs else outputs
+        asked = one.get("input") if isinstance(one, dict) else None
+        prompt = f"{text}\n\n{asked}" if isinstance(asked, str) else asked
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        yield _or_refusal(lambda turns=turns, at=at: _conversation((turns, ()), at, reading), at)  # type: ignore[misc]
+
+
+def _text(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise Unfit("E-DATA-151", "text is empty or no text.", "Give text, or remove the row.")
+    yield Document(text=text, source=source)
+
+
+def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
+    keys = ("chosen", "rejected") if "chosen" in row else ("chosen_messages", "rejected_messages")
+    before = _before(row)
+    one, other = (_conversation((_said(row[k], before), read_tools(row)), source, reading) for k in keys)
+    yield Pair(chosen=one, rejected=other)
+
+
+def _before(row: Row) -> list[Row]:
+    """What both answers answer: `prompt` as text or messages, or the turns of `messages` or `conversations`."""
+    prompt = row.get("prompt")
+    given = (
+        prompt if isinstance(prompt, list) else next((row[k] for k in ("messages", "conversations") if row.get(k)), [])
+    )
+    turns = [_turn(t) for t in given] if isinstance(given, list) else []
+    if isinstance(prompt, str):
+        turns.append({"role": "user", "content": prompt})
+    system = row.get("system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _said(answer: Any, before: list[Row]) -> list[Row]:
+    """The whole conversation with an answer: text, a message, messages, or a whole conversation (also as hh-rlhf writes it)."""
+    if isinstance(answer, str) and re.match(r"\s*Human: ", answer):
+        parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + answer.lstrip())[1:]
+        roles = {"Human": "user", "Assistant": "assistant"}
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return [{"role": roles[who], "content": text.strip()} for who, text in pairs]
+    if isinstance(answer, str):
+        return [*before, {"role": "assistant", "content": answer}]
+    turns = [_turn(t) for t in (answer if isinstance(answer, list) else [answer])]
+    whole = bool(turns) and turns[0].get("role") in ("user", "system", "developer")
+    return turns if whole else [*before, *turns]
+
+
+def _turn(turn: Any) -> Row:
+    if not isinstance(turn, dict):
+        raise Unfit("E-DATA-141", f"a turn is a {type(turn).__name__}, no object.", "Give {role, content} objects.")
+    names = {"human": "user", "gpt": "assistant"}
+    return (
+        {**turn, "role": names.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        if "from" in turn
+        else turn
+    )
+
+
+def _or_refusal(make: Callable[[], Item], at: Source) -> Item:
+    try:
+        return make()
+    except Unfit as e:
+        return _refusal(e, at)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_READERS: dict[str, Callable[[Row, Source, Reading], Iterator[Item]]] = {
+    "preference": _pair,
+    "preference messages": _pair,
+    "oasst tree": _tree,
+    "oasst message": _message,
+    "natural instructions": _natural,
+    "text": _text,
+}
+
+
+class Group:
+    """Which group a row belongs to; rows of one group stay in one split. Literal JSON values are compared."""
+
+    def __init__(self, expression: str) -> None:
+        self._expression = Expression(expression, "data.group")
+
+    def of(self, row: Row) -> Any:
+        try:
+            return self._expression.of(row)
+        except Unfit:
+            return None
