@@ -173,9 +173,7 @@ def test_the_seed_deals_packs_anew() -> None:
     job: dict[str, Any] = {"lengths_N": np.full(40, 10), "order_K": permute(40, 3), "batch_tokens": 50}
     one, two = (plan_packs(**job, capacity_tokens=50, seed=s) for s in (1, 2))
     assert one.hash != two.hash
-    assert sorted(map(sorted, map(lambda s: s[0], all_steps(one)))) == sorted(
-        map(sorted, map(lambda s: s[0], all_steps(two)))
-    )
+    assert sorted(sorted(s[0]) for s in all_steps(one)) == sorted(sorted(s[0]) for s in all_steps(two))
 
 
 @few
