@@ -37,6 +37,7 @@ CODES: dict[str, str] = {
     "E-DATA-106": "format not recognised",
     "E-DATA-107": "row fits two formats",
     "E-DATA-108": "row has other fields than its table",
+    "E-DATA-109": "row of another format than its file's",
     "E-DATA-141": "messages missing, null, empty or not a list",
     "E-DATA-142": "unknown role",
     "E-DATA-143": "content missing or not text",

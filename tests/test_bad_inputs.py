@@ -191,7 +191,7 @@ def test_a_bad_row_is_counted_and_the_others_train(check: Checker, tmp_path: Pat
     rows = [line.encode() for line in GOOD]
     at = 8 if item == "14 cut short" else 4
     rows.insert(at, bad.encode() if isinstance(bad, str) else bad)
-    outcome = check(b"\n".join(rows))
+    outcome = check(b"\n".join(rows), "data: {train: {files: rows.jsonl, format: mixed}, max_tokens: 256}\n")
     assert outcome.exit_code == 0, outcome.told
     (line,) = outcome.unused
     assert (line["code"], line["line"], line["file"]) == (code, at + 1, str(tmp_path / "rows.jsonl"))
@@ -205,6 +205,9 @@ def test_a_bad_row_is_counted_and_the_others_train(check: Checker, tmp_path: Pat
 
 def test_many_bad_rows_are_counted_and_the_first_five_shown(check: Checker) -> None:
     outcome = check(ROWS + "42\n" * 300)
+    assert outcome.exit_code == 2
+    assert "300 of 308 rows are not used, more than the share of data.max_unused (0.5)" in outcome.told
+    outcome = check(None, "data: {train: rows.jsonl, max_tokens: 256, max_unused: 1.0}\n")
     assert outcome.exit_code == 0
     assert len(outcome.unused) == 300
     assert "E-DATA-105 300 rows" in outcome.told

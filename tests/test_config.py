@@ -11,7 +11,7 @@ from typing import Any, get_args
 import educe
 import pytest
 from educe.config import Full, Lora, Recipe, load_recipe, parse_recipe
-from educe.config.data import Data, FileSplit, Rates, Replay, ShareSplit, Task, Temperature, Trees, Unimax
+from educe.config.data import Data, FileSplit, Rates, Replay, Rows, ShareSplit, Task, Temperature, Trees, Unimax
 from educe.config.knobs import Knobs
 from educe.config.recipe import Evaluation, FileTemplate, Metric, NamedTemplate, OwnTemplate, Train
 from educe.errors import RecipeError
@@ -32,7 +32,7 @@ def refused(text: str) -> RecipeError:
 
 def test_a_short_recipe_has_every_default() -> None:
     recipe = parse_recipe(BASE, "r.yaml")
-    assert (recipe.name, recipe.model, recipe.data.train) == ("a", "m", "t.jsonl")
+    assert (recipe.name, recipe.model, recipe.data.train) == ("a", "m", Rows(files="t.jsonl"))
     assert recipe.tuning == Full(kind="full")
     assert recipe.template == OwnTemplate(kind="own")
     assert recipe.train == Train()
@@ -144,7 +144,6 @@ def test_an_unknown_key_is_placed_and_the_nearest_named(text: str, where: str, k
     "text, where, key",
     [
         ("name: a\nmodel: m\n", "r.yaml", "data"),
-        ("name: a\nmodel: m\ndata:\n  system: x\n", "r.yaml:3:1", "data.train"),
         ("model: m\ndata: {train: t}\n", "r.yaml", "name"),
         (BASE + "tuning:\n  rank: 3\n", "r.yaml:5:1", "tuning.kind"),
         (BASE + "  dev: {share: 0.1}\n", "r.yaml:5:3", "data.dev.kind"),
@@ -197,6 +196,9 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         error = refused(f"{BASE}train: {{{train}}}\n")
         assert error.code == "E-RECIPE-201"
         assert error.found.count("train.") + error.found.count("data.") >= 2
+    for data in ("system: x", "tasks: {}", "train: t, tasks: {a: {files: b}}", "train: t, hold_out: [a]",
+                 "tasks: {a: {files: b, rate: 2.0}}", "tasks: {a: {files: b}}, rates: {kind: explicit}"):  # fmt: skip
+        assert refused(f"name: a\nmodel: m\ndata: {{{data}}}\n").code == "E-RECIPE-201"
     parse_recipe(f"{BASE}  max_tokens: 100\ntrain: {{batch_tokens: 100, micro_batch_tokens: 100}}\n", "r.yaml")
 
 
@@ -218,7 +220,7 @@ def test_paths_are_anchored_at_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     rest = "  dev: {kind: file, file: ~/dev.jsonl}\n  test: {kind: share, share: 0.2}\nruns: ../runs\n"
     (tmp_path / "job" / "r.yaml").write_text(BASE.replace("t.jsonl", "rows/t.jsonl") + rest)
     recipe = load_recipe(Path("job/r.yaml"))
-    assert recipe.data.train == str(tmp_path / "job" / "rows" / "t.jsonl")
+    assert recipe.data.sources["train"].files == str(tmp_path / "job" / "rows" / "t.jsonl")
     assert recipe.data.dev == FileSplit(kind="file", file=str(home / "dev.jsonl"))
     assert recipe.data.test == ShareSplit(kind="share", share=0.2)
     assert recipe.run_path() == tmp_path / "runs" / "a"
@@ -287,7 +289,7 @@ recipes = st.builds(
     template=templates,
     data=st.builds(
         Data,
-        train=text,
+        train=text.filter(bool).map(lambda files: Rows(files=files)),
         dev=splits,
         test=splits,
         system=st.none() | text,
@@ -330,7 +332,9 @@ def reads() -> set[str]:
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if path.parent.name == "config":
-            tree.body = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "run_path"]  # type: ignore[misc]
+            tree.body = [
+                n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("run_path", "sources")
+            ]  # type: ignore[misc]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):
                 owner = node.value
@@ -340,9 +344,9 @@ def reads() -> set[str]:
 
 
 OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
-    Recipe: ("recipe", "self"), Data: ("data",), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
+    Recipe: ("recipe", "self"), Data: ("data", "self"), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
     Full: ("tuning",), Metric: ("metric",), FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
-    Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
+    Rows: ("rows",), Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
     OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
 }  # fmt: skip
 
@@ -367,7 +371,7 @@ def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
         (n, f) for b in blocks() for n, f in b.model_fields.items() if n in b.__annotations__
     ]
     assert 20 < len([n for n, f in fields if not (n == "kind" and f.is_required())]) <= 80
-    assert len({block.__name__ for block in blocks()}) == 18
+    assert len({block.__name__ for block in blocks()}) == 19
     for name, field in fields:
         if name != "data" and not (name == "kind" and field.is_required() and not field.description):
             assert field.description, name

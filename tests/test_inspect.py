@@ -60,7 +60,8 @@ def place(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(shared / "models/stories260k/model.safetensors", model)
         config = json.loads((shared / "models/stories260k/config.json").read_text()) | SMALL
         (model / "config.json").write_text(json.dumps(config))
-        text = f"name: {name}\nmodel: {model}\nruns: {home / 'runs'}\ndata: {{train: rows.jsonl, max_tokens: 8192}}\n"
+        text = f"name: {name}\nmodel: {model}\nruns: {home / 'runs'}\n"
+        text += "data: {train: {files: rows.jsonl, format: mixed}, max_tokens: 8192}\n"
         text += "train: {batch_tokens: 8192, micro_batch_tokens: 8192}\n"
         (home / f"{name}.yaml").write_text(text, encoding="utf-8")
     return home
@@ -121,7 +122,7 @@ def test_a_row_that_training_drops_is_shown_with_that_note(place: Path) -> None:
 def test_wrong_uses_are_told(place: Path) -> None:
     with pytest.raises(UsageError, match=r"'axolotl' is no mask. One of whole, trl"):
         educe.inspect(place / "smollm2.yaml", 1, diff="axolotl")
-    with pytest.raises(UsageError, match="there is no row at line 99; the last is at line 8"):
+    with pytest.raises(UsageError, match=r"there is no row at line 99 of rows\.jsonl; the last is at line 8"):
         educe.inspect(place / "smollm2.yaml", 99)
     code, said = run("inspect", place / "smollm2.yaml", "--row", "5")
     assert code == 2

@@ -179,7 +179,7 @@ device = Device(kind="cpu", dtype="float32", name="CPU", flops=1e9, why="")
 model = load_model(Path(sys.argv[1]), device, Full(kind="full"))
 batch = random_batch(model.vocabulary)
 sft_loss(model, batch, batch.total_weight).loss.backward()
-plan_packs(np.array([3, 4, 5]), epochs=2.0, batch_tokens=8, capacity_tokens=6, seed=0)
+plan_packs(np.array([3, 4, 5]), np.array([0, 1, 2, 1]), batch_tokens=8, capacity_tokens=6, seed=0)
 ids, good, bad = torch.tensor([1, 2]), torch.ones(2), torch.ones(3)
 q, k = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8)
 wrong = [
@@ -187,7 +187,7 @@ wrong = [
     lambda: token_nll(torch.zeros(1, 4), lambda h: h @ torch.zeros(4, 9), ids, bad[:1], denominator=1.0, vocabulary=9),
     lambda: token_nll(torch.zeros(2, 4), lambda h: h @ torch.zeros(4, 9), good, good, denominator=1.0, vocabulary=9),
     lambda: attend_documents(None, q, k, k, None),
-    lambda: plan_packs(np.ones((2, 2), int), epochs=1.0, batch_tokens=8, capacity_tokens=6, seed=0),
+    lambda: plan_packs(np.ones((2, 2), int), np.array([0]), batch_tokens=8, capacity_tokens=6, seed=0),
 ]
 for call in wrong:
     try:

@@ -200,7 +200,7 @@ def test_every_row_is_in_the_ledger_once(job: Job) -> None:
     statuses = Counter(line["status"] for line in ledger)
     assert statuses == {"train": 34, "dev": 2, "test": 4, "refused": 3, "dropped": 1}
     codes = {line["line"]: line["code"] for line in ledger if line["code"]}
-    assert codes == {21: "E-DATA-102", 22: "E-DATA-142", 23: "E-DATA-106", 24: "E-DATA-201"}
+    assert codes == {21: "E-DATA-102", 22: "E-DATA-142", 23: "E-DATA-109", 24: "E-DATA-201"}
 
 
 def test_the_export_is_the_trained_model(job: Job) -> None:

@@ -267,14 +267,15 @@ def _too_long(c: Conversation, longest: int, max_tokens: int) -> Refusal:
 
 
 def _trimmed(drafts: Sequence[Draft]) -> int:
-    """Answers that stand in their completion without white space that the row has."""
-    count = 0
+    """Answers that stand in their completion without white space that the row has at their ends."""
+    lost: set[int | None] = set()
     for d in drafts:
         for s in d.plan.slots:
             if s.segment.trained and s.segment.part == "content" and (s.piece is None or s.piece.ops):
-                given = d.row.get((s.segment.message, "content"))
-                count += given is not None and len(given) != len(s.filled(d.row).text)
-    return count
+                given, kept = d.row.get((s.segment.message, "content")), s.filled(d.row).text
+                if given is not None and len(given) != len(kept) and given.strip() == kept.strip():
+                    lost.add(s.segment.message)
+    return len(lost)
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from educe.config.knobs import Knobs, Share
 from educe.types import Role
@@ -94,10 +94,17 @@ class Unimax(Knobs):
     epochs: float = Field(gt=0, le=1000, description="most passes over one task")
 
 
+def _by_files(value: object) -> object:
+    """`train: rows.jsonl` is short for `train: {files: rows.jsonl}`."""
+    return {"files": value} if isinstance(value, str) else value
+
+
 class Data(Knobs):
     """Where the rows come from and which of their tokens are trained."""
 
-    train: str | None = Field(default=None, description="the training files, where there is one task")
+    train: Annotated[Rows | None, BeforeValidator(_by_files)] = Field(
+        default=None, description="the training rows, where there is one task: a block, or its files alone"
+    )
     tasks: dict[str, Task] = Field(default={}, description="the tasks of a mixture, by name")
     rates: Annotated[Rates | Temperature | Unimax, Field(discriminator="kind")] = Field(
         default=Rates(kind="proportional"), description="how often each task is drawn"
@@ -155,5 +162,7 @@ class Data(Knobs):
     @property
     def sources(self) -> dict[str, Rows]:
         """All rows that may be trained, by task: `train` alone is one task; `replay` comes last."""
-        made: dict[str, Rows] = dict(self.tasks) if self.train is None else {ONLY: Task(files=self.train)}
+        made: dict[str, Rows] = dict(self.tasks)
+        if self.train is not None:
+            made[ONLY] = Task.model_validate(self.train.model_dump())
         return made | ({REPLAY: self.replay} if self.replay is not None else {})

@@ -102,8 +102,9 @@ def _anchored_data(data: Data, base: Path) -> Data:
         return s.model_copy(update={"file": absolute(s.file)}) if isinstance(s, FileSplit) else s
 
     update = {"tasks": {name: rows(task) for name, task in data.tasks.items()}, "replay": rows(data.replay)}
-    train = absolute(data.train) if data.train is not None else None
-    return data.model_copy(update={**update, "train": train, "dev": split(data.dev), "test": split(data.test)})
+    return data.model_copy(
+        update={**update, "train": rows(data.train), "dev": split(data.dev), "test": split(data.test)}
+    )
 
 
 def _parse(text: str, shown: str) -> Any:

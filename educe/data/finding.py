@@ -39,12 +39,13 @@ def _found(spec: str) -> list[Path]:
     if spec.startswith(HUB):
         return _on_hub(spec.removeprefix(HUB), spec)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    there = _is_there(path, spec)
+    if there and path.is_dir():
         found = _data_in(path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
         if not found:
             raise DataError(10, spec, "is a directory without data files.", f"Data files end in {', '.join(SUFFIXES)}.")
         return found
-    if path.exists() or path.is_symlink():
+    if there:
         return [path]
     if any(c in spec for c in "*?["):
         base = Path(*itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts))
@@ -55,6 +56,16 @@ def _found(spec: str) -> list[Path]:
     if _HUB_ID.fullmatch(spec):
         return _on_hub(spec, spec)
     raise DataError(1, spec, "does not exist.", _near(path) or "Check the path; it is relative to the recipe.")
+
+
+def _is_there(path: Path, spec: str) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as e:  # a file among its parents, a name too long, a NUL
+        raise DataError(2, spec, f"cannot be read: {getattr(e, 'strerror', None) or e}.", "Check the path.") from e
+    return True
 
 
 def _near(path: Path) -> str:

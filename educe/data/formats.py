@@ -1,7 +1,7 @@
 """Row → turns, one pure function per format; the format of a row is recognised by its keys, never guessed between two.
 
-A format function gets the row and returns its turns in the `messages` form, still unchecked, and the tools it offers;
-`reading.read_row` checks all turns in one place.
+A format function gets the row and returns its turns in the `messages` form, still unchecked. What every conversation may have
+beside its turns (`BESIDE`) is read, and all turns are checked, in one place: `reading.read_row`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 from educe.data.anthropic import from_blocks, has_blocks
-from educe.data.tools import Row, Unfit, list_calls, read_tools
+from educe.data.tools import Row, Unfit, list_calls
 
-Turns = tuple[Sequence[Row], tuple[Row, ...]]
+Turns = Sequence[Row]
 
 # Spellings of ShareGPT files; anything else is for the recipe's `roles` to say.
 _SHAREGPT_ROLES = {
@@ -26,9 +26,7 @@ _SHAREGPT_ROLES = {
 
 def _messages(row: Row) -> Turns:
     turns = _turns(row, "messages", "{role, content}")
-    if len(row) > 1 and "system" in row:
-        turns = _with_system(row, turns)
-    return from_blocks(turns) if has_blocks(turns) else turns, read_tools(row)
+    return from_blocks(turns) if has_blocks(turns) else turns
 
 
 def _turns(row: Row, key: str, form: str) -> list[Row]:
@@ -43,8 +41,7 @@ def _turns(row: Row, key: str, form: str) -> list[Row]:
 
 
 def _sharegpt(row: Row) -> Turns:
-    turns = [_from_sharegpt(t, i) for i, t in enumerate(_turns(row, "conversations", "{from, value}"))]
-    return _with_system(row, turns), read_tools(row)
+    return [_from_sharegpt(t, i) for i, t in enumerate(_turns(row, "conversations", "{from, value}"))]
 
 
 def _from_sharegpt(turn: Row, i: int) -> Row:
@@ -60,7 +57,7 @@ def _alpaca(row: Row) -> Turns:
     if more is not None and not isinstance(more, str):
         raise Unfit("E-DATA-143", f"input is a {type(more).__name__}, not text.", "Give text, or leave it out.")
     prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
-    return _with_system(row, [*_history(row.get("history")), *_exchange(prompt, _no_list(row, "output"))]), ()
+    return [*_history(row.get("history")), *_exchange(prompt, _no_list(row, "output"))]
 
 
 def _history(history: Any) -> list[Row]:
@@ -74,11 +71,11 @@ def _history(history: Any) -> list[Row]:
 
 def _prompt_completion(row: Row) -> Turns:
     if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
-        return _exchange(_no_list(row, "prompt"), _no_list(row, "completion")), ()
+        return _exchange(_no_list(row, "prompt"), _no_list(row, "completion"))
     given, said = (_turns(row, key, "{role, content}") for key in ("prompt", "completion"))
     if not any(turn.get("role") == "assistant" for turn in said):
         raise Unfit("E-DATA-145", "there is no assistant message in completion.", "Add one, or remove the row.")
-    return [*map(_context, given), *said], read_tools(row)
+    return [*map(_context, given), *said]
 
 
 def _context(turn: Row) -> Row:
@@ -88,15 +85,11 @@ def _context(turn: Row) -> Row:
 
 
 def _prompt_response(row: Row) -> Turns:
-    return _exchange(_no_list(row, "prompt"), _no_list(row, "response")), ()
+    return _exchange(_no_list(row, "prompt"), _no_list(row, "response"))
 
 
 def _exchange(prompt: Any, answer: Any) -> list[Row]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _with_system(row: Row, turns: list[Row]) -> list[Row]:
-    return [{"role": "system", "content": _no_list(row, "system")}, *turns] if row.get("system") else turns
 
 
 def _no_list(row: Row, key: str) -> Any:
@@ -109,11 +102,11 @@ def _no_list(row: Row, key: str) -> Any:
 def _dolly(row: Row) -> Turns:
     ask, more = _no_list(row, "instruction"), _no_list(row, "context")
     prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
-    return _exchange(prompt, _no_list(row, "response")), ()
+    return _exchange(prompt, _no_list(row, "response"))
 
 
 def _question_answer(row: Row) -> Turns:
-    return _exchange(_no_list(row, "question"), _no_list(row, "answer")), ()
+    return _exchange(_no_list(row, "question"), _no_list(row, "answer"))
 
 
 # --- which one -----------------------------------------------------------------------------------------------------------
@@ -121,12 +114,13 @@ def _question_answer(row: Row) -> Turns:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`keys` must be there, none of `without` may. `read` makes turns of a row; None where rows of this format are no single
-    conversation (see `reading`)."""
+    """`keys` must be there, `optional` are read where they are, none of `without` may be. `read` makes turns of a row; None where
+    rows of this format are no single conversation (see `reading`)."""
 
     keys: frozenset[str]
     read: Callable[[Row], Turns] | None
     without: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
 
 
 def detect(row: Row) -> list[str]:
@@ -149,40 +143,42 @@ def evidence(row: Row) -> str:
     return " and ".join(f"{name} ({', '.join(sorted(FORMATS[name].keys))})" for name in fits) or "nothing"
 
 
-def unread_keys(row: Row, name: str) -> set[str]:
-    """Keys that no reader of this format looks at: counted, for what they might mean."""
-    read = FORMATS[name].keys | OPTIONAL.get(name, frozenset())
-    return {k for k in row if k not in read}
+@lru_cache(maxsize=512)
+def unread_keys(keys: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Of a row's keys, those that no reader of its format looks at."""
+    form = FORMATS[name]
+    read = form.keys | form.optional | (BESIDE if form.read is not None else frozenset())
+    return tuple(k for k in keys if k not in read)
 
 
 def _keys(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+# What any conversation may have beside its turns: a system prompt, tools, the loss weight of all its answers.
+BESIDE = _keys("system", "tools", "functions", "weight", "loss_weight", "train")
+
 # The open family: keys that a row must have, and the function that reads it.
 FORMATS: dict[str, Format] = {
     "messages": Format(_keys("messages"), _messages),
-    "sharegpt": Format(_keys("conversations"), _sharegpt, _keys("chosen", "rejected")),
-    "alpaca": Format(_keys("instruction", "output"), _alpaca),
+    "sharegpt": Format(_keys("conversations"), _sharegpt, without=_keys("chosen", "rejected")),
+    "alpaca": Format(_keys("instruction", "output"), _alpaca, optional=_keys("input", "history")),
     "dolly": Format(_keys("instruction", "context", "response"), _dolly),
     "prompt/completion": Format(_keys("prompt", "completion"), _prompt_completion),
-    "prompt/response": Format(_keys("prompt", "response"), _prompt_response, _keys("instruction")),
+    "prompt/response": Format(_keys("prompt", "response"), _prompt_response, without=_keys("instruction")),
     "question/answer": Format(_keys("question", "answer"), _question_answer),
-    "preference": Format(_keys("chosen", "rejected"), None),
+    "preference": Format(
+        _keys("chosen", "rejected"), None, optional=_keys("prompt", "messages", "conversations", "system", "tools")
+    ),
     "preference messages": Format(_keys("chosen_messages", "rejected_messages"), None),
-    "oasst tree": Format(_keys("message_tree_id", "prompt"), None),
-    "oasst message": Format(_keys("message_id", "parent_id", "role", "text"), None),
+    "oasst tree": Format(_keys("message_tree_id", "prompt"), None, optional=_keys("tree_state")),
+    "oasst message": Format(
+        _keys("message_id", "parent_id", "role", "text"),
+        None,
+        optional=_keys("message_tree_id", "replies", "rank", "lang", "deleted", "review_result"),
+    ),
     "natural instructions": Format(_keys("Definition", "Instances"), None),
     "text": Format(_keys("text"), None),
 }
+# Told only where nothing else fits: many rows of other formats carry a text.
 LAST = frozenset({"text"})
-OPTIONAL: dict[str, frozenset[str]] = {
-    "messages": _keys("tools", "functions", "system"),
-    "sharegpt": _keys("tools", "functions", "system"),
-    "alpaca": _keys("input", "system", "history"),
-    "prompt/completion": _keys("tools", "functions"),
-    "preference": _keys("prompt", "messages", "conversations", "system", "tools"),
-    "oasst tree": _keys("tree_state"),
-    "oasst message": _keys("message_tree_id", "replies", "rank", "lang", "deleted", "review_result"),
-    "natural instructions": _keys("Positive Examples", "Negative Examples", "Categories", "Input_language"),
-}

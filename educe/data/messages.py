@@ -7,6 +7,7 @@ one), tool results, loss weights. What a turn means and what cannot be kept is r
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from educe.data.tools import Row, Unfit, list_calls, read_call, read_tool_calls, text_or_none
@@ -17,6 +18,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "loss_weight")
 # A turn without any of these is a role and a content.
 _DEEP = frozenset({*_REASONING, *_WEIGHTS, "train", "tool_calls", "function_call", "tool_call_id", "name"})
+# All that is read of a turn; the last two are ShareGPT's names of the first two.
+TURN_KEYS = frozenset({"role", "content", *_DEEP, "from", "value"})
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6  # beyond them a product of float32 weights is 0 or infinite, in silence
 
 
@@ -115,6 +118,8 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
     kind = "reasoning" if part["type"] == "thinking" else part["type"]
     if kind not in _ORDER:
         raise Unfit("E-DATA-146", f"{where} is of type {kind!r}.", "Only text is read: remove the part or the row.")
+    if any(part.get(k) is not None for k in (*_WEIGHTS, "train")):
+        raise Unfit("E-DATA-148", f"{where} has a weight.", "Only whole turns have one: split the turn, or weigh it.")
     value = next((part[k] for k in ("text", part["type"], "value") if part.get(k) is not None), None)
     if kind != "tool_call" and not isinstance(value, str):
         shown = "missing" if value is None else f"a {type(value).__name__}"
@@ -136,6 +141,21 @@ def _reasoning(turn: Row, thoughts: list[str], place: str) -> str | None:
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------
+
+
+def row_weight(row: Row, turns: Sequence[Row]) -> Sequence[Row]:
+    """The turns with the row's own weight, if it has one, times that of each answer. Raises `Unfit`."""
+    weight = _weight(row, "assistant", "the row")
+    if weight is None:
+        return turns
+    made: list[Row] = []
+    for i, turn in enumerate(turns):
+        if turn.get("role") == "assistant":
+            own = _weight(turn, "assistant", f"messages[{i}]")
+            turn = {k: v for k, v in turn.items() if k not in (*_WEIGHTS, "train")}
+            turn["weight"] = weight if own is None else weight * own
+        made.append(turn)
+    return made
 
 
 def _weight(turn: Row, role: str, place: str) -> float | None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jmespath
 from jmespath.exceptions import JMESPathError
 
-from educe.data.formats import FORMATS, Turns, detect
-from educe.data.messages import read_message
+from educe.data.formats import FORMATS, Turns, detect, unread_keys
+from educe.data.messages import TURN_KEYS, read_message, row_weight
+from educe.data.sources import sample_rows
 from educe.data.tools import Row, Unfit, check_results, read_tools
 from educe.data.trees import paths_of, turns_of
 from educe.errors import RecipeError, Refusal
 from educe.types import Conversation, Document, Message, Pair, Role, Source
 
 Item = Conversation | Document | Pair | Refusal
+# The recipe's word for files whose rows are of several formats.
+MIXED = "mixed"
 
 
 class Expression:
@@ -46,11 +51,13 @@ class Expression:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """`format` is a name in `FORMATS` (None: told by each row's keys); `columns` make a new row of expressions on the given one, by
+    """`format` is a name in `FORMATS` (None: told by each row's keys), `of_file` the one that the rows of the file have been found
+    to have: a row of another one is refused; `columns` make a new row of expressions on the given one, by
     key; `where` keeps the rows for which it is true; `roles` are this source's names of roles; `system` stands before rows
     that have none; `best`, `max_rank` and `languages` are for trees (see `trees.paths_of`)."""
 
     format: str | None = None
+    of_file: str | None = None
     columns: Mapping[str, Expression] = field(default_factory=dict)
     where: Expression | None = None
     roles: Mapping[str, Role] = field(default_factory=dict)
@@ -61,15 +68,19 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in FORMATS:
-            fix = f"One of {', '.join(FORMATS)}."
+            fix = f"One of {', '.join(FORMATS)}; {MIXED} where every row may be of another one."
             raise RecipeError(103, "format", f"{self.format!r} is no format.", fix)
 
 
 PLAIN = Reading()
+# Rows of a file that are looked at to tell its format.
+NUM_SAMPLED = 24
+# Keys of things that would be left out of what the model reads, and whose rows would then teach something else.
+_LOST = ("images", "image", "videos", "video", "audios", "audio", "documents", "chat_template_kwargs")
 
 
-def read_row(row: Row, source: Source, reading: Reading = PLAIN) -> Sequence[Item]:
-    """What a row of a file holds, checked: usually one conversation."""
+def read_row(row: Row, source: Source, reading: Reading = PLAIN, unread: Counter[str] | None = None) -> Sequence[Item]:
+    """What a row of a file holds, checked: usually one conversation. Keys that mean nothing here are counted in `unread`."""
     try:
         if reading.where is not None and not reading.where.of(row):
             return [
@@ -77,11 +88,13 @@ def read_row(row: Row, source: Source, reading: Reading = PLAIN) -> Sequence[Ite
                     Unfit("E-DATA-202", "where is false for the row.", "It is left out as the recipe says."), source
                 )
             ]
-        if reading.columns:
-            made = {key: expression.of(row) for key, expression in reading.columns.items()}
-            row = {key: value for key, value in made.items() if value is not None}
-        name = reading.format or _format_of(row)
+        row = _mapped(row, reading)
+        name = reading.format or _format_of(row, reading.of_file)
         form = FORMATS[name]
+        if ignored := unread_keys(tuple(row), name):
+            _refuse_lost(row, "the row")
+            if unread is not None:
+                unread.update(ignored)
         if form.read is None:
             return list(_READERS[name](row, source, reading))
         if reading.format is None and type(row.get("label")) is bool:
@@ -90,22 +103,67 @@ def read_row(row: Row, source: Source, reading: Reading = PLAIN) -> Sequence[Ite
         missing = form.keys - row.keys()
         if missing:
             raise Unfit("E-DATA-106", f"the row lacks {', '.join(sorted(missing))}.", f"Rows of {name} have it.")
-        return [_conversation(form.read(row), source, reading)]
+        turns = form.read(row)
+        if unread is not None:
+            unread.update(f"{k} (of a turn)" for t in turns if len(t) > 2 for k in t.keys() - TURN_KEYS)
+        return [_conversation(turns, source, reading, row)]
     except Unfit as e:
         return [_refusal(e, source)]
 
 
-def to_conversation(row: Row, source: Source, reading: Reading = PLAIN) -> Conversation | Refusal:
+def reading_for(reading: Reading, file: Path, header: Sequence[str] = ()) -> Reading:
+    """The same for a file, with the format that its rows are found to have."""
+    if reading.format is not None or reading.of_file is not None:
+        return reading
+    rows = [row for _, row in sample_rows([file], NUM_SAMPLED, header) if isinstance(row, dict)]
+    return replace(reading, of_file=format_of_rows(rows, reading))
+
+
+def format_of_rows(rows: Sequence[Row], reading: Reading) -> str | None:
+    """The format that most of some rows of a file have by their keys; None where none is told."""
+    told: Counter[str] = Counter()
+    for row in rows:
+        try:
+            fits = detect(_mapped(row, reading))
+        except Unfit:
+            continue
+        told.update(fits if len(fits) == 1 else ())
+    return told.most_common(1)[0][0] if told else None
+
+
+def _mapped(row: Row, reading: Reading) -> Row:
+    if not reading.columns:
+        return row
+    made = {key: expression.of(row) for key, expression in reading.columns.items()}
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def _refuse_lost(row: Row, what: str) -> None:
+    for key in _LOST:
+        if row.get(key):
+            found = f"{what} has {key}, which would be left out of what the model reads."
+            fix = "Remove the row; or, if it holds without them, the key."
+            if key == "chat_template_kwargs":
+                fix = "Set them for all rows: template.settings in the recipe."
+            raise Unfit("E-DATA-146", found, fix)
+
+
+def to_conversation(
+    row: Row, source: Source, reading: Reading = PLAIN, unread: Counter[str] | None = None
+) -> Conversation | Refusal:
     """The first conversation of a row, or why there is none."""
-    first = read_row(row, source, reading)[0]
+    first = read_row(row, source, reading, unread)[0]
     if isinstance(first, (Conversation, Refusal)):
         return first
     return _refusal(Unfit("E-DATA-150", f"the row is a {type(first).__name__.lower()}.", "Give conversations."), source)
 
 
-def _format_of(row: Row) -> str:
+def _format_of(row: Row, of_file: str | None) -> str:
     fits = detect(row)
     if len(fits) == 1:
+        if of_file not in (None, MIXED, fits[0]):
+            found = f"the row is of the format {fits[0]}, the file's rows are of {of_file}."
+            raise Unfit("E-DATA-109", found, f"To take rows of several formats: format: {MIXED}.")
         return fits[0]
     if fits:
         fix = "Remove the keys of one of them, or name the format."
@@ -115,10 +173,22 @@ def _format_of(row: Row) -> str:
     raise Unfit("E-DATA-106", found, f"Rename them, or map them with columns ({known}).")
 
 
-def _conversation(read: Turns, source: Source, reading: Reading) -> Conversation:
-    turns, tools = read
+def _conversation(turns: Turns, source: Source, reading: Reading, row: Row) -> Conversation:
+    """Turns and what stands beside them in the row, checked."""
+    tools: tuple[Row, ...] = ()
+    if len(row) > 1:
+        tools = read_tools(row)
+        if system := row.get("system"):
+            if not isinstance(system, str):
+                found = f"system is a {type(system).__name__}, not text."
+                raise Unfit("E-DATA-143", found, "Give text, or leave it out.")
+            turns = [{"role": "system", "content": system}, *turns]
+        turns = row_weight(row, turns)
     if reading.roles:
         turns = [{**t, "role": reading.roles.get(r, r) if isinstance(r := t.get("role"), str) else r} for t in turns]
+    for i, turn in enumerate(turns):
+        if len(turn) > 2:
+            _refuse_lost(turn, f"messages[{i}]")
     messages = tuple([read_message(turn, i) for i, turn in enumerate(turns)])
     roles = [m.role for m in messages]
     if "assistant" not in roles:
@@ -143,7 +213,7 @@ def _tree(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
     paths = paths_of(root, best=reading.best, max_rank=reading.max_rank, languages=reading.languages)
     for k, path in enumerate(paths):
         at = source if len(paths) == 1 else replace(source, item=k)
-        yield _or_refusal(lambda path=path, at=at: _conversation((turns_of(path), ()), at, reading), at)  # type: ignore[misc]
+        yield _or_refusal(lambda path=path, at=at: _conversation(turns_of(path), at, reading, {}), at)  # type: ignore[misc]
 
 
 def _message(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
@@ -171,7 +241,7 @@ def _natural(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
         asked = one.get("input") if isinstance(one, dict) else None
         prompt = f"{text}\n\n{asked}" if isinstance(asked, str) else asked
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        yield _or_refusal(lambda turns=turns, at=at: _conversation((turns, ()), at, reading), at)  # type: ignore[misc]
+        yield _or_refusal(lambda turns=turns, at=at: _conversation(turns, at, reading, {}), at)  # type: ignore[misc]
 
 
 def _text(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
@@ -184,7 +254,8 @@ def _text(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
 def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
     keys = ("chosen", "rejected") if "chosen" in row else ("chosen_messages", "rejected_messages")
     before = _before(row)
-    one, other = (_conversation((_said(row[k], before), read_tools(row)), source, reading) for k in keys)
+    beside: Row = {key: row[key] for key in ("tools", "functions") if key in row}
+    one, other = (_conversation(_said(row[k], before), source, reading, {"": None, **beside}) for k in keys)
     yield Pair(chosen=one, rejected=other)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from educe.types import Conversation, Message
 
 HeldOut = Literal["dev", "test"]
+HELD_OUT: tuple[HeldOut, ...] = ("dev", "test")
 
 
 def group_key(value: Any) -> str:
@@ -62,7 +63,7 @@ class Shares:
         return "test" if int(key[32:48], 16) < self.test * 2**64 else "train"
 
 
-def nearest(keys: Iterable[str], split: HeldOut) -> str | None:
-    """The key that a larger share of `split` would take first."""
+def nearness(key: str, split: HeldOut) -> str:
+    """What keys are ordered by: a larger share of `split` would take the least first."""
     at = 0 if split == "dev" else 32
-    return min(keys, key=lambda k: k[at : at + 16] + k, default=None)
+    return key[at : at + 16] + key

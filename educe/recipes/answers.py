@@ -46,7 +46,7 @@ def questions_of(prepared: Prepared, recipe: Recipe) -> list[Asked]:
     rows = prepared.conversations("test")
     if not rows:
         fix = "Give data.test a file, or a larger share, and train again."
-        raise EvalError(1, recipe.data.train or "data.tasks", "has no test rows.", fix)
+        raise EvalError(1, "data", "has no test rows.", fix)
     asked = []
     for i in sorted(permute(len(rows), derive(recipe.train.seed, "test"))[: recipe.evaluation.max_rows].tolist()):
         c = rows[i]

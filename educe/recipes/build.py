@@ -22,10 +22,10 @@ from educe.chat.weights import POLICIES, Weighing
 from educe.config import Recipe
 from educe.config.data import Data, ShareSplit
 from educe.data.near import Tokens, near_copies
-from educe.data.reading import Group, Reading, read_row
+from educe.data.opening import compression_of
+from educe.data.reading import MIXED, Group, Reading, read_row, reading_for
 from educe.data.sources import sample_rows, spans_of
-from educe.data.split import HeldOut, Shares
-from educe.data.trees import is_message
+from educe.data.split import HELD_OUT, HeldOut, Shares, nearness
 from educe.errors import DataError, Refusal
 from educe.files.atomic import directory
 from educe.files.jsonl import write_jsonl
@@ -48,6 +48,7 @@ from educe.store.token_store import joined_tokens, open_store
 from educe.types import Conversation
 
 TEMPLATE = "chat_template.jinja"
+MOST_FILES, MOST_KEYS = 50, 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,8 @@ def build(
         counts = sum((d.counts for d in done), Counter[str]()) + _join_ledger(place, done, job, copies)
         shutil.rmtree(job.place)
         _write(place, done, settled)
-        _dump(place / "summary.json", _summary(place, done, counts, settled, engine, names))
+        summary = _summary(place, done, counts, settled, engine, names)
+        _dump(place / "summary.json", {**summary, "files": _files(parts)})
 
 
 def sample_of(inputs: Sequence[Input]) -> list[Conversation]:
@@ -117,19 +119,14 @@ def sample_of(inputs: Sequence[Input]) -> list[Conversation]:
 
 
 def _parts(inputs: Sequence[Input], about_bytes: int) -> list[Part]:
-    spans = [
-        (i, span)
-        for i in inputs
-        for file in i.files
-        for span in spans_of(file, _cut_bytes(file, i, about_bytes), i.header)
-    ]
-    return [Part(number=n, role=i.role, task=i.task, span=span, reading=i.reading) for n, (i, span) in enumerate(spans)]
-
-
-def _cut_bytes(file: Path, i: Input, about_bytes: int) -> int | None:
-    """How large a part of a file may be; None where its rows need each other (messages of trees)."""
-    first = next((row for _, row in sample_rows([file], 1, i.header)), None)
-    return None if isinstance(first, dict) and is_message(first) else about_bytes
+    parts: list[Part] = []
+    for i in inputs:
+        for file in i.files:
+            reading = reading_for(i.reading, file, i.header)
+            whole = reading.of_file == "oasst message"  # rows that need each other
+            for span in spans_of(file, None if whole else about_bytes, i.header):
+                parts.append(Part(number=len(parts), role=i.role, task=i.task, span=span, reading=reading))
+    return parts
 
 
 def _job(recipe: Recipe, tokenizer: ChatTokenizer, place: Path, names: Sequence[str], *, alone: bool) -> Job:
@@ -172,17 +169,20 @@ def _done(
 
 
 def _forced(shares: Shares, done: Sequence[Done]) -> dict[str, HeldOut]:
-    """Keys to be held out for a share that took no row, while there are two different ones at least."""
+    """A key to be held out for a share that took no row, while there are two different ones at least."""
     trained = {bytes(d.keys["train"][i : i + 8]) for d in done for i in range(0, min(len(d.keys["train"]), 24), 8)}
-    forced: dict[str, HeldOut] = {}
-    wanted: tuple[tuple[HeldOut, float, int], ...] = (("dev", shares.dev, 0), ("test", shares.test, 32))
-    for split, share, at in wanted:
-        if share and len(trained) > 1 and not any(d.keys[split] for d in done) and split not in shares.forced.values():
-            near = [d.near[split] for d in done if split in d.near and d.near[split] not in forced]
-            if near:
-                forced[min(near, key=lambda k: k[at : at + 16] + k)] = split
-                break  # the other one may have none left to take
-    return forced
+    if len(trained) < 2:
+        return {}
+    for split in HELD_OUT:
+        share = shares.dev if split == "dev" else shares.test
+        if not share or any(d.keys[split] for d in done) or split in shares.forced.values():
+            continue
+        near = {k for d in done for k in d.near.get(split, ()) if k not in shares.forced}
+        if near:
+            return {
+                min(near, key=lambda k: nearness(k, split)): split
+            }  # one: the other share may have none left to take
+    return {}
 
 
 # --- what is written -----------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def _write(place: Path, done: Sequence[Done], tokenizer: ChatTokenizer) -> None:
 
 _COUNTED = (
     *("trimmed turns", "opening turns", "unanswered ends", "split rows", "repeated tokens", "documents", "near copies"),
-    *("turn splits", "cut rows", "lost trained tokens", "unfinished answers"),
+    *("control strings", "turn splits", "cut rows", "lost trained tokens", "unfinished answers"),
 )
 
 
@@ -296,8 +296,24 @@ def _summary(
         "engine_why": engine.reason,
         "stop": {words.get(i, tokenizer.decode([i])): n for i, n in stops.most_common()},
         "trained_turns": stops.total(),
+        "unread_keys": dict(sum((d.unread for d in done), Counter[str]()).most_common(MOST_KEYS)),
         **{name.replace(" ", "_"): counts[name] for name in _COUNTED},
     }
+
+
+def _files(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What the files are, and what that was told by; the first `MOST_FILES` of them."""
+    first = {part.span.path: part for part in reversed(parts)}
+    return [
+        {
+            "file": str(path),
+            "container": part.span.container,
+            "compression": compression_of(path),
+            "format": part.reading.format or part.reading.of_file,
+            "named": part.reading.format is not None or part.reading.of_file == MIXED,
+        }
+        for path, part in sorted(first.items(), key=lambda kv: kv[1].number)[:MOST_FILES]
+    ]
 
 
 def _nothing_left(inputs: Sequence[Input], done: Sequence[Done]) -> DataError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from educe.chat.view import Span, view
 from educe.chat.weights import Weighing
 from educe.config import Recipe
 from educe.data.formats import detect
-from educe.data.reading import to_conversation
+from educe.data.reading import reading_for, to_conversation
 from educe.data.sources import read_rows
 from educe.data.trees import joined
 from educe.errors import Refusal, UsageError
@@ -73,6 +74,7 @@ class _Row:
     form: str
     conversation: Conversation | Refusal
     others: list[Conversation]
+    unread: tuple[str, ...]
 
 
 def inspect(recipe: Recipe, row: str, say: Say, diff: str | None = None) -> Inspection:
@@ -155,9 +157,10 @@ def _find(recipe: Recipe, row: str, *, look: bool) -> _Row:
     for source, value in joined(read_rows(file, read.header)):
         last = source.line
         if source.line == int(line):
-            made = value if isinstance(value, Refusal) else to_conversation(value, source, read.reading)
+            reading, unread = reading_for(read.reading, file, read.header), Counter[str]()
+            made = value if isinstance(value, Refusal) else to_conversation(value, source, reading, unread)
             raw = {} if isinstance(value, Refusal) else value
-            return _Row(raw, read.reading.format or "".join(detect(raw)[:1]), made, others)
+            return _Row(raw, reading.format or "".join(detect(raw)[:1]), made, others, tuple(unread))
     what = f"there is no row at line {line} of {file.name}; the last is at line {last}."
     raise UsageError(101, "--row", what, "Give the line of a row in the training file.")
 

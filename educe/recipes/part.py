@@ -29,7 +29,7 @@ from educe.chat.view import joined, view
 from educe.chat.weights import Weighing, answered_turn
 from educe.data.reading import Group, Reading, read_row
 from educe.data.sources import Span, read_span
-from educe.data.split import Shares, group_key, prompt_key, row_key
+from educe.data.split import HELD_OUT, HeldOut, Shares, group_key, nearness, prompt_key, row_key
 from educe.data.trees import joined as joined_messages
 from educe.errors import Refusal
 from educe.store.shards import Shard
@@ -79,16 +79,20 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class Done:
-    """What the rows of a part became. `keys` are the first 8 bytes of the keys of the rows kept in each split, `rows` digests of the
-    rows kept for training; `near` the keys that a larger share would hold out first; `shots` a sample of the rows kept for
-    training, by digest; `caught` says why all must be done again more carefully ("" if not)."""
+    """What the rows of a part became.
+
+    `unread` counts the keys of rows that mean nothing; `keys` are the first 8 bytes of the keys of the rows kept in each split,
+    `rows` digests of the rows kept for training; `near` the keys that a larger share would hold out first; `shots` a sample of the
+    rows kept for training, by digest; `caught` says why all must be done again more carefully ("" if not).
+    """
 
     number: int
     counts: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
     stops: Counter[int] = field(default_factory=Counter)
     keys: dict[Split, bytearray] = field(default_factory=lambda: {s: bytearray() for s in SPLITS})
     rows: bytearray = field(default_factory=bytearray)
-    near: dict[str, str] = field(default_factory=dict)
+    near: dict[HeldOut, list[str]] = field(default_factory=dict)
     shots: dict[bytes, dict[str, Any]] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
     first_unused: dict[str, Any] | None = None
@@ -107,7 +111,7 @@ def do(part: Part, job: Job, tokenizer: ChatTokenizer, engine: Engine) -> Done:
         shards = {s: stack.enter_context(Shard(place / s)) for s in SPLITS}
         files = {n: stack.enter_context((place / f"{n}.jsonl").open("wb")) for n in ("ledger", "dev", "test")}
         work = _Work(part, job, Renderer(settled, remembers=not job.careful), engine, shards, files)
-        rows = _rows(part, job)
+        rows = _rows(part, job, work.unread)
         while True:
             with _no_garbage():
                 block = list(islice(rows, BLOCK_ROWS))
@@ -128,13 +132,13 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def _rows(part: Part, job: Job) -> Iterator[Row]:
-    """The rows, each with the key that decides about its split."""
+def _rows(part: Part, job: Job, unread: Counter[str]) -> Iterator[Row]:
+    """The rows, each with the key that decides about its split; keys that mean nothing are counted in `unread`."""
     for source, value in joined_messages(read_span(part.span)):
         if isinstance(value, Refusal):
             yield source, value, ""
             continue
-        items = read_row(value, source, part.reading)
+        items = read_row(value, source, part.reading, unread)
         group = job.group.of(value) if job.group is not None else value.get("message_tree_id")
         for item in items:
             at = source if isinstance(item, Refusal) else item.source
@@ -172,6 +176,10 @@ class _Work:
         self._bar = b"\xff" * 12  # digests of rows that may still be among the lowest
         self._shown: list[Conversation] = []
 
+    @property
+    def unread(self) -> Counter[str]:
+        return self._done.unread
+
     def block(self, rows: Sequence[Row]) -> bool:
         """Do a block of rows; False where the part is given up (see `Done.caught` and `over_limits`)."""
         lines: list[dict[str, Any]] = [{}] * len(rows)
@@ -183,7 +191,7 @@ class _Work:
             split: Split = self._part.role
             if split == "train":
                 split = self._job.shares.of(key)
-                for name in ("dev", "test"):
+                for name in HELD_OUT:
                     self._nearer(name, key)
             mine[split].append(k)
         made: list[Made | Refusal | None] = [None] * len(rows)
@@ -269,6 +277,9 @@ class _Work:
     ) -> None:
         done, examples, of_rows = self._done, [], []
         task = self._part.task
+        numbers = list(numbers)
+        if split == "train":
+            done.counts["control strings"] += self._num_wild([rows[k][1] for k in numbers])
         for k in numbers:
             (source, item, key), got = rows[k], made[k]
             if isinstance(got, Refusal):
@@ -298,6 +309,12 @@ class _Work:
             done.shots = {d: done.shots[d] for d in sorted(done.shots)[:NUM_SHOTS]}
             self._bar = max(done.shots)
 
+    def _num_wild(self, items: Sequence[Any]) -> int:
+        """Rows whose text holds the text of a control token."""
+        holds = self._renderer.tokenizer.holds_control
+        texts = ["\ue000".join(_texts(item)) for item in items]
+        return sum(map(holds, texts)) if holds("\ue000".join(texts)) else 0
+
     def _count(self, item: Conversation | Document, made: Made, sizes: Sequence[int], digest: bytes) -> None:
         done, counts = self._done, self._done.counts
         done.rows += digest[:8]
@@ -322,11 +339,11 @@ class _Work:
         if digest < self._bar:
             done.shots[digest] = as_line(item)
 
-    def _nearer(self, split: str, key: str) -> None:
-        at = 0 if split == "dev" else 32
-        best = self._done.near.get(split)
-        if best is None or key[at : at + 16] < best[at : at + 16]:
-            self._done.near[split] = key
+    def _nearer(self, split: HeldOut, key: str) -> None:
+        """Note a key if it is one of the two that a larger share would take first (the other share may need one of them)."""
+        best = self._done.near.setdefault(split, [])
+        if key not in best and (len(best) < 2 or nearness(key, split) < nearness(best[1], split)):
+            self._done.near[split] = sorted([*best, key], key=lambda k: nearness(k, split))[:2]
 
     def _line(self, source: Source, status: str, digest: bytes | None) -> dict[str, Any]:
         place = {
@@ -344,6 +361,12 @@ class _Work:
         self._done.counts[status] += 1
         self._done.first_unused = self._done.first_unused or line
         return line
+
+
+def _texts(item: Conversation | Document | Refusal) -> list[str]:
+    if isinstance(item, Conversation):
+        return [t for m in item.messages for t in (m.content, m.reasoning) if t]
+    return [item.text] if isinstance(item, Document) else []
 
 
 def _digest(item: Conversation | Document) -> bytes:

@@ -20,7 +20,7 @@ from educe.config import Recipe
 from educe.config.data import Data, FileSplit, Rows, Task
 from educe.config.recipe import FileTemplate
 from educe.data.finding import find_files
-from educe.data.reading import Expression, Reading
+from educe.data.reading import MIXED, Expression, Reading
 from educe.data.sources import container_of
 from educe.files.hashes import cache_dir, hash_file, hash_json
 from educe.files.jsonl import read_jsonl
@@ -111,7 +111,7 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
     for split, held in splits:
         if isinstance(held, FileSplit):
             named = next((n for n, name in enumerate(names) if name == held.task), 0)
-            rows = data.sources[held.task] if held.task else Rows(files=held.file)
+            rows = data.sources[held.task or names[0]]
             files, reading = find_files(held.file, own), reading_of(rows, data)
             inputs.append(Input(role=split, task=named, files=files, reading=reading, header=rows.header))
     for i in inputs:
@@ -123,7 +123,8 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
 def reading_of(rows: Rows, data: Data) -> Reading:
     """How a source's rows are read. Raises `RecipeError` for an expression that is none."""
     return Reading(
-        format=rows.format,
+        format=None if rows.format == MIXED else rows.format,
+        of_file=MIXED if rows.format == MIXED else None,
         columns={key: Expression(text, f"columns.{key}") for key, text in rows.columns.items()},
         where=Expression(rows.where, "where") if rows.where is not None else None,
         roles=rows.roles,

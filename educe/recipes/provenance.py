@@ -35,8 +35,8 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[s
     skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
     data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
-    policy = recipe.data.model_dump(mode="json", exclude={"train": True, "max_unused": True})
-    for block in (policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
+    policy = recipe.data.model_dump(mode="json", exclude={"max_unused"})
+    for block in (policy["train"], policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
         for place in ("file", "files"):
             (block or {}).pop(place, None)
     return {
