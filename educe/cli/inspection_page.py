@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from educe.cli.inspection import PARTS, flow, head_of, in_cell, kind_of, message_of, shown, stop_of, weight_after
 from educe.errors import CODES
-from educe.files.atomic import write_text
+from educe.files.atomic import write_new
 
 if TYPE_CHECKING:
     from educe.chat.masks import OtherMask
@@ -68,7 +68,7 @@ def write_inspection(found: Inspection, target: Path) -> None:
     """Write the row, or why it is refused, as one page."""
     title = _e(f"{Path(found.place).name}{f' · {found.form}' if found.form else ''}")
     body = _refused(found) if found.refusal is not None else _row(found)
-    write_text(target, _PAGE.format(title=title, policy=_POLICY, css=_CSS, body="\n".join(body)))
+    write_new(target, _PAGE.format(title=title, policy=_POLICY, css=_CSS, body="\n".join(body)), over=_PAGE[:15])
 
 
 def _e(text: str) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +194,7 @@ def template(what: str, as_json: bool, fixed: Path | None) -> None:
         show_template(found, what, fixed)
     if fixed is not None:
         write_fixed(found, fixed)
-    sys.exit(0 if found.usable else 2)
+    sys.exit(0 if found.usable or fixed is not None else 2)
 
 
 @cli.command()
@@ -209,26 +214,64 @@ def _run(path: Path | None) -> Run:
 
 def main(args: list[str] | None = None) -> Any:
     """Entry point: user errors are told on stderr with exit code 2, an interrupted run exits 130 or 143."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows fewer characters shows the others escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with _terminable():
+        try:
+            code = _run_cli(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read our output has gone
+            code = 141
+        except OSError as e:
+            if e.filename is not None:
+                raise
+            click.echo(f"The output cannot be written: {e.strerror}.", err=True)
+            code = 2
+    if code in (2, 141):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+    sys.exit(code)
+
+
+def _run_cli(args: list[str] | None) -> int:
     try:
         result = cli.main(args=args, prog_name="educe", standalone_mode=False)
-        sys.exit(result if isinstance(result, int) else 0)
+        return result if isinstance(result, int) else 0
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 0
     except EduceError as e:
         _tell(e)
-        sys.exit(2)
-    except click.exceptions.Abort:
-        sys.exit(130)
+        return 2
     except click.ClickException as e:
         e.show()
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return 2
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        return 130
     except Exception as e:
         stopped = _stopped(e)
         if stopped is None:
             raise
         click.echo(f"Saved after step {stopped[1]}. The same command goes on from there.", err=True)
-        sys.exit(128 + stopped[0])
+        return 128 + stopped[0]
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the process like an error does, so that nothing half made stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    old = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _stopped(e: Exception) -> tuple[int, int] | None:

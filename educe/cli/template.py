@@ -13,7 +13,7 @@ from rich.text import Text
 from educe.cli.inspection import shown
 from educe.cli.screens import console
 from educe.errors import UsageError
-from educe.files.atomic import write_text
+from educe.files.atomic import write_new
 
 if TYPE_CHECKING:
     from educe.recipes.template import TemplateReport
@@ -51,7 +51,7 @@ def write_fixed(found: TemplateReport, target: Path) -> None:
     if found.fix is None:
         why = "the template is usable as it is" if found.usable else "no correction could be proved"
         raise UsageError(101, "--fixed", f"there is nothing to write: {why}.", "Leave --fixed out.")
-    write_text(target, found.fix.template)
+    write_new(target, found.fix.template)
     click.echo(f"Written to {target}. Use it: template: {{kind: file, file: {target}}}", err=True)
 
 

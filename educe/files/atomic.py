@@ -7,11 +7,14 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from educe.errors import MachineError
+import psutil
+
+from educe.errors import MachineError, UsageError
 from educe.files.hashes import hash_file, hash_json
 
 MANIFEST = "manifest.json"
@@ -37,13 +40,10 @@ def told(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _full(path) from e
-        if (
-            isinstance(e, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError))
-            or e.errno == errno.EROFS
-        ):
-            fix = "Choose a directory you may write to."
-            raise MachineError(4, str(path), f"cannot be written: {e.strerror}.", fix) from e
-        raise
+        if e.errno is None:
+            raise
+        fix = "Choose a place you may write to."
+        raise MachineError(4, str(path), f"cannot be written: {e.strerror}.", fix) from e
     except Exception as e:
         if "No space left" in str(e) or "Disk quota" in str(e):  # writers in Rust and C++ have errors of their own
             raise _full(path) from e
@@ -69,6 +69,24 @@ def write_text(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def write_new(path: Path, text: str, *, over: str | None = None) -> None:
+    """Write a file where a user said, never over something else: what stands there may be replaced only if it begins with `over`.
+
+    Raises `UsageError`.
+    """
+    if not path.name:
+        raise UsageError(101, f"'{path}'", "is no name of a file.", "Give one.")
+    with told(path):
+        there = path.is_symlink() or path.exists()
+        mine = there and over is not None and path.is_file() and not path.is_symlink()
+        if mine and over is not None:
+            with path.open("rb") as f:
+                mine = f.read(len(over.encode())) == over.encode()
+    if there and not mine:
+        raise UsageError(101, str(path), "exists, and is nothing that this command wrote.", "Give another name.")
+    write_text(path, text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically, indented for people."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -88,6 +106,7 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
         shutil.rmtree(part, ignore_errors=True)
+        _remove_left_over(path)
         part.mkdir()
         try:
             yield part
@@ -111,6 +130,16 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
             if old.exists() and not path.exists():
                 old.replace(path)
             raise
+
+
+def _remove_left_over(path: Path) -> None:
+    """Unfinished places of processes that were killed: the process is gone, and nobody wrote there for an hour (another machine
+    may write to the same disk)."""
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        owner = left.name.split(".")[-2]
+        newest = max((p.stat().st_mtime for p in (left, *left.rglob("*"))), default=0.0)
+        if owner.isdigit() and not psutil.pid_exists(int(owner)) and time.time() - newest > 3600:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def verify(path: Path) -> dict[str, Any] | str:

@@ -28,7 +28,6 @@ from educe.data.sources import sample_rows, spans_of
 from educe.data.split import HELD_OUT, HeldOut, Shares, nearness
 from educe.errors import DataError, Refusal
 from educe.files.atomic import directory
-from educe.files.jsonl import write_jsonl
 from educe.model.source import Say
 from educe.recipes.hands import MOST_BYTES, done_by, num_hands
 from educe.recipes.part import (
@@ -253,7 +252,7 @@ def _lines(part: Path, first: int, wanted: Collection[int] | None = None) -> Ite
 
 def _write(place: Path, done: Sequence[Done], tokenizer: ChatTokenizer) -> None:
     shots = {digest: line for d in done for digest, line in d.shots.items()}
-    write_jsonl(place / "shots.jsonl", [shots[d] for d in sorted(shots)[:NUM_SHOTS]])
+    (place / "shots.jsonl").write_bytes(b"".join([shots[d] for d in sorted(shots)[:NUM_SHOTS]]))
     (place / TEMPLATE).write_text(tokenizer.template.source, encoding="utf-8")
     _dump(place / "preview.json", [p for d in done for p in d.previews][:NUM_PREVIEWS])
 
@@ -318,11 +317,19 @@ def _files(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 def _nothing_left(inputs: Sequence[Input], done: Sequence[Done]) -> DataError:
     file = next(str(f) for i in inputs if i.role == "train" for f in i.files)
-    first = next((d.first_unused for d in done if d.first_unused), None)
-    if first is None:
+    first = {code: line for d in reversed(done) for code, line in d.first_unused.items()}
+    if not first:
         return DataError(5, file, "has no row left to train on after the split.", "Give more rows.")
-    found = f"has no usable row; the first is refused: {first['code']} {first['where']} {first['reason']}"
-    return DataError(5, file, found, "`educe check` lists all reasons.")
+    counts = sum((d.counts for d in done), Counter[str]())
+    return no_usable_row(file, [(counts[c], c, line["where"], line["reason"]) for c, line in first.items()])
+
+
+def no_usable_row(file: str, reasons: Sequence[tuple[int, str, str, str]]) -> DataError:
+    """Why nothing can be trained on: (number of rows, code, first place, reason) for each code."""
+    told = [
+        f"{n:,} row{'s' * (n != 1)} {code}, first {where}: {reason}" for n, code, where, reason in sorted(reasons)[::-1]
+    ]
+    return DataError(5, file, "\n  ".join(["has no usable row.", *told]), f"`educe data {file}` lists more of them.")
 
 
 def _dump(path: Path, value: Any) -> None:

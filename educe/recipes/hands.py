@@ -47,6 +47,10 @@ def done_by(number: int, doing: Doing, parts: Sequence[Part]) -> Iterator[Done]:
     except BrokenProcessPool as e:
         found = "one of its processes was ended."
         raise MachineError(3, "prepare", found, "Free some memory and start again.") from e
+    except BaseException:  # also where what was done so far is enough: nobody waits for the rest
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         _doing = None
@@ -58,6 +62,7 @@ def _begin(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _do(part: Part) -> Done:

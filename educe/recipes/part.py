@@ -11,7 +11,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -83,7 +83,8 @@ class Done:
 
     `unread` counts the keys of rows that mean nothing; `keys` are the first 8 bytes of the keys of the rows kept in each split,
     `rows` digests of the rows kept for training; `near` the keys that a larger share would hold out first; `shots` a sample of the
-    rows kept for training, by digest; `caught` says why all must be done again more carefully ("" if not).
+    rows kept for training, by digest; `first_unused` the first line of each code; `caught` says why all must be done again more
+    carefully ("" if not).
     """
 
     number: int
@@ -93,9 +94,9 @@ class Done:
     keys: dict[Split, bytearray] = field(default_factory=lambda: {s: bytearray() for s in SPLITS})
     rows: bytearray = field(default_factory=bytearray)
     near: dict[HeldOut, list[str]] = field(default_factory=dict)
-    shots: dict[bytes, dict[str, Any]] = field(default_factory=dict)
+    shots: dict[bytes, bytes] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
-    first_unused: dict[str, Any] | None = None
+    first_unused: dict[str, dict[str, Any]] = field(default_factory=dict)
     over_limits: list[dict[str, Any]] = field(default_factory=list)
     caught: str = ""
 
@@ -303,7 +304,7 @@ class _Work:
             if split == "train":
                 self._count(item, got, sizes, digest)
             elif isinstance(item, Conversation):
-                self._files[split].write(orjson.dumps(as_line(item), option=orjson.OPT_APPEND_NEWLINE))
+                self._files[split].write(as_line(item))
         self._shards[split].add(examples, of_rows)
         if len(done.shots) > NUM_SHOTS:
             done.shots = {d: done.shots[d] for d in sorted(done.shots)[:NUM_SHOTS]}
@@ -359,7 +360,8 @@ class _Work:
         said = {"code": refusal.code, "reason": f"{refusal.found} {refusal.fix}", "where": refusal.where}
         line = {**self._line(source, status, None), **said, "tokens": 0, "trained_tokens": 0}
         self._done.counts[status] += 1
-        self._done.first_unused = self._done.first_unused or line
+        self._done.counts[refusal.code] += 1
+        self._done.first_unused.setdefault(refusal.code, line)
         return line
 
 
@@ -374,9 +376,10 @@ def _digest(item: Conversation | Document) -> bytes:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
-def as_line(c: Conversation) -> dict[str, Any]:
-    """A row as prepared data keeps it."""
-    return {"source": asdict(c.source), "messages": [asdict(m) for m in c.messages], "tools": list(c.tools)}
+def as_line(c: Conversation) -> bytes:
+    """A row as prepared data keeps it: a line of JSON."""
+    value = {"source": c.source, "messages": c.messages, "tools": c.tools}
+    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _short(source: Source) -> str:
