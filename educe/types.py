@@ -6,7 +6,7 @@ Shape legend: T tokens of one example, P tokens of one packed row, D documents i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -27,11 +27,12 @@ Apart = Literal["", "text", "ids", "eos"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where a row came from: `line` counts from 1 (an element's number in a JSON array or a Parquet file), `item` from 0 where one
-    line holds many rows."""
+    line holds many rows, `offset` bytes from the start of the file (of what it unpacks to) where it is known."""
 
     file: str
     line: int
     item: int | None = None
+    offset: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.item is None else f"{self.file}:{self.line}[{self.item}]"

@@ -91,6 +91,7 @@ HANDLED: dict[str, str | bytes] = {
     "as it should be": ROWS,
     "8 byte order mark": b"\xef\xbb\xbf" + ROWS.encode(),
     "12 CRLF": ROWS.replace("\n", "\r\n"),
+    "12 CR": ROWS.replace("\n", "\r"),
     "13 no final newline": ROWS.rstrip("\n"),
     "15 blank lines": "\n\n" + ROWS.replace("\n", "\n\n  \n"),
     "24 array named jsonl": "[" + ",\n\n".join(GOOD) + "]",

@@ -108,7 +108,11 @@ def test_a_whole_file_is_placed_by_line_and_column() -> None:
 
 
 def lines_of(data: bytes) -> list[tuple[int, str | Refusal]]:
-    return list(jsonl.lines_of(io.BytesIO(data), "rows"))
+    found = list(jsonl.lines_of(io.BytesIO(data), "rows"))
+    for number, at, text in found:
+        if isinstance(text, str) and number > 1:
+            assert data[at:].startswith(text.encode())
+    return [(number, text) for number, _, text in found]
 
 
 line_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff"), min_size=1, max_size=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -20,13 +21,15 @@ from educe.chat.probe import Habits, find_forms, find_habits
 from educe.chat.template import ChatTemplate, Forms, TemplateRefusal, compile_template
 from educe.chat.tokenizer_file import Parsed, adds_bos, parse, read_raw, with_tokens
 from educe.config.recipe import FileTemplate, NamedTemplate, OwnTemplate
-from educe.errors import ChatError, ModelError
+from educe.errors import ChatError, ModelError, RecipeError
 from educe.files.hashes import hash_bytes
 
 _LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
 DEFAULT_NAME = "plain"
 MORE_TEMPLATES = "additional_chat_templates"
 OWN = OwnTemplate(kind="own")
+# Variables of a template that a row or educe itself gives.
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
 _HABITS: dict[Any, tuple[Forms, Habits]] = {}  # what probing found, by all that it depends on
 
 
@@ -200,6 +203,7 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     if isinstance(choice, OwnTemplate) and (tool_source := _named_sources(model_dir, settings).get("tool_use")):
         other = compile_template(tool_source, special, "chat template tool_use").with_(settings=template.settings)
         made = _with_both(made, _probed(made, other))
+    _refuse_unknown_settings(made)
     if not made.stop:
         found = "names no end-of-sequence token, and the template ends turns with none."
         raise ModelError(202, str(model_dir), found, "Set eos_token in tokenizer_config.json.")
@@ -258,6 +262,16 @@ def _flags(ids: Collection[int], size: int) -> Bool[np.ndarray, " v"]:
     flags = np.zeros(size, bool)
     flags[[i for i in ids if i < size]] = True
     return flags
+
+
+def _refuse_unknown_settings(tokenizer: ChatTokenizer) -> None:
+    both = [t.template for t in (tokenizer, tokenizer.tool_use) if t is not None]
+    reads = sorted({v for t in both for v in t.variables} - _GIVEN)
+    for name in tokenizer.settings:
+        if name not in reads:
+            near = difflib.get_close_matches(name, reads, 1, 0.6)
+            fix = f"Did you mean {near[0]!r}?" if near else f"It reads {', '.join(reads) or 'none'}."
+            raise RecipeError(103, "template.settings", f"{name!r} is no variable of the chat template.", fix)
 
 
 def _starts_with_space(parsed: Parsed, control: Mapping[str, int]) -> bool:

@@ -46,13 +46,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--data", type=RECIPE, required=True, help="Training rows: JSONL, a JSON array or Parquet.")
-@click.option("--dev", type=RECIPE, help="Rows measured while training (default: a share of the data).")
-@click.option("--test", type=RECIPE, help="Rows answered once, at the end (default: a share of the data).")
+@click.option("--data", required=True, help="Training rows: a file, a directory, a glob, a data set on the Hub.")
+@click.option("--dev", help="Rows measured while training (default: a share of the data).")
+@click.option("--test", help="Rows answered once, at the end (default: a share of the data).")
 @click.option("--model", help="A directory or a Hub id (default: what fits this machine, said with the reason).")
 @click.option("--out", type=RECIPE, default=Path("recipe.yaml"), show_default=True, help="The recipe to write.")
 @click.option("--name", default="", help="Name of the run (default: the data file's).")
-def init(data: Path, dev: Path | None, test: Path | None, model: str | None, out: Path, name: str) -> None:
+def init(data: str, dev: str | None, test: str | None, model: str | None, out: Path, name: str) -> None:
     """Write a commented recipe for your data, each default with its reason."""
     from educe.cli.screens import say
     from educe.recipes.run import init as run_init
@@ -66,7 +66,8 @@ def init(data: Path, dev: Path | None, test: Path | None, model: str | None, out
 @click.argument("recipe", type=RECIPE)
 def check(recipe: Path) -> None:
     """Say what a run will do, cost and need before anything is spent."""
-    from educe.cli.screens import say, show_check
+    from educe.cli.check import show_check
+    from educe.cli.screens import say
     from educe.recipes.run import check as run_check
 
     found = run_check(recipe, say=say)
@@ -173,6 +174,71 @@ def prepare(recipe: Path) -> None:
     made = run_prepare(recipe, say=say)
     s = made.summary
     click.echo(f"Prepared: {made.path} ({s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained)")
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, a line for each file.")
+def data(files: tuple[str, ...], as_json: bool) -> None:
+    """Say what data files are: format, rows, lengths, what is wrong, what looks odd. FILE may be a recipe."""
+    import json
+
+    from educe.cli.data import show_survey
+    from educe.recipes.survey import survey
+
+    refused = 0
+    for found in survey(files):
+        refused += found.num_refused
+        if as_json:
+            click.echo(json.dumps(found.as_json(), ensure_ascii=False))
+        else:
+            show_survey(found)
+    sys.exit(2 if refused else 0)
+
+
+@cli.command()
+@click.argument("run", type=RECIPE, required=False)
+@click.option(
+    "--status", multiple=True, help="Only rows of this fate: train, dev, test, 'not drawn', dropped, refused."
+)
+@click.option("--code", multiple=True, help="Only rows with this code.")
+@click.option("--task", multiple=True, help="Only rows of this task.")
+@click.option("--row", default="", metavar="[FILE:]LINE", help="One row, by its line.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ledger's lines as they are.")
+def ledger(
+    run: Path | None, status: tuple[str, ...], code: tuple[str, ...], task: tuple[str, ...], row: str, as_json: bool
+) -> None:
+    """Say what became of every row of a run."""
+    import json
+    from itertools import islice
+
+    from educe.cli.data import show_lines, show_totals
+    from educe.recipes.ledger import Wanted, ledger_lines, totals_of
+
+    wanted = Wanted(statuses=status, codes=code, tasks=task, row=row)
+    lines = ledger_lines(_run(run).dir, wanted)
+    if as_json:
+        for line in lines:
+            click.echo(json.dumps(line, ensure_ascii=False))
+    elif status or code or task or row:
+        first = list(islice(lines, 40))
+        show_lines(first, sum(1 for _ in lines))
+        if not first:
+            raise UsageError(101, "ledger", "no row of the run is like that.", "educe ledger shows what there is.")
+    else:
+        show_totals(totals_of(lines))
+
+
+@cli.command()
+@click.argument("run", type=RECIPE, required=False)
+@click.option("--step", type=click.IntRange(1), required=True, help="The step, from 1.")
+def rows(run: Path | None, step: int) -> None:
+    """List the rows that a step of a run trains on."""
+    from educe.cli.data import show_step
+    from educe.cli.screens import say
+    from educe.recipes.step_rows import rows_of_step
+
+    show_step(rows_of_step(_run(run).dir, step, say), step)
 
 
 @cli.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +13,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from educe.recipes.check import Check
     from educe.training.state import StepReport
 
 console = Console(highlight=False)
 _PLAIN_EVERY_S = 10.0
 NAMES = {"untouched": "untouched", "few_shot": "untouched + examples in the prompt", "tuned": "tuned"}
-_COLOURS = {"trained": "black on green", "content": "default", "template": "dim"}
 
 
 def say(line: str) -> None:
@@ -128,100 +125,6 @@ class TrainScreen:
 def _one_line(text: str, most: int) -> str:
     flat = text.replace("\n", "↵")
     return flat if len(flat) <= most else flat[: most - 1] + "…"
-
-
-def show_check(c: Check, recipe: Path) -> None:
-    """The verdict first, then what it rests on."""
-    s = c.prepared.summary
-    unused = s["dropped"] + s["refused"]
-    if c.ready:
-        cost = f"{minutes(c.estimate.training_s)}, {gigabytes(c.estimate.memory_bytes)}, {unused} rows dropped"
-        console.print(f"[bold green]Ready:[/bold green] {cost}")
-    else:
-        console.print("[bold red]Not ready:[/bold red]")
-        for line in c.blockers:
-            console.print(f"  {escape(line)}", soft_wrap=True)
-    for line in c.warnings:
-        console.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
-    console.print()
-    kept = s["rows"]
-    how = "measured on this machine" if c.estimate.measured else "estimated from the matmul speed"
-    trained = s["trained_tokens"]
-    rows = [
-        (
-            "rows",
-            f"{s['rows_in']} in = {kept['train']} train + {kept['dev']} dev + {kept['test']} test + {unused} not used",
-        ),
-        ("tokens", f"{s['tokens']:,} an epoch, {trained:,} trained ({trained / s['tokens']:.0%})"),
-        (
-            "row length",
-            f"median {s['length']['median']}, 95 % under {s['length']['p95'] + 1}, longest {s['length']['max']} tokens",
-        ),
-        (
-            "steps",
-            f"{c.plan.num_steps} of about {c.recipe.train.batch_tokens} tokens; packs {c.plan.fill:.0%} full, no padding",
-        ),
-        ("model", f"{c.facts.name}, {c.facts.num_parameters / 1e6:.0f}M parameters, {c.recipe.tuning.kind}"),
-        ("device", f"{c.device}; {c.device_why}"),
-        ("speed", f"{c.estimate.tokens_per_s:.0f} tokens/s, {how}"),
-        ("memory", f"{gigabytes(c.estimate.memory_bytes)} needed, {gigabytes(c.memory_bytes)} available"),
-        ("disk", f"{gigabytes(c.estimate.disk_bytes)} at most, {gigabytes(c.free_disk_bytes)} free"),
-    ]
-    table = Table.grid(padding=(0, 2))
-    rows[3:3] = _about_template(c)
-    for name, value in rows:
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
-    console.print(table)
-    _show_reasons(c)
-    console.print("\n[bold]What is trained[/bold] (three rows; only the highlighted text carries loss)")
-    for preview in c.prepared.previews():
-        console.print(f"[dim]{escape(preview['row'])}[/dim]")
-        console.print("".join(_run_markup(r) for r in preview["runs"]), soft_wrap=True)
-    console.print(f"\nNext: educe train {escape(str(recipe))}" if c.ready else "")
-
-
-def _about_template(c: Check) -> list[tuple[str, str]]:
-    """Template, stop token, and what the template does to rows; lines that say nothing are left out."""
-    s = c.prepared.summary
-    said = [("template", s["template"])]
-    if s["template_settings"]:
-        said = [("template", f"{s['template']}, with {json.dumps(s['template_settings'])}")]
-    turns = s["trained_turns"]
-    for word, count in s["stop"].items():
-        said.append(("stop", f"{word}: ends {count:,} of {turns:,} trained turns ({count / turns:.0%})"))
-    if s["split_rows"]:
-        more, before = s["repeated_tokens"], s["tokens"] - s["repeated_tokens"]
-        became = s["split_rows"] + s["examples"] - s["rows"]["train"]
-        what = f"{_rows(s['split_rows'])} become {became:,} sequences, +{more:,} tokens (+{more / before:.0%})"
-        said.append(("split", f"{what}: prompts of later turns are not what stood before, in text or in ids"))
-    if s["opening_turns"]:
-        said.append(("context only", f"{_rows(s['opening_turns'])} open with the assistant: that turn has no prompt"))
-    if s["trimmed_turns"]:
-        said.append(
-            ("trimmed", f"{s['trimmed_turns']:,} answers lose white space at their ends, as the template has it")
-        )
-    if s["engine"] != "tokenizers" and not s["engine_why"]:
-        said.append(("tokenizer", s["engine"]))
-    elif s["engine_why"]:
-        said.append(("tokenizer", f"{s['engine']}: {s['engine_why']}"))
-    return said
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
-
-
-def _show_reasons(c: Check) -> None:
-    for reason in c.reasons:
-        console.print(f"\n[yellow]{reason['code']}[/yellow] {reason['count']} rows")
-        for line in reason["first"]:
-            console.print(f"  {escape(line['where'])} {escape(line['reason'])}", soft_wrap=True)
-
-
-def _run_markup(run: dict[str, Any]) -> str:
-    text = escape(str(run["text"]).replace("\n", "↵"))
-    style = "bold magenta" if run["control"] and run["kind"] != "trained" else _COLOURS[str(run["kind"])]
-    return f"[{style}]{text}[/{style}]"
 
 
 def show_scores(scores: dict[str, Any]) -> None:

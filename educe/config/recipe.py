@@ -70,7 +70,7 @@ class Train(Knobs):
         default=2.0, ge=1, le=100, description="passes over the rows, at least one; 1.5 draws half of them twice"
     )
     batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
-    micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens in memory at once; changes no result")
+    micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens of a pack of rows, in memory at once")
     learning_rate: float = Field(default=2e-5, gt=0, lt=1, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="decay after the warm-up")
     warmup_share: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up")

@@ -118,7 +118,7 @@ def sample_rows(paths: Sequence[Path], number: int, header: Sequence[str] = ()) 
                 found = next(iter(lines_of(f, shown, 0)), None) if at > seen else None
                 if found is not None:
                     seen = at
-                    value = found[1] if isinstance(found[1], Refusal) else parse_json(found[1], shown)
+                    value = found[2] if isinstance(found[2], Refusal) else parse_json(found[2], shown)
                     rows.append(_placed(shown, 0, value))
     return rows
 
@@ -155,8 +155,9 @@ def _lines(stream: BinaryIO, span: Span) -> Iterator[Row]:
     shown = str(span.path)
     if span.start:
         stream.seek(span.start)
-    for number, line in lines_of(stream, shown, span.first, span.end - span.start if span.end is not None else None):
-        source = Source(file=shown, line=number)
+    num_bytes = span.end - span.start if span.end is not None else None
+    for number, at, line in lines_of(stream, shown, span.first, num_bytes):
+        source = Source(file=shown, line=number, offset=span.start + at)
         value = line if isinstance(line, Refusal) else parse_json(line, f"{shown}:{number}")
         yield source, value if isinstance(value, (dict, Refusal)) else _no_object(value, source)
 
@@ -195,7 +196,7 @@ def _texts(stream: BinaryIO, span: Span) -> Iterator[Row]:
     shown = str(span.path)
     marked = END_OF_TEXT.encode() in head_of(span.path)
     begun, parts = 0, list[str]()
-    for number, line in lines_of(stream, shown, 1, blank=True):
+    for number, _, line in lines_of(stream, shown, 1, blank=True):
         if isinstance(line, Refusal):
             yield Source(file=shown, line=number), line
             continue

@@ -144,13 +144,28 @@ def _unfit(value: Any) -> re.Match[str] | None:
 
 def lines_of(
     stream: BinaryIO, shown: str, first: int = 1, num_bytes: int | None = None, *, blank: bool = False
-) -> Iterator[tuple[int, str | Refusal]]:
-    """Lines of UTF-8 text, split on \\n only (U+2028 inside a string is text), numbered from `first`; blank lines are skipped
-    unless `blank`.
+) -> Iterator[tuple[int, int, str | Refusal]]:
+    """(number from `first`, offset in bytes from here, text) of the lines of UTF-8 text; blank ones are skipped unless `blank`.
 
-    A byte order mark and \\r\\n are tolerated. `shown` is the file's name in messages. Only the lines that begin in the next
-    `num_bytes` are read. Raises `DataError` for a line of more than `MAX_LINE_BYTES`, without reading all of it.
+    Lines end in \\n, \\r\\n or \\r (U+2028 inside a string is text); a byte order mark is tolerated. `shown` is the file's name in
+    messages. Only the lines that begin in the next `num_bytes` are read. Raises `DataError` for a line of more than
+    `MAX_LINE_BYTES`, without reading all of it.
     """
+    for number, (at, raw) in enumerate(_raw_lines(stream, shown, first, num_bytes), first):
+        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if not blank and not line.strip():
+            continue
+        try:
+            yield number, at, line.decode("utf-8")
+        except UnicodeDecodeError as e:
+            column = len(line[: e.start].decode("utf-8", "replace")) + 1
+            found = f"byte 0x{line[e.start]:02x} is not UTF-8."
+            fix = "Convert the file: iconv -f latin1 -t utf-8."
+            yield number, at, Refusal(code="E-DATA-101", where=f"{shown}:{number}:{column}", found=found, fix=fix)
+
+
+def _raw_lines(stream: BinaryIO, shown: str, first: int, num_bytes: int | None) -> Iterator[tuple[int, bytes]]:
+    """Lines without their ends, each with the offset of its first byte."""
     at = 0
     for number, raw in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES), b""), first):
         if num_bytes is not None and at >= num_bytes:
@@ -158,18 +173,15 @@ def lines_of(
         if len(raw) == MAX_LINE_BYTES:
             found = f"is longer than {MAX_LINE_BYTES:,} bytes."
             raise DataError(9, f"{shown}:{number}", found, "Write one row per line.")
+        line = raw.rstrip(b"\r\n")
+        if b"\r" not in line:
+            yield at, line
+        else:
+            begun = at
+            for piece in line.split(b"\r"):
+                yield begun, piece
+                begun += len(piece) + 1
         at += len(raw)
-        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        line = line.rstrip(b"\r\n")
-        if not blank and not line.strip():
-            continue
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as e:
-            column = len(line[: e.start].decode("utf-8", "replace")) + 1
-            found = f"byte 0x{line[e.start]:02x} is not UTF-8."
-            fix = "Convert the file: iconv -f latin1 -t utf-8."
-            yield number, Refusal(code="E-DATA-101", where=f"{shown}:{number}:{column}", found=found, fix=fix)
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:

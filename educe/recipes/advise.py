@@ -15,9 +15,12 @@ from educe.stats import percentile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Looked:
-    """What was seen in the data: lengths in tokens of whole rows and answers, the answers, how many rows there are."""
+    """What was seen in the data: how many rows there are, and of a sample of `num_sampled` of them the lengths in tokens of
+    those that the model can hold and of their answers, the answers, and how many are longer."""
 
     rows: int
+    num_sampled: int
+    num_too_long: int
     lengths: list[int]
     answers: list[str]
     answer_tokens: list[int]
@@ -36,6 +39,10 @@ def metric_of(answers: Sequence[str]) -> tuple[str, str]:
     if percentile([len(a) for a in answers], 0.9) <= 40:
         return "exact", "short answers"
     return "text", "free text: held-out loss decides, answers are shown side by side"
+
+
+# Above these rates (of full tuning, of LoRA) `check` warns.
+MAX_RATE = {False: 1e-3, True: 5e-3}
 
 
 def full_rate(hidden_size: int) -> float:
@@ -76,8 +83,11 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
     longest = max(looked.lengths)
     p99 = percentile(looked.lengths, 0.995)
     cut = longest > 4096 and p99 < longest
-    max_tokens = min(facts.max_positions, 16 * math.ceil((p99 if cut else longest) / 16))
+    wanted = 16 * math.ceil((p99 if cut else longest) / 16)
+    max_tokens = min(facts.max_positions, wanted)
     why_length = f"the longest row has {longest} tokens" + (f"; the 0.5 % above {p99} are dropped" if cut else "")
+    if looked.num_too_long:
+        why_length = f"what the model can hold; {looked.num_too_long} of {looked.num_sampled} rows are longer"
     lora = facts.num_parameters * 18 > 0.6 * memory_bytes or facts.num_parameters > 1e9
     size = facts.num_parameters / 1e6
     tuned = "LoRA" if lora else "all weights"
@@ -90,8 +100,9 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
     # One micro-batch a step where that is small: two short ones would take a third longer on a CPU.
     micro = batch if batch <= 1024 else max(max_tokens, 512 if memory_bytes < 64e9 else 8192)
     micro = min(batch, micro)
+    batch = micro * math.ceil(batch / micro)
     short = looked.rows * epochs / rows_per_step < 1000
-    rate = full_rate(facts.hidden_size) * (10 if lora else 1) * (2 if short else 1)
+    rate = min(full_rate(facts.hidden_size) * (10 if lora else 1) * (2 if short else 1), MAX_RATE[lora])
     return Advice(
         max_tokens=max_tokens,
         why_length=why_length,
@@ -123,7 +134,7 @@ def recipe_text(
     a = advise(looked, facts, memory_bytes, on_cpu)
     metric, why_metric = metric_of(looked.answers)
     longest_answer = max(looked.answer_tokens)
-    new_tokens = 8 * math.ceil(1.5 * longest_answer / 8)
+    new_tokens = min(8 * math.ceil(1.5 * longest_answer / 8), facts.max_positions // 2)
     share = 0.1 if looked.rows >= 500 else 0.2
 
     def split(file: str | None, part: float, why: str) -> str:
@@ -150,7 +161,7 @@ tuning: {tuning}  # {a.why_tuning}
 train:
   epochs: {a.epochs}  # {a.why_epochs}
   batch_tokens: {a.batch_tokens}  # about {a.rows_per_step} rows a step
-  micro_batch_tokens: {a.micro_batch_tokens}  # held in memory at once; changes no result
+  micro_batch_tokens: {a.micro_batch_tokens}  # a pack of rows: what is held in memory at once
   learning_rate: {_yaml_float(a.rate)}  # {a.why_rate}
   schedule: linear  # down to 0 after a warm-up of 5 % of the steps
   seed: 0

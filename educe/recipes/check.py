@@ -14,20 +14,22 @@ from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.recipes.estimate import Estimate, estimate_run
-from educe.recipes.mixing import TaskPlan, mix
+from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import plan_run, too_many_unused, warnings_of
 from educe.recipes.prepare import Prepared, prepare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What a run would be. `blockers` are reasons it would fail; with none it is ready."""
+    """What a run would be. `num_undrawn` rows are never drawn by the mixture; `blockers` are reasons it would fail: with none it
+    is ready."""
 
     recipe: Recipe
     facts: ModelFacts
     prepared: Prepared
     plan: PackPlan
     tasks: tuple[TaskPlan, ...]
+    num_undrawn: int
     estimate: Estimate
     device: str
     device_why: str
@@ -70,6 +72,7 @@ def check(recipe: Recipe, say: Say) -> Check:
         prepared=prepared,
         plan=plan,
         tasks=mixed.tasks,
+        num_undrawn=num_undrawn(prepared, mixed),
         estimate=estimate,
         device=f"{device.kind} ({device.name}), {device.dtype}",
         device_why=device.why,

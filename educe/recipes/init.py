@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from educe.chat.examples import build_examples
@@ -13,14 +15,16 @@ from educe.chat.render import Renderer
 from educe.chat.settle import settle
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.config import parse_recipe
-from educe.data.reading import to_conversation
+from educe.data.finding import HUB, find_files
+from educe.data.reading import PLAIN, reading_for, to_conversation
 from educe.data.sources import read_rows
-from educe.errors import DataError, Refusal, UsageError
+from educe.data.trees import joined
+from educe.errors import Refusal, UsageError
 from educe.files.atomic import write_text
 from educe.model.describe import describe_model
 from educe.model.source import DEFAULT_MODEL, Say, find_model
 from educe.recipes.advise import Looked, recipe_text
-from educe.seeds import permute
+from educe.recipes.build import no_usable_row
 from educe.types import Conversation
 
 # Rows that are looked at: enough for lengths and forms, quick for a file of any size.
@@ -45,12 +49,12 @@ _GPU_MODELS = (
 
 
 def init(
-    data: Path,
+    data: str,
     model: str | None,
     out: Path,
     say: Say,
-    dev: Path | None = None,
-    test: Path | None = None,
+    dev: str | None = None,
+    test: str | None = None,
     name: str = "",
 ) -> Path:
     """Write a recipe beside nothing that exists: an existing file is never overwritten. Returns its path."""
@@ -62,7 +66,7 @@ def init(
     facts = describe_model(model_dir, chosen)
     tokenizer = load_tokenizer(model_dir)
     looked = _look(data, tokenizer, facts.max_positions)
-    run_name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", data.stem).strip("-.") or "run"
+    run_name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name.split(".")[0]).strip("-.") or "run"
     memory = _gpu_memory_gb() * 1e9 or psutil.virtual_memory().available
     text = recipe_text(
         looked,
@@ -101,33 +105,49 @@ def _gpu_memory_gb() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
 
 
-def _from(out: Path, file: Path) -> str:
-    """`file` as the recipe should name it: relative to the recipe where it lies below it."""
-    file, base = file.resolve(), out.resolve().parent
-    return str(file.relative_to(base)) if file.is_relative_to(base) else str(file)
+def _from(out: Path, files: str) -> str:
+    """`files` as the recipe should name them: relative to the recipe where they lie below it."""
+    if files == "-" or files.startswith(HUB) or (not Path(files).exists() and not set("*?[") & set(files)):
+        return files
+    path, base = Path(files).resolve(), out.resolve().parent
+    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
 
 
-def _look(data: Path, tokenizer: ChatTokenizer, positions: int) -> Looked:
+def _look(data: str, tokenizer: ChatTokenizer, positions: int) -> Looked:
+    """Look at a sample of the rows, the same ones every time; no more than it is held in memory."""
     rows = 0
-    kept: list[Conversation] = []
-    first: Refusal | None = None
-    for source, row in read_rows(data):
-        rows += 1
-        made = row if isinstance(row, Refusal) else to_conversation(row, source)
-        if isinstance(made, Refusal):
-            first = first or made
-        else:
-            kept.append(made)
+    sample: list[tuple[float, int, Conversation]] = []  # a heap: the rows with the lowest draws
+    draws = np.random.default_rng(0)
+    reasons: dict[str, tuple[int, Refusal]] = {}
+    for file in find_files(data):
+        reading = reading_for(PLAIN, file)
+        for source, row in joined(read_rows(file)):
+            rows += 1
+            made = row if isinstance(row, Refusal) else to_conversation(row, source, reading)
+            if isinstance(made, Refusal):
+                reasons[made.code] = reasons.get(made.code, (0, made))[0] + 1, reasons.get(made.code, (0, made))[1]
+                continue
+            drawn = (-float(draws.random()), -rows, made)
+            (heapq.heappush if len(sample) < SAMPLE_ROWS else heapq.heappushpop)(sample, drawn)
+    kept = [c for _, _, c in sorted(sample, key=lambda d: -d[1])]
     lengths, answers, answer_tokens = [], [], []
-    sample = [kept[i] for i in permute(len(kept), 0)[:SAMPLE_ROWS].tolist()]
-    renderer = Renderer(settle(tokenizer, sample).tokenizer)
-    for c, built in zip(sample, build_examples(sample, renderer, max_tokens=positions), strict=True):
+    renderer = Renderer(settle(tokenizer, kept).tokenizer)
+    too_long = 0
+    for c, built in zip(kept, build_examples(kept, renderer, max_tokens=positions), strict=True):
         if isinstance(built, Refusal):
-            first = first or built
+            too_long += built.code == "E-DATA-201"
+            reasons[built.code] = reasons.get(built.code, (0, built))[0] + 1, reasons.get(built.code, (0, built))[1]
             continue
         lengths += [int(e.ids_T.size) for e in built]
         answers.append(next(m.content for m in reversed(c.messages) if m.role == "assistant"))
         answer_tokens.append(int((built[-1].weights_T > 0).sum()))
     if not lengths:
-        raise DataError(5, str(data), f"has no usable row; the first is refused: {first}", "Mend the rows.")
-    return Looked(rows=rows, lengths=lengths, answers=answers, answer_tokens=answer_tokens)
+        raise no_usable_row(data, [(n, code, r.where, f"{r.found} {r.fix}") for code, (n, r) in reasons.items()])
+    return Looked(
+        rows=rows,
+        num_sampled=len(kept),
+        num_too_long=too_long,
+        lengths=lengths,
+        answers=answers,
+        answer_tokens=answer_tokens,
+    )

@@ -25,13 +25,15 @@ class Mixed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskPlan:
-    """What a run draws of a task. `share` is its part of the loss: λ times its trained weight over the sum for all tasks."""
+    """What a run draws of a task: `tokens`, of which `trained` carry loss. `share` is its part of the loss: λ times its trained
+    weight over the sum for all tasks."""
 
     name: str
     rows: int
     examples: int
     draws: int
     tokens: int
+    trained: int
     loss_weight: float
     share: float
 
@@ -87,6 +89,7 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
             examples=sizes[k],
             draws=draws[k],
             tokens=int((lengths[indices[k]] * draws_N[indices[k]]).sum()),
+            trained=int((store.trained_of[indices[k]] * draws_N[indices[k]]).sum()),
             loss_weight=loss_weights(data, names)[k],
             share=trained[k] / sum(trained) if sum(trained) else 0.0,
         )
@@ -94,6 +97,14 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
         if not _held_out(name, data)
     ]
     return Mixed(order_K=order_K, draws_N=draws_N, tasks=tuple(table))
+
+
+def num_undrawn(prepared: Prepared, mixed: Mixed) -> int:
+    """Rows of the training store of which no example is ever drawn, those aside that are left out anyway."""
+    rows = np.asarray(prepared.store("train").rows)
+    open_N = np.ones(rows.size, bool)
+    open_N[prepared.left_out] = False
+    return int(np.unique(rows[open_N]).size - np.unique(rows[mixed.draws_N > 0]).size)
 
 
 def _source(data: Data, name: str) -> object:

@@ -351,6 +351,7 @@ class _Work:
             "file": source.file,
             "line": source.line,
             "item": source.item,
+            "offset": source.offset,
             "task": self._job.tasks[self._part.task],
         }
         return {**place, "status": status, "hash": digest.hex() if digest else None, "code": None, "reason": None}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+
 from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
+from educe.data.formats import BESIDE
+from educe.data.messages import TURN_KEYS
 from educe.errors import ModelError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
+from educe.recipes.advise import MAX_RATE
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
+
+# Keys that mean something in a row or a turn: what an unread key may have been meant for.
+READ_KEYS = sorted(TURN_KEYS | BESIDE)
 
 
 def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, *, packed: bool = True) -> PackPlan:
@@ -68,9 +76,29 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
         said.append(
             f"the chat template prints the date: rows are trained with {FIXED_DATE:%Y-%m-%d}, a server sends today's"
         )
+    for key in s["unread_keys"]:
+        near = difflib.get_close_matches(key.removesuffix(" (of a turn)"), READ_KEYS, 1, 0.75)
+        if near and near[0] != key:
+            said.append(f"the key {key} of {s['unread_keys'][key]:,} rows is not read: is {near[0]} meant?")
+    known, words = prepared.tokenizer.known_stop, prepared.tokenizer.control
+    if len(s["stop"]) > 1:
+        for word in s["stop"]:
+            if word in words and words[word] not in known and word not in prepared.tokenizer.new_tokens:
+                count = s["stop"][word]
+                said.append(
+                    f"{count:,} turns are trained to end with {word}, which is none of the model's own end tokens: "
+                    "servers stop there only with the export's generation_config"
+                )
+    batch, micro = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
+    if batch % micro:
+        said.append(
+            f"train.batch_tokens ({batch}) is no multiple of train.micro_batch_tokens ({micro}): "
+            f"a step holds at most {batch // micro * micro} tokens"
+        )
     if plan.num_steps < 20:
         said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
-    low, high = (1e-5, 5e-3) if isinstance(recipe.tuning, Lora) else (5e-7, 1e-3)
+    lora = isinstance(recipe.tuning, Lora)
+    low, high = 1e-5 if lora else 5e-7, MAX_RATE[lora]
     if not low <= recipe.train.learning_rate <= high:
         said.append(f"train.learning_rate {recipe.train.learning_rate:g} is outside the usual {low:g} to {high:g}")
     return said

@@ -19,6 +19,8 @@ from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.source import Say
 from educe.pack.plan import PLAN_VERSION, PackPlan
+from educe.recipes.ledger import write_ledger
+from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.training.checkpoint import newest_checkpoint
 from educe.training.state import State
@@ -55,7 +57,7 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[s
 
 
 def claim(
-    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, prepared: Prepared, say: Say
+    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, prepared: Prepared, mixed: Mixed, say: Say
 ) -> tuple[Path, dict[str, Any]] | None:
     """Make the run directory ours: the newest good checkpoint to go on from, or None. Refuses a directory of other settings."""
     if run.resolved.is_file():
@@ -74,7 +76,7 @@ def claim(
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, text)
         write_json(run.resolved, {"recipe": recipe.model_dump(), "settings": settings})
-        shutil.copyfile(prepared.path / "ledger.jsonl", run.ledger)
+        write_ledger(run.ledger, prepared, mixed)
         shutil.copyfile(prepared.path / "preview.json", run.path / "preview.json")
     return newest_checkpoint(run.checkpoints, say)
 

@@ -102,8 +102,8 @@ def init(
     """Write a commented recipe for a data file; returns its path."""
     from educe.recipes.init import init as run_init
 
-    held = [Path(p) if p is not None else None for p in (dev, test)]
-    return run_init(Path(data), model, Path(out), say, held[0], held[1], name)
+    held = [str(p) if p is not None else None for p in (dev, test)]
+    return run_init(str(data), model, Path(out), say, held[0], held[1], name)
 
 
 def check(recipe: str | Path, *, say: Say = quiet) -> Check:

@@ -22,7 +22,7 @@ from educe.model.source import Say
 from educe.pack.batch import build_step
 from educe.recipes.estimate import remember_speed, speed_key
 from educe.recipes.machine import device_of_run
-from educe.recipes.mixing import loss_weights, mix
+from educe.recipes.mixing import Mixed, loss_weights, mix
 from educe.recipes.plan import plan_run, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import claim, finished, provenance_of, settings_of
@@ -47,16 +47,17 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
     if why := too_many_unused(recipe, prepared):
         raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
     facts = describe_model(prepared.model_dir, recipe.model)
+    mixed = mix(recipe, prepared)
     with run.lock():
         settings = settings_of(recipe, prepared, facts)
-        found = claim(run, recipe, settings, text, prepared, say)
+        found = claim(run, recipe, settings, text, prepared, mixed, say)
         if found is not None and found[1]["finished"]:
             say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
             provenance = run.load(run.provenance)
             if provenance["finished"] is None:  # killed between the last checkpoint and this
                 write_json(run.provenance, finished(provenance, run))
         else:
-            _train(recipe, run, prepared, facts, settings, found, say, screen)
+            _train(recipe, run, prepared, facts, mixed, settings, found, say, screen)
     return run
 
 
@@ -65,6 +66,7 @@ def _train(
     run: RunDir,
     prepared: Prepared,
     facts: ModelFacts,
+    mixed: Mixed,
     settings: dict[str, Any],
     found: tuple[Path, dict[str, Any]] | None,
     say: Say,
@@ -84,7 +86,6 @@ def _train(
     packed = packs_are_blind(model)
     if not packed:
         say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
-    mixed = mix(recipe, prepared)
     plan = plan_run(recipe, prepared, facts, mixed, packed=packed)
     betas = (recipe.train.beta1, recipe.train.beta2)
     optimizer = MasterAdamW(model.trainable(), betas=betas, weight_decay=recipe.train.weight_decay)

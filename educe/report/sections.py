@@ -17,6 +17,7 @@ _STATUS = {
     "train": "trained",
     "dev": "dev",
     "test": "test",
+    "not drawn": "not drawn by the mixture",
     "dropped": "dropped",
     "refused": "refused",
 }
@@ -158,6 +159,7 @@ def sum_ledger(rows: Sequence[LedgerRow]) -> Ledger:
             trained_tokens=sum(r.trained_tokens for r in found),
         )
         for status, found in by_status.items()
+        if found or status != "not drawn"
     )
     reasons = tuple(
         Reason(

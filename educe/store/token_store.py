@@ -54,6 +54,13 @@ class TokenStore:
         return np.add.reduceat(self._weights_T, self._offsets[:-1], dtype=np.float64) if len(self) else np.zeros(0)
 
     @property
+    def trained_of(self) -> Int64[np.ndarray, " n"]:
+        """Tokens of each example that carry loss."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(self._weights_T != 0, self._offsets[:-1], dtype=np.int64)
+
+    @property
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids end to end, and where each example begins."""
         return self._ids_T, self._offsets
