@@ -71,18 +71,21 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """check, train, eval and export of a full tuning; train and export of adapters with a setting of the template."""
+    """check, train, eval and export of a full tuning; train and export of adapters, and with a setting of the template."""
     place = tmp_path_factory.mktemp("base-model")
     write_tokenizer(place / "base")
+    own = (place / "base" / "chat_template.jinja").read_text()
     (place / "base" / "chat_template.jinja").unlink()
+    (place / "own.jinja").write_text(own + "{% if enable_thinking is defined and enable_thinking %}think{% endif %}")
     torch.manual_seed(2)
     config = LlamaConfig(vocab_size=KNOWN, tie_word_embeddings=True, **SIZES)
     LlamaForCausalLM(config).save_pretrained(place / "base")
     (place / "rows.jsonl").write_text("\n".join(map(row, range(40))) + "\n")
     made = Job(place=place, said={})
     whole = made.recipe("whole")
-    lora = "tuning: {kind: lora, rank: 4}\ntemplate: {kind: plain, settings: {enable_thinking: false}}\n"
-    adapters = made.recipe("adapters", lora)
+    adapters = made.recipe("adapters", "tuning: {kind: lora, rank: 4}\ntemplate: plain\n")
+    given = "template: {kind: file, file: own.jinja, settings: {enable_thinking: false}}\n"
+    set_ = made.recipe("set", given, "epochs: 16.0", "epochs: 1.0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDUCE_CACHE", str(place / "cache"))
         for words in (
@@ -92,6 +95,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
             ["export", place / "runs" / "whole", place / "out-whole"],
             ["train", adapters],
             ["export", place / "runs" / "adapters", place / "out-adapters"],
+            ["train", set_],
+            ["export", place / "runs" / "set", place / "out-set"],
         ):
             code, said = command(*words)
             assert code == 0, said
@@ -149,8 +154,8 @@ def test_the_export_answers_as_the_evaluation_did(job: Job) -> None:
 
 def test_settings_of_the_template_are_handed_to_the_server(job: Job) -> None:
     serve = "--default-chat-template-kwargs '{\"enable_thinking\": false}'"
-    assert f"vllm serve {job.place / 'out-adapters'} {serve}" in job.said["export adapters"]
-    assert f"vllm serve . {serve}" in (job.place / "out-adapters" / "README.md").read_text()
+    assert f"vllm serve {job.place / 'out-set'} {serve}" in job.said["export set"]
+    assert f"vllm serve . {serve}" in (job.place / "out-set" / "README.md").read_text()
     assert "chat-template-kwargs" not in (job.place / "out-whole" / "README.md").read_text()
     assert "chat-template-kwargs" not in job.said["export whole"]
 
@@ -159,7 +164,7 @@ def test_settings_of_the_template_are_handed_to_the_server(job: Job) -> None:
     "more,old,new,names",
     [
         ("template: chatml\n", "", "", "template.kind was 'own', now 'chatml'"),
-        ("template: {kind: own, settings: {a: true}}\n", "", "", "template.settings was None, now {'a': True}"),
+        ("template: {kind: own, stop: ['<|endoftext|>']}\n", "", "", "template.stop was [], now ['<|endoftext|>']"),
         ("", "max_tokens: 96\n", "max_tokens: 96\n  prompt_weight: 0.5\n", "data.prompt_weight was 0.0, now 0.5"),
         ("", "share: 0.1}", "share: 0.15}", "data.dev was"),
     ],

@@ -56,5 +56,7 @@ def test_help_lists_the_job_in_order_then_the_rest() -> None:
     assert re.findall(r"(?m)^  (\w+) ", first) == [
         "init", "check", "inspect", "train", "eval", "report", "chat", "export"
     ]  # fmt: skip
-    assert re.findall(r"(?m)^  (\w+) ", more) == ["prepare", "quickstart", "template"]
+    assert re.findall(r"(?m)^  (\w+) ", more) == [
+        "data", "ledger", "prepare", "quickstart", "rows", "template"
+    ]  # fmt: skip
     assert text.endswith("[]")

@@ -17,7 +17,7 @@ from educe.chat.render import Renderer
 from educe.chat.tokens import load_tokenizer
 from educe.cli.main import cli
 from educe.config.recipe import FileTemplate
-from educe.errors import ModelError, Refusal
+from educe.errors import ModelError, Refusal, UsageError
 from educe.recipes.template import TemplateReport
 from educe.types import Conversation, Message, Source
 
@@ -186,7 +186,7 @@ def test_the_corrected_template_is_really_proved(templates: Path, tmp_path: Path
     """Written with --fixed, read back as a recipe would, before a tokenizer that is not educe's stand-in."""
     fixed = tmp_path / "fixed.jinja"
     code, said = run("template", templates / "community" / f"{name}.jinja", "--fixed", fixed)
-    assert code == 2
+    assert code == 0
     assert "Corrected, and proved: " in said
     assert educe.template(fixed).usable
     tokenizer = load_tokenizer(shared / "tokenizers" / "smollm2", FileTemplate(kind="file", file=str(fixed)))
@@ -199,6 +199,15 @@ def test_the_corrected_template_is_really_proved(templates: Path, tmp_path: Path
             assert made.code in ("E-CHAT-102", "E-CHAT-304"), made
         else:
             assert all(r.rendering.text for r in made)
+
+
+def test_no_file_of_the_user_is_overwritten(templates: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("mine")
+    for place, why in ((mine, "exists"), (Path("/dev/null"), "exists"), (tmp_path, "exists"), (Path(), "no name")):
+        with pytest.raises(UsageError, match=why):
+            run("template", templates / "community" / "vicuna.jinja", "--fixed", place)
+    assert mine.read_text() == "mine"
 
 
 def test_nothing_to_correct_is_told(templates: Path, tmp_path: Path) -> None:

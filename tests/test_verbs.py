@@ -117,7 +117,7 @@ def job(quick: Path, tiny_model: Path) -> Job:
     text = re.sub(r"max_tokens: \d+", "max_tokens: 160", text, count=1)
     text = re.sub(r"batch_tokens: \d+", "batch_tokens: 320", text)
     text = re.sub(r"micro_batch_tokens: \d+", "micro_batch_tokens: 160", text)
-    text = text.replace("epochs: 3.0", "epochs: 24.0").replace("learning_rate: 2.5e-3", "learning_rate: 1.5e-2")
+    text = re.sub(r"learning_rate: [\d.e-]+", "learning_rate: 1.5e-2", text.replace("epochs: 3.0", "epochs: 24.0"))
     recipe.write_text(text + "device: cpu\ndtype: float32\n", encoding="utf-8")
     run = quick / "runs" / "orders"
     for verb, *more in (["check", recipe], ["train", recipe], ["eval"], ["report"], ["export", run, quick / "out"]):

@@ -69,20 +69,17 @@ def write_text(path: Path, text: str) -> None:
         sync(path.parent)
 
 
-def write_new(path: Path, text: str, *, over: str | None = None) -> None:
-    """Write a file where a user said, never over something else: what stands there may be replaced only if it begins with `over`.
+def write_new(path: Path, text: str, *, over: str = "") -> None:
+    """Write a file where a user said, never over something else: what stands there must be the same text, or begin with `over`.
 
     Raises `UsageError`.
     """
     if not path.name:
         raise UsageError(101, f"'{path}'", "is no name of a file.", "Give one.")
     with told(path):
-        there = path.is_symlink() or path.exists()
-        mine = there and over is not None and path.is_file() and not path.is_symlink()
-        if mine and over is not None:
-            with path.open("rb") as f:
-                mine = f.read(len(over.encode())) == over.encode()
-    if there and not mine:
+        there, plain = path.is_symlink() or path.exists(), path.is_file() and not path.is_symlink()
+        old = path.read_bytes() if plain and path.stat().st_size <= 10**9 else b""
+    if there and not (plain and (old == text.encode() or (over and old.startswith(over.encode())))):
         raise UsageError(101, str(path), "exists, and is nothing that this command wrote.", "Give another name.")
     write_text(path, text)
 
