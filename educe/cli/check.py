@@ -38,6 +38,11 @@ def show_check(c: Check, recipe: Path) -> None:
     console.print(table)
     _show_tasks(c)
     _show_reasons(c)
+    if c.odd:
+        more = f"`educe data {recipe}` looks at all rows and names the places"
+        console.print(f"\n[bold]Worth a look[/bold] (nothing is changed for it; {escape(more)})", soft_wrap=True)
+        for line in c.odd:
+            console.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
     console.print("\n[bold]What is trained[/bold] (three rows; only the highlighted text carries loss)")
     for preview in c.prepared.previews():
         console.print(f"[dim]{escape(preview['row'])}[/dim]")

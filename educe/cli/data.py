@@ -47,7 +47,7 @@ def show_survey(found: FileSurvey) -> None:
 
 def _about(found: FileSurvey) -> Iterator[tuple[str, str]]:
     packed = f", {found.compression}" if found.compression else ""
-    by = f" (every row has {' and '.join(found.evidence)})" if found.evidence else ""
+    by = f" (its rows have {' and '.join(found.evidence)})" if found.evidence else ""
     yield "is", f"{found.format or 'in no known format'}{by}, in {_CONTAINERS[found.container]}{packed}"
     read = found.rows - found.num_refused
     bad = f", {found.num_refused:,} refused" if found.num_refused else ""

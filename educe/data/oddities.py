@@ -44,7 +44,7 @@ class Oddity:
 @dataclass(frozen=True, slots=True)
 class _Sign:
     what: str
-    pattern: re.Pattern[str]
+    found: Callable[[str], object]
     advice: str
     answers_only: bool = False
 
@@ -53,44 +53,59 @@ _MARKERS = (
     r"<\|[a-z_]{2,30}\|>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|^### ?(?:Instruction|Response|Input|Assistant|Human):?"
     r"|</?s>|<｜[^｜\n]{1,40}｜>|^(?:Human|Assistant|USER|ASSISTANT): "
 )
+_REFUSES = re.compile(
+    r"\A\W{0,3}(?:I'?m sorry,? (?:but )?I|I am sorry,? (?:but )?I|Sorry,? (?:but )?I (?:can|am)|"
+    r"I (?:cannot|can'?t|am unable to|am not able to) (?:help|assist|provide|fulfil|answer|complete))"
+)
+_AS_AI = re.compile(r"\b[Aa]s an AI(?: language)?(?: model| assistant)?\b|\bI'?m just an AI\b")
+
+
+def _refuses(answer: str) -> bool:
+    return bool(_REFUSES.match(answer)) or ("an AI" in answer and bool(_AS_AI.search(answer)))
+
+
+def _repeats(text: str) -> bool:
+    """Few different words for many, or one sign again and again."""
+    words = text.split()
+    if len(words) >= 40 and len(set(words)) * 12 < len(words):
+        return True
+    return any(len(w) >= 200 and len(set(w)) <= 3 for w in words)
+
+
 _SIGNS = (
-    _Sign("markers of a chat template left in the text", re.compile(_MARKERS, re.M), "Remove them."),
+    _Sign("markers of a chat template left in the text", re.compile(_MARKERS, re.M).search, "Remove them."),
     _Sign(
         "placeholders that nobody filled in",
         re.compile(
             r"\{\{ *[A-Za-z_][\w .]{0,40}\}\}|\[(?:INSERT|YOUR|NAME|DATE|TODO)\b[^\]\n]{0,40}\]|\blorem ipsum\b"
-        ),
+        ).search,
         "Fill them in, or remove the rows.",
     ),
     _Sign(
         "answers that refuse or speak of being an AI",
-        re.compile(
-            r"\A\W{0,3}(?:I'?m sorry,? (?:but )?I|I am sorry,? (?:but )?I|Sorry,? (?:but )?I (?:can|am)|"
-            r"I (?:cannot|can'?t|am unable to|am not able to) (?:help|assist|provide|fulfil|answer|complete))"
-            r"|\b[Aa]s an AI(?: language)?(?: model| assistant)?\b|\bI'?m just an AI\b"
-        ),
+        _refuses,
         "Keep them only if the model is to refuse.",
         answers_only=True,
     ),
     _Sign(
         "answers that are error messages",
-        re.compile(r"\A(?:Error|Traceback|HTTP [45]\d\d|Rate limit|Internal Server Error|Request timed out)\b", re.I),
+        re.compile(
+            r"\A(?:Error|Traceback|HTTP [45]\d\d|Rate limit|Internal Server Error|Request timed out)\b", re.I
+        ).match,
         "Remove the rows.",
         answers_only=True,
     ),
     _Sign(
         "characters that were decoded wrongly",
-        re.compile("\ufffd|Ã[\u0080-\u00bf©¨¤¶¼]|â€[™œ\u009d“”]|Â[\u00a0°£]"),
+        re.compile("\ufffd|Ã[\u0080-\u00bf©¨¤¶¼]|â€[™œ\u009d“”]|Â[\u00a0°£]").search,
         "Convert the source again.",
     ),
     _Sign(
         "invisible characters (tags, direction marks)",
-        re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]"),
+        re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]").search,
         "Remove them.",
     ),
-    _Sign(
-        "a word or sign repeated again and again", re.compile(r"\b(\w+)(?:\W{1,3}\1\b){14}|(.)\2{199}"), "Shorten it."
-    ),
+    _Sign("a word or sign repeated again and again", _repeats, "Shorten it."),
 )
 
 
@@ -138,10 +153,14 @@ def _markdown(answer: str) -> str:
     return "Markdown" if _MARKDOWN.search(answer) else "plain text"
 
 
+_ASCII_LETTER = re.compile("[A-Za-z]")
+
+
 def _script(answer: str) -> str:
     """The writing system of most letters (of the first 400 characters)."""
-    letters = [c for c in answer[:400] if c.isalpha()]
-    if not letters:
+    head = answer[:400]
+    letters = [c for c in head if c.isalpha()] if not head.isascii() else []
+    if not (letters or _ASCII_LETTER.search(head)):
         return "no letters"
     if all(c < "\u0250" for c in letters):
         return "LATIN"
@@ -194,7 +213,7 @@ class Oddities:
         said = "\n\n".join(answers)
         for sign in _SIGNS:
             texts = answers if sign.answers_only else [everything]
-            if any(sign.pattern.search(t) for t in texts):
+            if any(sign.found(t) for t in texts):
                 self._signs.add(sign.what, place)
         if not said:
             return

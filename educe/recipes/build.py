@@ -52,13 +52,15 @@ MOST_FILES, MOST_KEYS = 50, 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """Files that are read alike: what they are for, the number of their task, and how their rows are read."""
+    """Files that are read alike: what they are for, the number of their task, and how their rows are read; `held_out`: some of
+    their rows may be held out (never of what is replayed)."""
 
     role: Split
     task: int
     files: Sequence[Path]
     reading: Reading
     header: tuple[str, ...] = ()
+    held_out: bool = True
 
 
 def weighing_of(data: Data) -> Weighing:
@@ -124,7 +126,10 @@ def _parts(inputs: Sequence[Input], about_bytes: int) -> list[Part]:
             reading = reading_for(i.reading, file, i.header)
             whole = reading.of_file == "oasst message"  # rows that need each other
             for span in spans_of(file, None if whole else about_bytes, i.header):
-                parts.append(Part(number=len(parts), role=i.role, task=i.task, span=span, reading=reading))
+                part = Part(
+                    number=len(parts), role=i.role, task=i.task, span=span, reading=reading, held_out=i.held_out
+                )
+                parts.append(part)
     return parts
 
 

@@ -17,6 +17,7 @@ from educe.recipes.estimate import Estimate, estimate_run
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import plan_run, too_many_unused, warnings_of
 from educe.recipes.prepare import Prepared, prepare
+from educe.recipes.survey import odd_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Check:
     memory_bytes: int
     free_disk_bytes: int
     reasons: list[dict[str, Any]]
+    odd: list[str]
     warnings: list[str]
     blockers: list[str]
 
@@ -79,6 +81,7 @@ def check(recipe: Recipe, say: Say) -> Check:
         memory_bytes=memory,
         free_disk_bytes=free,
         reasons=_reasons(prepared),
+        odd=odd_rows(recipe),
         warnings=[*warnings_of(recipe, prepared, plan), *busy(device.kind)],
         blockers=blockers,
     )

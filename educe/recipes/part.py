@@ -48,13 +48,15 @@ DROPPED = frozenset({"E-DATA-201", "E-DATA-202", "E-DATA-203", "E-CHAT-310"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A stretch of a data file, read as `reading` says. `role` is what the file is for: rows for training may be held out."""
+    """A stretch of a data file, read as `reading` says. `role` is what the file is for: rows for training may be held out, where
+    `held_out` says so."""
 
     number: int
     role: Split
     task: int
     span: Span
     reading: Reading
+    held_out: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +192,7 @@ class _Work:
                 lines[k] = self._refused(source, item)
                 continue
             split: Split = self._part.role
-            if split == "train":
+            if split == "train" and self._part.held_out:
                 split = self._job.shares.of(key)
                 for name in HELD_OUT:
                     self._nearer(name, key)

@@ -17,7 +17,7 @@ import numpy as np
 
 from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
-from educe.config.data import Data, FileSplit, Rows, Task
+from educe.config.data import REPLAY, Data, FileSplit, Rows, Task
 from educe.config.recipe import FileTemplate
 from educe.data.finding import find_files
 from educe.data.reading import MIXED, Expression, Reading
@@ -32,7 +32,7 @@ from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, op
 from educe.types import Conversation, Message, Source, ToolCall
 
 # Bump when the same rows and settings would be prepared differently.
-PREPARE_VERSION = 4
+PREPARE_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,10 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
         for files in [[f] for f in found] if per_file else [found]:
             role: Split = "test" if name in data.hold_out else "train"
             reading = reading_of(rows, data)
-            inputs.append(Input(role=role, task=len(names), files=files, reading=reading, header=rows.header))
+            held = name != REPLAY
+            inputs.append(
+                Input(role=role, task=len(names), files=files, reading=reading, header=rows.header, held_out=held)
+            )
             names.append(f"{name}/{files[0].name.split('.')[0]}" if per_file else name)
     splits: tuple[tuple[Split, Any], ...] = (("dev", data.dev), ("test", data.test))
     for split, held in splits:

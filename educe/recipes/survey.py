@@ -6,10 +6,11 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from educe.config import load_recipe
+from educe.config import Recipe, load_recipe
 from educe.data.finding import find_files
 from educe.data.formats import FORMATS
 from educe.data.oddities import Oddities, Oddity
@@ -25,6 +26,8 @@ from educe.stats import percentile
 from educe.types import Conversation, Document, Pair
 
 FIRST = 5
+# Rows of each task that are looked at for oddities before a run; `educe data` looks at all.
+NUM_LOOKED_AT, MOST_TOLD = 5000, 4
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,6 +119,32 @@ def _survey(file: Path, reading: Reading, header: Sequence[str]) -> FileSurvey:
             look.at(item)
     look.end()
     return found
+
+
+def odd_rows(recipe: Recipe) -> list[str]:
+    """What looks odd in the first rows of each task, in sentences, the most frequent first."""
+    inputs, names = inputs_of(recipe)
+    found: list[tuple[int, str]] = []
+    for i in inputs:
+        if i.role != "train" or not i.held_out:
+            continue
+        oddities = Oddities()
+        rows = chain.from_iterable(_read(file, reading_for(i.reading, file, i.header), i.header) for file in i.files)
+        for item in islice(rows, NUM_LOOKED_AT):
+            if isinstance(item, Conversation):
+                oddities.add(item)
+        task = f"{names[i.task]}: " if len(names) > 1 else ""
+        found += [
+            (o.count, f"{task}{o.count:,} of {o.of:,} {o.what}, first {Path(o.places[0]).name}. {o.advice}")
+            for o in oddities.found()
+        ]
+    found.sort(key=lambda f: -f[0])
+    return [said for _, said in found[:MOST_TOLD]]
+
+
+def _read(file: Path, reading: Reading, header: Sequence[str]) -> Iterator[Item]:
+    for source, value in joined(read_rows(file, header)):
+        yield from [value] if isinstance(value, Refusal) else read_row(value, source, reading)
 
 
 class _Look:
