@@ -25,6 +25,7 @@ from educe.report.records import (
     Settings,
     Step,
     System,
+    TaskLoss,
 )
 from educe.types import Interval
 
@@ -167,6 +168,14 @@ def _dev(rows: list[Row]) -> tuple[Point, ...]:
     return tuple(Point(step=i, loss=loss) for i, loss in sorted(measured.items()) if loss is not None)
 
 
+def _task_losses(rows: list[Row]) -> tuple[TaskLoss, ...]:
+    measured = [_dict(r.get("tasks")) for r in rows if r.get("kind") == "dev" and r.get("tasks")]
+    if not measured:
+        return ()
+    first, last = measured[0], measured[-1]
+    return tuple(TaskLoss(name=n, first=_real(first, n), last=_real(last, n)) for n in sorted({*first, *last}))
+
+
 def _asked(row: Row) -> str:
     """The last user message of a prompt (the last message when no user spoke)."""
     messages = [_dict(m) for m in _list(row.get("prompt"))]
@@ -284,6 +293,7 @@ def read_run(run: RunDir) -> RunFiles:
         ledger=tuple(_ledger(r) for r in rows(run.ledger)),
         steps=_steps(metrics),
         dev=_dev(metrics),
+        tasks=_task_losses(metrics),
         samples=tuple(_sample(r) for r in rows(run.samples)),
         masks=tuple(_mask(r) for r in rows(run.path / "preview.json")),
         untouched=answers["untouched"],

@@ -177,6 +177,15 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskLoss:
+    """Held-out loss of one task of a mixture, at the first and the last measurement; None where it was not finite."""
+
+    name: str
+    first: float | None
+    last: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
     """All that a run directory holds for the page. `unreadable` names files that are there but are not JSON."""
 
@@ -185,6 +194,7 @@ class RunFiles:
     ledger: tuple[LedgerRow, ...]
     steps: tuple[Step, ...]
     dev: tuple[Point, ...]
+    tasks: tuple[TaskLoss, ...]
     samples: tuple[Sample, ...]
     masks: tuple[MaskRow, ...]
     untouched: tuple[Answered, ...]
