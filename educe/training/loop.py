@@ -56,11 +56,11 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
         batches = batches_of(state.step)
         denominator = sum(b.total_weight for b in batches)
 
-        loss, means = 0.0, Means()
+        objective, means = 0.0, Means()
         for batch in batches:
             out = loss_fn(state.model, batch, denominator)
             out.loss.backward()  # type: ignore[no-untyped-call]
-            loss += float(out.loss.detach())
+            objective += float(out.loss.detach())
             means.add(batch, out.nll_N)
 
         rate = learning_rate(
@@ -70,9 +70,9 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
             warmup_share=config.warmup_share,
             kind=config.schedule,
         )
-        norm = state.optimizer.step(rate, config.clip_norm) if math.isfinite(loss) else math.nan
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            found = f"loss {loss}, gradient norm {norm}; the weights are as after step {state.step}."
+        norm = state.optimizer.step(rate, config.clip_norm) if math.isfinite(objective) else math.nan
+        if not (math.isfinite(objective) and math.isfinite(norm)):
+            found = f"loss {objective}, gradient norm {norm}; the weights are as after step {state.step}."
             fix = "Lower train.learning_rate, or look for odd rows with `educe check`."
             raise TrainError(301, f"step {state.step + 1}", found, fix)
         state.step += 1
@@ -82,7 +82,8 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
         report = StepReport(
             step=state.step,
             total_steps=config.total_steps,
-            loss=loss,
+            loss=means.mean,
+            objective=objective,
             task_losses=means.by_task,
             learning_rate=rate,
             grad_norm=norm,

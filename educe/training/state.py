@@ -20,13 +20,15 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One finished step. `loss` is what was minimised, in nats: the mean nll per unit of weight, each token times its task's λ.
-    `task_losses` has each task's own mean, without λ. `elapsed_s` counts this process's steps only.
+    """One finished step. `loss` is the mean nll per unit of weight, in nats, as held-out loss is; `objective` is what was minimised:
+    the same with each token times its task's λ. `task_losses` has each task's own mean. `elapsed_s` counts this process's steps
+    only.
     """
 
     step: int
     total_steps: int
     loss: float
+    objective: float
     task_losses: Mapping[int, float]
     learning_rate: float
     grad_norm: float
