@@ -28,6 +28,7 @@ CODES: dict[str, str] = {
     "E-DATA-009": "file is beyond what is safe to read",
     "E-DATA-010": "no data file found",
     "E-DATA-011": "too many rows are not used",
+    "E-DATA-012": "one file both trains and tests",
     # data: rows
     "E-DATA-101": "line is not UTF-8",
     "E-DATA-102": "line is not valid JSON",

@@ -270,7 +270,7 @@ def test_check_says_what_the_template_does(place: Path, tmp_path: Path) -> None:
     summary = educe.prepare(recipe).summary
     assert f"{summary['split_rows']} rows become {summary['examples']} sequences, +" in said
     assert f"<|im_end|>: ends {summary['trained_turns']} of {summary['trained_turns']} trained turns (100%)" in said
-    assert f"{summary['opening_turns']} rows open with the assistant" in said
+    assert f"{summary['opening_turns']} rows with the assistant first" in said
     assert f"{summary['trimmed_turns']} answers lose white space at their ends" in said
     assert min(summary[k] for k in ("split_rows", "opening_turns", "trimmed_turns")) > 0
     plain = [{"prompt": f"word {k}", "completion": f"answer {k}"} for k in range(60)]

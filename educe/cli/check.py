@@ -63,12 +63,12 @@ def _about_data(c: Check) -> list[tuple[str, str]]:
         keys = [f"{key} ({num_rows(n)})" for key, n in s["unread_keys"].items()]
         said.append(("keys not read", listed(keys, 6)))
     if s["control_strings"]:
-        what = f"{num_rows(s['control_strings'])} hold the text of a control token"
-        said.append(
-            ("control text", f"{what}: trained as text; a server that is sent such text makes control tokens of it")
-        )
+        what = f"{num_rows(s['control_strings'])} with the text of a control token"
+        said.append(("control text", f"{what}: trained as text, where a server would make control tokens of it"))
     if s["unanswered_ends"]:
-        said.append(("cut ends", f"{num_rows(s['unanswered_ends'])} end with a turn that nobody answers"))
+        said.append(
+            ("cut ends", f"{num_rows(s['unanswered_ends'])} with turns after the last answer: they teach nothing")
+        )
     if s["turn_splits"]:
         said.append(("split", f"{s['turn_splits']:,} times a row too long was split between turns"))
     if s["cut_rows"]:
@@ -108,7 +108,7 @@ def _about_template(c: Check) -> list[tuple[str, str]]:
         said.append(("split", f"{what}: prompts of later turns are not what stood before, in text or in ids"))
     if s["opening_turns"]:
         said.append(
-            ("context only", f"{num_rows(s['opening_turns'])} open with the assistant: that turn has no prompt")
+            ("context only", f"{num_rows(s['opening_turns'])} with the assistant first: that turn has no prompt")
         )
     if s["trimmed_turns"]:
         said.append(

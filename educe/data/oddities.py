@@ -105,6 +105,14 @@ _SIGNS = (
         re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]").search,
         "Remove them.",
     ),
+    _Sign(
+        "what looks like a secret: a key or a token",
+        re.compile(
+            r"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|xox[bp]-[\w-]{20,})"
+            r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+        ).search,
+        "Remove it: what is trained can be asked for.",
+    ),
     _Sign("a word or sign repeated again and again", _repeats, "Shorten it."),
 )
 
@@ -231,6 +239,10 @@ class Oddities:
     def found(self) -> list[Oddity]:
         """All that is odd, most frequent first."""
         odd = [*self._found_signs(), *self._found_labels()] if self.rows else []
+        if self.answers >= MIN_ANSWERS and len(self._labels.counts) == 1 and "" not in self._labels.counts:
+            (value,) = self._labels.counts
+            what, places = f"answers are all the same: {value!r}", tuple(self._labels.places[value])
+            odd.append(Oddity(what=what, count=self.answers, of=self.answers, places=places, advice="Is it right?"))
         if self.answers >= MIN_ANSWERS:
             for name, tally in self._features.items():
                 odd += _unlike(name, tally, self.answers)

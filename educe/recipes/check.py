@@ -16,7 +16,7 @@ from educe.pack.plan import PackPlan
 from educe.recipes.estimate import Estimate, estimate_run
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import plan_run, too_many_unused, warnings_of
-from educe.recipes.prepare import Prepared, prepare
+from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare
 from educe.recipes.survey import odd_rows
 
 
@@ -82,9 +82,13 @@ def check(recipe: Recipe, say: Say) -> Check:
         free_disk_bytes=free,
         reasons=_reasons(prepared),
         odd=odd_rows(recipe),
-        warnings=[*warnings_of(recipe, prepared, plan), *busy(device.kind)],
+        warnings=[*_named_twice(recipe), *warnings_of(recipe, prepared, plan), *busy(device.kind)],
         blockers=blockers,
     )
+
+
+def _named_twice(recipe: Recipe) -> list[str]:
+    return [f"{file} is named more than once: its rows count as often" for file in named_twice(inputs_of(recipe)[0])]
 
 
 def _existing(path: Path) -> Path:

@@ -7,6 +7,7 @@ are prepared once.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from educe.config.recipe import FileTemplate
 from educe.data.finding import find_files
 from educe.data.reading import MIXED, Expression, Reading
 from educe.data.sources import container_of
+from educe.errors import DataError
 from educe.files.hashes import cache_dir, hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
@@ -117,10 +119,29 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
             rows = data.sources[held.task or names[0]]
             files, reading = find_files(held.file, own), reading_of(rows, data)
             inputs.append(Input(role=split, task=named, files=files, reading=reading, header=rows.header))
+    _refuse_shared(inputs)
     for i in inputs:
         for file in i.files:
             container_of(file)  # raises for what is no data file, before it is read through
     return inputs, names
+
+
+def _refuse_shared(inputs: Sequence[Input]) -> None:
+    """No file both trains and tests."""
+    roles: dict[Path, Split] = {}
+    for i in inputs:
+        for file in i.files:
+            role = roles.setdefault(file.resolve(), i.role)
+            if role != i.role:
+                found = f"is named for {role} and for {i.role}."
+                fix = "Hold rows out of it: data.dev and data.test {kind: share, share: 0.1}."
+                raise DataError(12, str(file), found, fix)
+
+
+def named_twice(inputs: Sequence[Input]) -> list[Path]:
+    """Files that are read more than once: their rows count as often."""
+    counts = Counter(file.resolve() for i in inputs for file in i.files)
+    return [file for file, n in counts.items() if n > 1]
 
 
 def reading_of(rows: Rows, data: Data) -> Reading:
