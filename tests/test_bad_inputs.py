@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from educe.cli.main import main
+from educe.data.sources import read_rows
+from educe.errors import DataError
 
+from bad_inputs.files import FILES, HANDLED, MADE, TABLE
+from bad_inputs.rows import BAD_ROWS, WARNED, write_mixed
 from check_command import GOOD, ROWS, Checker, Outcome, row
 
 pytest.importorskip("torch")
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -30,25 +35,6 @@ def _refuses(outcome: Outcome, code: str, *words: str) -> None:
 
 # --- files that are no data ----------------------------------------------------------------------------------------------
 
-FILES: dict[str, tuple[str | bytes, str, str]] = {
-    "3 empty": (b"", "E-DATA-003", "empty"),
-    "3 only a byte order mark": (b"\xef\xbb\xbf", "E-DATA-003", "empty"),
-    "3 an array of nothing": ("[]", "E-DATA-003", "no row"),
-    "4 white space": (" \n\t\r\n ", "E-DATA-003", "empty"),
-    "4 much white space": ("\n" * 100_000, "E-DATA-003", "empty"),
-    "9 UTF-16": (ROWS.encode("utf-16"), "E-DATA-004", "iconv -f utf-16"),
-    "9 UTF-16 without a mark": (ROWS.encode("utf-16-le"), "E-DATA-005", "rows.jsonl:1:"),
-    "17 gzip in name only": (b"\x1f\x8b\x08" + bytes(50), "E-DATA-004", "gzip stops"),
-    "17 zstd in name only": (b"\x28\xb5\x2f\xfd" + bytes(50), "E-DATA-004", "zstd stops"),
-    "18 a bomb": (gzip.compress(b"{" + b" " * 50_000_000) * 21, "E-DATA-009", "200 times"),
-    "19 gzip cut short": (gzip.compress(ROWS.encode())[:-20], "E-DATA-004", "gzip stops"),
-    "20 Git LFS pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "E-DATA-006", "git lfs pull"),
-    "21 error page": ("<!DOCTYPE html>\n<html>Not found</html>", "E-DATA-006", "raw file"),
-    "24 an array cut short": ("[" + ",\n\n".join(GOOD), "E-DATA-004", "rows.jsonl:15:"),
-    "22 Parquet in name only": (b"PAR1" + bytes(100), "E-DATA-004", "Parquet"),
-    "no row that fits": ('{"x": 1}\n' * 3, "E-DATA-005", "rows.jsonl:1"),
-}
-
 
 @pytest.mark.parametrize("item", FILES)
 def test_files_that_are_no_data_are_refused(check: Checker, item: str) -> None:
@@ -56,6 +42,37 @@ def test_files_that_are_no_data_are_refused(check: Checker, item: str) -> None:
         pytest.importorskip("pyarrow")
     data, code, hint = FILES[item]
     _refuses(check(data), code, "rows.jsonl", hint)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and sparse files are others there")
+@pytest.mark.parametrize("item", MADE)
+def test_what_stands_for_a_file_is_refused(check: Checker, tmp_path: Path, item: str) -> None:
+    make, code, words = MADE[item]
+    make(tmp_path / "rows.jsonl")
+    _refuses(check(None), code, "rows.jsonl", words)
+    if (tmp_path / "rows.jsonl").is_file():
+        (tmp_path / "rows.jsonl").unlink()
+
+
+def test_a_table_is_read_by_its_columns(check: Checker, tmp_path: Path) -> None:
+    """23: a field may hold a line break in quotes; a row of another number of fields is refused."""
+    (tmp_path / "rows.csv").write_text(TABLE + "one,two,three\n")
+    outcome = check(None, "data: {train: rows.csv, max_tokens: 256}\n")
+    assert outcome.exit_code == 0, outcome.told
+    assert outcome.said_by_users == {"the cat\n0", *(f"the cat {i}" for i in range(1, 8))}
+    assert [(line["code"], line["line"]) for line in outcome.unused] == [("E-DATA-108", 10)]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """27."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(ROWS * 500)
+    rows = read_rows(file)
+    next(rows)
+    with file.open("a") as f:
+        f.write(ROWS)
+    with pytest.raises(DataError, match="E-DATA-008"):
+        list(rows)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="devices and pipes have no path there")
@@ -80,23 +97,13 @@ def test_paths_that_are_no_files_are_refused(check: Checker, tmp_path: Path) -> 
     getattr(os, "geteuid", int)() == 0, reason="root may read everything; Windows has other permissions"
 )
 def test_a_file_without_permission_is_refused(check: Checker, tmp_path: Path) -> None:
+    """5."""
     (tmp_path / "rows.jsonl").write_text(ROWS)
     (tmp_path / "rows.jsonl").chmod(0)
     _refuses(check(None), "E-DATA-002", "rows.jsonl", "ermission")
 
 
 # --- forms of a file that are handled ------------------------------------------------------------------------------------
-
-HANDLED: dict[str, str | bytes] = {
-    "as it should be": ROWS,
-    "8 byte order mark": b"\xef\xbb\xbf" + ROWS.encode(),
-    "12 CRLF": ROWS.replace("\n", "\r\n"),
-    "12 CR": ROWS.replace("\n", "\r"),
-    "13 no final newline": ROWS.rstrip("\n"),
-    "15 blank lines": "\n\n" + ROWS.replace("\n", "\n\n  \n"),
-    "24 array named jsonl": "[" + ",\n\n".join(GOOD) + "]",
-    "24 array on one line": "[" + ",".join(GOOD) + "]",
-}
 
 
 @pytest.mark.parametrize("item", HANDLED)
@@ -119,73 +126,6 @@ def test_text_stays_what_it_is(check: Checker) -> None:
 # --- rows that are refused, one by one -----------------------------------------------------------------------------------
 
 
-def _messages(*turns: Any) -> str:
-    return json.dumps({"messages": list(turns)})
-
-
-ASK, TELL = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-
-# item: the row, its code, the column that is told (0: none), words of the message
-BAD_ROWS: dict[str, tuple[str | bytes, str, int, str]] = {
-    "10 Latin-1 byte": (row("caf?", "b").encode().replace(b"?", b"\xe9"), "E-DATA-101", 47, "0xe9"),
-    "33 surrogate as bytes": (b'{"prompt": "\xed\xa0\x80", "completion": "b"}', "E-DATA-101", 13, "0xed"),
-    "11 NUL": ('{"prompt": "\\u0000", "completion": "b"}', "E-DATA-104", 0, "NUL"),
-    "11 raw NUL": (b'{"prompt": "\0", "completion": "b"}', "E-DATA-102", 13, "not JSON"),
-    "14 cut short": (GOOD[0][:-9], "E-DATA-102", 90, "not JSON"),
-    "25 two objects": (GOOD[0] + GOOD[1], "E-DATA-102", 100, "one JSON object per line"),
-    "26 comment": ("// the cat", "E-DATA-102", 1, "comments"),
-    "26 trailing comma": (GOOD[0][:-1] + ",}", "E-DATA-102", 100, "commas"),
-    "29 duplicate key": (
-        '{"prompt": "a", "prompt": "b", "completion": "c"}',
-        "E-DATA-103",
-        0,
-        "'prompt' appears twice",
-    ),
-    "30 NaN": ('{"prompt": "a", "completion": NaN}', "E-DATA-104", 0, "NaN"),
-    "30 Infinity": ('{"prompt": "a", "completion": -Infinity}', "E-DATA-104", 0, "-Infinity"),
-    "30 1e999": ('{"prompt": "a", "completion": 1e999}', "E-DATA-104", 0, "1e999"),
-    "31 5000 digits": ('{"prompt": "a", "completion": ' + "9" * 5000 + "}", "E-DATA-104", 0, "5000 digits"),
-    "32 depth": ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "E-DATA-102", 0, "deeper"),
-    "32 depth, unclosed": ('{"a": ' * 100_000, "E-DATA-102", 0, "deeper"),
-    "33 lone surrogate": ('{"prompt": "\\ud800", "completion": "b"}', "E-DATA-104", 0, "surrogate"),
-    "33 in a key": ('{"\\udfff": "a"}', "E-DATA-104", 0, "surrogate"),
-    "34 number": ("42", "E-DATA-105", 0, "not an object"),
-    "34 null": ("null", "E-DATA-105", 0, "not an object"),
-    "34 list": ("[1]", "E-DATA-105", 0, "not an object"),
-    "38 messages missing": ('{"massages": []}', "E-DATA-106", 0, "'massages'"),
-    "38 messages null": ('{"messages": null}', "E-DATA-141", 0, "null"),
-    "38 messages a string": ('{"messages": "hi"}', "E-DATA-141", 0, "str"),
-    "38 messages empty": ('{"messages": []}', "E-DATA-141", 0, "no messages"),
-    "39 message a string": (_messages(ASK, "hi"), "E-DATA-141", 0, "messages[1]"),
-    "40 unknown role": (_messages(ASK, {"role": "asistant", "content": "b"}), "E-DATA-142", 0, 'mean "assistant"?'),
-    "40 no role": (_messages({"content": "a"}, TELL), "E-DATA-142", 0, "messages[0].role"),
-    "40 role a list": (_messages({"role": ["user"], "content": "a"}, TELL), "E-DATA-142", 0, "messages[0].role"),
-    "40 ShareGPT role a list": ('{"conversations": [{"from": [], "value": "a"}]}', "E-DATA-142", 0, "messages[0].role"),
-    "41 role in capitals": (_messages({"role": "User", "content": "a"}, TELL), "E-DATA-142", 0, 'mean "user"?'),
-    "42 content null": (_messages({"role": "user", "content": None}, TELL), "E-DATA-143", 0, "messages[0].content"),
-    "43 content a number": (_messages(ASK, {"role": "assistant", "content": 4}), "E-DATA-143", 0, "not text"),
-    "43 content in parts": (
-        _messages({"role": "user", "content": [{"type": "text"}]}, TELL),
-        "E-DATA-143",
-        0,
-        "content[0].text is missing",
-    ),
-    "44 blank answer": (_messages(ASK, {"role": "assistant", "content": " \n"}), "E-DATA-144", 0, "messages[1]"),
-    "45 no answer": (_messages(ASK), "E-DATA-145", 0, "no assistant"),
-    "47 starts with the assistant": (_messages(TELL, ASK), "E-CHAT-310", 0, "no assistant turn"),
-    "48 tool calls": (_messages(ASK, {**TELL, "tool_calls": [{}]}), "E-DATA-147", 0, "tool_calls[0]"),
-    "51 weight a string": (_messages(ASK, {**TELL, "weight": "1"}), "E-DATA-148", 0, "messages[1].weight"),
-    "53 an image": (
-        _messages({"role": "user", "content": [{"type": "image_url"}]}, TELL),
-        "E-DATA-146",
-        0,
-        "'image_url'",
-    ),
-    "50 two formats": ('{"messages": [], "prompt": "a", "completion": "b"}', "E-DATA-107", 0, "messages and prompt"),
-    "59 too long": (row("the cat " * 300, "b"), "E-DATA-201", 0, "max_tokens"),
-}
-
-
 @pytest.mark.parametrize("item", BAD_ROWS)
 def test_a_bad_row_is_counted_and_the_others_train(check: Checker, tmp_path: Path, item: str) -> None:
     bad, code, column, words = BAD_ROWS[item]
@@ -202,6 +142,58 @@ def test_a_bad_row_is_counted_and_the_others_train(check: Checker, tmp_path: Pat
     for said in (f"{code} 1 row", "1 not used", f"{place} ", words):
         assert said in outcome.told
     assert outcome.said_by_users == {f"the cat {i}" for i in range(8)}
+
+
+@pytest.mark.parametrize("item", WARNED)
+def test_rows_that_are_odd_are_trained_and_told(check: Checker, item: str) -> None:
+    data, words = WARNED[item]
+    outcome = check(data)
+    assert outcome.exit_code == 0, outcome.told
+    assert words in " ".join(outcome.told.split()) or words in outcome.told
+    assert not [line for line in outcome.unused if line["code"] != "E-DATA-203"]
+
+
+def test_rows_of_another_format_than_the_files_are_refused(check: Checker) -> None:
+    """52: unless the recipe says `format: mixed`."""
+    others = ['{"instruction": "hi", "output": "yes"}', '{"text": "raw"}', '{"prompt": "a", "completion": "b"}']
+    outcome = check(ROWS + "\n".join(others) + "\n")
+    assert [line["code"] for line in outcome.unused] == ["E-DATA-109"] * 3
+    for held in (outcome.prepared,):
+        assert held is not None
+    outcome = check(None, "data: {train: {files: rows.jsonl, format: mixed}, max_tokens: 256}\n")
+    assert "11 in = " in outcome.told
+    assert "+ 0 not used" in outcome.told
+
+
+def test_every_bad_row_among_many_is_reported(
+    check: Checker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them in one file of 100,000 rows, read by several processes: each has its code and place."""
+    placed = write_mixed(tmp_path / "rows.jsonl", 100_000)
+    recipe = "data: {train: {files: rows.jsonl, format: mixed}, max_tokens: 256, near_copies: keep}\n"
+    outcome = check(None, recipe)
+    assert outcome.exit_code == 0, outcome.told
+    assert [(line["line"], line["code"]) for line in outcome.unused] == placed
+    lines = (tmp_path / "rows.jsonl").read_bytes()
+    for line in outcome.unused:
+        start = 0 if line["line"] == 1 else lines.rindex(b"\n", 0, line["offset"]) + 1
+        assert start == line["offset"]
+    with pytest.raises(SystemExit) as ended:
+        main(["data", str(tmp_path / "rows.jsonl"), "--json"])
+    assert ended.value.code == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 100_000
+    assert found["refused"] >= len([code for _, code in placed if code not in ("E-DATA-201", "E-CHAT-310")]) - 3
+
+
+def test_all_bad_inputs_are_here() -> None:
+    """The numbers of the list, each at least once in a table or a test."""
+    text = "".join(p.read_text(encoding="utf-8") for p in [*HERE.glob("bad_inputs/*.py"), *HERE.glob("test_*.py")])
+    named = {int(n) for n in re.findall(r'"(\d{1,2}) [a-zA-Z1]', text)}
+    for numbers in re.findall(r'"""((?:\d{1,2}(?:, | and )?)+)[:.]', text):
+        named |= {int(n) for n in re.findall(r"\d+", numbers)}
+    named |= {int(n) for n in re.findall(r"# (\d{1,2})[:\s]", text)}
+    assert set(range(1, 88)) - named == set()
 
 
 def test_many_bad_rows_are_counted_and_the_first_five_shown(check: Checker) -> None:
