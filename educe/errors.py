@@ -81,6 +81,7 @@ CODES: dict[str, str] = {
     "E-MODEL-102": "model directory carries code",
     "E-MODEL-201": "sequence length exceeds the model's positions",
     "E-MODEL-202": "tokenizer and model do not fit",
+    "E-MODEL-203": "weights and config do not fit",
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bad_inputs.models import MODELS
+from bad_inputs.models import LOADED, MODELS
 from bad_inputs.recipes import DOUBTFUL, RECIPES
 from check_command import DATA, ROWS, Checker
 
@@ -29,7 +29,7 @@ def test_bad_recipes_are_refused_with_the_place(check: Checker, item: str) -> No
     assert outcome.exit_code == 2
     assert outcome.told.startswith(code)
     assert words in outcome.told
-    if code.startswith("E-RECIPE"):
+    if code.startswith("E-RECIPE") and place is not None:
         assert f"recipe.yaml{place}" in outcome.told
 
 
@@ -68,3 +68,21 @@ def test_bad_model_directories_are_refused(check: Checker, tiny_model: Path, tmp
     assert outcome.exit_code == 2
     assert outcome.told.startswith(code)
     assert words in outcome.told
+
+
+@pytest.mark.parametrize("item", LOADED)
+def test_weights_that_cannot_be_meant_are_refused(tiny_model: Path, tmp_path: Path, item: str) -> None:
+    from educe.config import Full
+    from educe.errors import ModelError
+    from educe.model.device import Device
+    from educe.model.load import load_model
+
+    spoil, words = LOADED[item]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    device = Device(kind="cpu", dtype="float32", name="CPU", flops=1e9, why="")
+    load_model(model, device, Full(kind="full"))
+    spoil(model)
+    with pytest.raises(ModelError, match="E-MODEL-203") as refused:
+        load_model(model, device, Full(kind="full"))
+    assert words in refused.value.found

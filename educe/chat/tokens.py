@@ -169,6 +169,9 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     except Exception as e:  # tokenizers raises plain Exception for a file it cannot use
         raise ModelError(2, str(file), f"is not a usable tokenizer: {e}.", "Download the model again.") from e
     stock, new = parsed.stock, parsed.new
+    if two := next((w for w, i in parsed.control.items() if stock.token_to_id(w) != i), None):
+        found = f"gives {two!r} the id {parsed.control[two]} among added tokens, and {stock.token_to_id(two)} in its vocabulary."
+        raise ModelError(2, str(file), found, "Download the model again.")
     if name in NAMED and adds_bos(raw, special.get("bos_token")):
         source = "{{- bos_token }}" + source
     known = _known_stop(model_dir, stock, special, choice.stop)

@@ -10,13 +10,15 @@ from educe.data.tools import Row, Unfit
 _OWN = frozenset({"tool_use", "tool_result", "redacted_thinking"})
 
 
+def _kind(block: Any) -> str | None:
+    kind = block.get("type") if isinstance(block, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 def has_blocks(turns: Sequence[Row]) -> bool:
     """Whether a turn holds a block that only this form has."""
     return any(
-        isinstance(block, dict) and block.get("type") in _OWN
-        for turn in turns
-        if isinstance(content := turn.get("content"), list)
-        for block in content
+        _kind(block) in _OWN for turn in turns if isinstance(content := turn.get("content"), list) for block in content
     )
 
 
@@ -28,7 +30,7 @@ def from_blocks(turns: Sequence[Row]) -> list[Row]:
         if not isinstance(content, list):
             made.append(turn)
             continue
-        kinds = [b.get("type") if isinstance(b, dict) else None for b in content]
+        kinds = [_kind(b) for b in content]
         rest = [b for b, kind in zip(content, kinds, strict=True) if kind not in _OWN]
         calls = [_call(b) for b, kind in zip(content, kinds, strict=True) if kind == "tool_use"]
         results = [_result(b, i) for b, kind in zip(content, kinds, strict=True) if kind == "tool_result"]

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from educe.data.anthropic import from_blocks, has_blocks
-from educe.data.tools import Row, Unfit, list_calls
+from educe.data.tools import Row, Unfit, a_kind, list_calls
 
 Turns = Sequence[Row]
 
@@ -32,11 +32,11 @@ def _messages(row: Row) -> Turns:
 def _turns(row: Row, key: str, form: str) -> list[Row]:
     turns = row[key]
     if not isinstance(turns, list) or not turns:
-        shown = "null" if turns is None else f"{type(turns).__name__} of no messages"
+        shown = "a list of no messages" if turns == [] else a_kind(turns)
         raise Unfit("E-DATA-141", f"{key} is {shown}.", f"Give a list of {form} objects.")
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise Unfit("E-DATA-141", f"{key}[{i}] is a {type(turn).__name__}, no object.", f"Give {form} objects.")
+            raise Unfit("E-DATA-141", f"{key}[{i}] is {a_kind(turn)}, no object.", f"Give {form} objects.")
     return turns
 
 
@@ -55,7 +55,7 @@ def _from_sharegpt(turn: Row, i: int) -> Row:
 def _alpaca(row: Row) -> Turns:
     ask, more = _no_list(row, "instruction"), row.get("input")
     if more is not None and not isinstance(more, str):
-        raise Unfit("E-DATA-143", f"input is a {type(more).__name__}, not text.", "Give text, or leave it out.")
+        raise Unfit("E-DATA-143", f"input is {a_kind(more)}, not text.", "Give text, or leave it out.")
     prompt = f"{ask}\n\n{more}" if more and isinstance(ask, str) else ask
     return [*_history(row.get("history")), *_exchange(prompt, _no_list(row, "output"))]
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from educe.data.tools import Row, Unfit, list_calls, read_call, read_tool_calls, text_or_none
+from educe.data.tools import Row, Unfit, a_kind, list_calls, read_call, read_tool_calls, text_or_none
 from educe.types import ROLES, Message, ToolCall
 
 _KNOWN = frozenset(ROLES)
@@ -27,7 +27,7 @@ def read_message(turn: Row, i: int) -> Message:
     """Turn `i` of a row, checked. Raises `Unfit`."""
     role, content = turn.get("role"), turn.get("content")
     if type(role) is str and role in _KNOWN and type(content) is str and _DEEP.isdisjoint(turn):
-        if role == "assistant" and not content.strip():
+        if role == "assistant" and _says_nothing(content):
             raise _empty(i)
         return Message(role=role, content=content)  # type: ignore[arg-type]
     return _read_deep(turn, i)
@@ -48,7 +48,7 @@ def _read_deep(turn: Row, i: int) -> Message:
         raise Unfit("E-DATA-147", f"{place} calls tools and its role is {role}.", "Only an assistant calls tools.")
     if role != "assistant" and reasoning:
         raise Unfit("E-DATA-146", f"{place} has reasoning and its role is {role}.", "Only an assistant reasons.")
-    if role == "assistant" and not calls and not (content or "").strip():
+    if role == "assistant" and not calls and _says_nothing(content or ""):
         raise _empty(i)
     return Message(
         role=role,  # type: ignore[arg-type]
@@ -59,6 +59,12 @@ def _read_deep(turn: Row, i: int) -> Message:
         call_id=text_or_none(turn, "tool_call_id", place) if role == "tool" else None,
         weight=_weight(turn, role, place),
     )
+
+
+def _says_nothing(answer: str) -> bool:
+    """Nothing but white space, or a thought without an answer after it."""
+    said = answer.strip()
+    return not said or (said.endswith("</think>") and said.startswith("<think>") and said.count("</think>") == 1)
 
 
 def _empty(i: int) -> Unfit:
@@ -88,9 +94,7 @@ def _body(content: Any, place: str) -> tuple[str | None, list[str], list[ToolCal
     if content is None or isinstance(content, str):
         return content, [], []
     if not isinstance(content, list):
-        raise Unfit(
-            "E-DATA-143", f"{place}.content is a {type(content).__name__}, not text.", "Give text, or remove the row."
-        )
+        raise Unfit("E-DATA-143", f"{place}.content is {a_kind(content)}, not text.", "Give text, or remove the row.")
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[ToolCall] = []
@@ -113,7 +117,7 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
     if isinstance(part, str):
         return "text", part
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        shown = "has no type" if isinstance(part, dict) else f"is a {type(part).__name__}"
+        shown = "has no type" if isinstance(part, dict) else f"is {a_kind(part)}"
         raise Unfit("E-DATA-143", f"{where} {shown}.", 'Give {"type": "text", "text": …}.')
     kind = "reasoning" if part["type"] == "thinking" else part["type"]
     if kind not in _ORDER:
@@ -122,7 +126,7 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
         raise Unfit("E-DATA-148", f"{where} has a weight.", "Only whole turns have one: split the turn, or weigh it.")
     value = next((part[k] for k in ("text", part["type"], "value") if part.get(k) is not None), None)
     if kind != "tool_call" and not isinstance(value, str):
-        shown = "missing" if value is None else f"a {type(value).__name__}"
+        shown = "missing" if value is None else f"{a_kind(value)}"
         raise Unfit("E-DATA-143", f"{where}.text is {shown}, not text.", "Give text, or remove the part.")
     return kind, value
 
@@ -132,8 +136,8 @@ def _reasoning(turn: Row, thoughts: list[str], place: str) -> str | None:
     for key in _REASONING:
         if turn.get(key) is not None:
             if not isinstance(turn[key], str):
-                kind = type(turn[key]).__name__
-                raise Unfit("E-DATA-143", f"{place}.{key} is a {kind}, not text.", "Give text, or leave it out.")
+                kind = a_kind(turn[key])
+                raise Unfit("E-DATA-143", f"{place}.{key} is {kind}, not text.", "Give text, or leave it out.")
             found.append(turn[key])
     if len(set(found)) > 1:
         raise Unfit("E-DATA-146", f"{place} has two different reasonings.", f"Keep one of {', '.join(_REASONING)}.")

@@ -15,7 +15,7 @@ from jmespath.exceptions import JMESPathError
 from educe.data.formats import FORMATS, Turns, detect, unread_keys
 from educe.data.messages import TURN_KEYS, read_message, row_weight
 from educe.data.sources import sample_rows
-from educe.data.tools import Row, Unfit, check_results, read_tools
+from educe.data.tools import Row, Unfit, a_kind, check_results, read_tools
 from educe.data.trees import paths_of, turns_of
 from educe.errors import RecipeError, Refusal
 from educe.types import Conversation, Document, Message, Pair, Role, Source
@@ -180,7 +180,7 @@ def _conversation(turns: Turns, source: Source, reading: Reading, row: Row) -> C
         tools = read_tools(row)
         if system := row.get("system"):
             if not isinstance(system, str):
-                found = f"system is a {type(system).__name__}, not text."
+                found = f"system is {a_kind(system)}, not text."
                 raise Unfit("E-DATA-143", found, "Give text, or leave it out.")
             turns = [{"role": "system", "content": system}, *turns]
         turns = row_weight(row, turns)
@@ -288,7 +288,7 @@ def _said(answer: Any, before: list[Row]) -> list[Row]:
 
 def _turn(turn: Any) -> Row:
     if not isinstance(turn, dict):
-        raise Unfit("E-DATA-141", f"a turn is a {type(turn).__name__}, no object.", "Give {role, content} objects.")
+        raise Unfit("E-DATA-141", f"a turn is {a_kind(turn)}, no object.", "Give {role, content} objects.")
     names = {"human": "user", "gpt": "assistant"}
     return (
         {**turn, "role": names.get(turn["from"], turn["from"]), "content": turn.get("value")}

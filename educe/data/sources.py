@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 from educe.data.json_array import elements
 from educe.data.opening import compression_of, head_of, open_data
 from educe.data.tables import csv_rows, parquet_groups, parquet_rows
+from educe.data.tools import a_kind
 from educe.errors import DataError, Refusal
 from educe.files.jsonl import lines_of, parse_json
 from educe.types import Source
@@ -219,7 +220,7 @@ def _placed(shown: str, number: int, value: Any) -> Row:
 
 
 def _no_object(value: Any, source: Source) -> Refusal:
-    found = f"a {type(value).__name__}, not an object."
+    found = f"{a_kind(value)}, not an object."
     return Refusal(code="E-DATA-105", where=str(source), found=found, fix="Write one JSON object per line.")
 
 

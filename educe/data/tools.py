@@ -12,6 +12,21 @@ from educe.types import Message, ToolCall
 Row = dict[str, Any]
 
 
+def a_kind(value: Any) -> str:
+    """What a JSON value is, in words: a string, a list."""
+    if value is None:
+        return "null"
+    kinds = {
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
 class Unfit(Exception):
     """Why a row is not used: (code, what was found, what to do)."""
 
@@ -20,8 +35,8 @@ def read_tool_calls(turn: Row, place: str) -> list[ToolCall]:
     """The calls of an assistant's turn: `tool_calls`, or OpenAI's older `function_call`."""
     given, legacy = turn.get("tool_calls"), turn.get("function_call")
     if given is not None and not isinstance(given, list):
-        kind = type(given).__name__
-        raise Unfit("E-DATA-147", f"{place}.tool_calls is a {kind}, not a list.", "Give a list of calls.")
+        kind = a_kind(given)
+        raise Unfit("E-DATA-147", f"{place}.tool_calls is {kind}, not a list.", "Give a list of calls.")
     if given and legacy is not None:
         raise Unfit("E-DATA-147", f"{place} has tool_calls and function_call.", "Keep one of them.")
     calls = [read_call(c, f"{place}.tool_calls[{k}]") for k, c in enumerate(given or ())]
@@ -40,7 +55,7 @@ def list_calls(value: Any, place: str) -> list[Any]:
 def read_call(call: Any, place: str) -> ToolCall:
     """A call: {"id", "type": "function", "function": {"name", "arguments"}}, or {"name", "arguments"} at once."""
     if not isinstance(call, dict):
-        raise Unfit("E-DATA-147", f"{place} is a {type(call).__name__}.", "Give {name, arguments}.")
+        raise Unfit("E-DATA-147", f"{place} is {a_kind(call)}.", "Give {name, arguments}.")
     if call.get("type") not in (None, "function"):
         raise Unfit("E-DATA-147", f"{place}.type is {call['type']!r:.40}.", "Only calls of functions are read.")
     body = call if call.get("function") is None else call["function"]
@@ -51,7 +66,7 @@ def read_call(call: Any, place: str) -> ToolCall:
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{place}.arguments")
     if not isinstance(arguments, dict):
-        kind = "missing" if arguments is None else f"a {type(arguments).__name__}"
+        kind = "missing" if arguments is None else f"{a_kind(arguments)}"
         raise Unfit("E-DATA-147", f"{place}.arguments is {kind}, not an object.", "Give {} where there are none.")
     return ToolCall(name=name, arguments=arguments, id=text_or_none(call, "id", place))
 
@@ -67,9 +82,7 @@ def text_or_none(turn: Row, key: str, place: str) -> str | None:
     """An id or a name; "" is none."""
     value = turn.get(key)
     if value is not None and not isinstance(value, str):
-        raise Unfit(
-            "E-DATA-147", f"{place}.{key} is a {type(value).__name__}, not text.", "Give text, or leave it out."
-        )
+        raise Unfit("E-DATA-147", f"{place}.{key} is {a_kind(value)}, not text.", "Give text, or leave it out.")
     return value or None
 
 
@@ -87,7 +100,7 @@ def read_tools(row: Row) -> tuple[Row, ...]:
     if tools is None:
         return ()
     if not isinstance(tools, list):
-        raise Unfit("E-DATA-147", f"tools is a {type(tools).__name__}, not a list.", "Give a list of functions.")
+        raise Unfit("E-DATA-147", f"tools is {a_kind(tools)}, not a list.", "Give a list of functions.")
     return tuple(_tool(t, f"tools[{k}]") for k, t in enumerate(tools))
 
 
@@ -101,8 +114,8 @@ def _tool(tool: Any, place: str) -> Row:
     if not isinstance(body, dict) or not isinstance(body.get("name"), str) or not body["name"].strip():
         raise Unfit("E-DATA-147", f"{place} has no name.", "Name the function.")
     if body.get("parameters") is not None and not isinstance(body["parameters"], dict):
-        kind = type(body["parameters"]).__name__
-        raise Unfit("E-DATA-147", f"{place}.parameters is a {kind}.", "Give a JSON schema, an object.")
+        kind = a_kind(body["parameters"])
+        raise Unfit("E-DATA-147", f"{place}.parameters is {kind}.", "Give a JSON schema, an object.")
     return {**tool, "type": "function"}
 
 

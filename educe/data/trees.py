@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from educe.data.tools import Row, Unfit
+from educe.data.tools import Row, Unfit, a_kind
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 Path = tuple[Row, ...]
@@ -17,7 +17,7 @@ def paths_of(root: Any, *, best: bool, max_rank: int | None, languages: Sequence
     and other languages are left out, with what follows them. Raises `Unfit` where nothing is left.
     """
     if not isinstance(root, dict):
-        raise Unfit("E-DATA-152", f"prompt is a {type(root).__name__}, no message.", "Give the tree's first message.")
+        raise Unfit("E-DATA-152", f"prompt is {a_kind(root)}, no message.", "Give the tree's first message.")
     found: list[Path] = []
     stack: list[Path] = [(root,)] if _usable(root, None, languages) else []
     while stack:

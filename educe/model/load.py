@@ -24,6 +24,7 @@ from educe.errors import MachineError, ModelError
 from educe.model import attention
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
+from educe.model.loaded import prove_loaded
 from educe.types import Batch
 
 
@@ -109,13 +110,14 @@ def load_model(
     way = attention.NAME if tuning is not None else "sdpa"
     with quiet():
         try:
-            network = AutoModelForCausalLM.from_pretrained(
+            network, info = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=device.torch_dtype,
                 attn_implementation=way,
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
+                output_loading_info=True,
             )
         except (ValueError, OSError, RuntimeError, KeyError) as e:
             if "out of memory" in str(e):
@@ -123,6 +125,7 @@ def load_model(
                 raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e
             first = str(e).strip().splitlines()[0][:200]
             raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
+        prove_loaded(network, info["missing_keys"], directory)
         if new_ids:
             _begin_rows(network, sorted(new_ids))
     network.to(device.kind)

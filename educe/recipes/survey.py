@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,9 @@ class FileSurvey:
         return sum(p.rows for p in self.problems.values())
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "refused": self.num_refused}
+        counts = {name: dict(getattr(self, name)) for name in ("kinds", "roles", "unread_keys")}
+        plain = replace(self, kinds=Counter(), roles=Counter(), unread_keys=Counter())
+        return {**asdict(plain), **counts, "refused": self.num_refused}
 
 
 def survey(specs: Sequence[str]) -> Iterator[FileSurvey]:

@@ -69,6 +69,39 @@ def _added(number: int) -> Break:
     return spoil
 
 
+def _tensors(change: Callable[[dict[str, Any]], object]) -> Break:
+    """model.safetensors with some tensors changed."""
+
+    def spoil(directory: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+def _nan(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.0.self_attn.q_proj.weight"][1, 2] = float("nan")
+
+
+def _head_of_its_own(tensors: dict[str, Any]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+# What only loading the model can tell: how to spoil it, words of the message.
+LOADED: dict[str, tuple[Break, str]] = {
+    "86 NaN": (_tensors(_nan), "q_proj.weight holds NaN"),
+    "87 tied, and a head of its own": (_tensors(_head_of_its_own), "holds lm_head.weight of its own"),
+    "87 not tied, and no head": (_config(tie_word_embeddings=False), "lack lm_head.weight"),
+    "87 a weight is missing": (
+        _tensors(lambda t: t.pop("model.layers.0.self_attn.q_proj.weight")),
+        "would be random numbers",
+    ),
+}
+
+
 MODELS: dict[str, tuple[Break, str, str]] = {
     "81 upwards": (_index({"weight_map": {"a": "../x.safetensors"}}), "E-MODEL-002", "outside the directory"),
     "81 absolute": (_index({"weight_map": {"a": "/etc/passwd"}}), "E-MODEL-002", "outside the directory"),
@@ -89,8 +122,8 @@ MODELS: dict[str, tuple[Break, str, str]] = {
     "config not JSON": (_file("config.json", b"{"), "E-MODEL-002", "config.json"),
     "config too deep": (_file("config.json", b"[" * 100_000), "E-MODEL-002", "config.json"),
     "config of other types": (_config(vocab_size="many"), "E-MODEL-002", "config.json"),
-    "85 an added token beyond the vocabulary": (_added(5000), "E-MODEL-202", "knows"),
-    "85 an added token in another's place": (_added(3), "E-MODEL-002", "tokenizer.json"),
+    "85 an added token beyond the vocabulary": (_added(5000), "E-MODEL-002", "the id 5000 among added tokens"),
+    "85 an added token in another's place": (_added(3), "E-MODEL-002", "and 2 in its vocabulary"),
     "79 smaller vocabulary": (_config(vocab_size=100), "E-MODEL-202", "knows 100 ids"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "E-MODEL-001", "tokenizer.json"),
     "tokenizer of nothing": (_file("tokenizer.json", b"{}"), "E-MODEL-002", "not a usable tokenizer"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from check_command import DATA
 
 # item: what stands below `name:` and `model:` (so it starts on line 3), the code, the place in recipe.yaml, words
-RECIPES: dict[str, tuple[str, str, str, str]] = {
+RECIPES: dict[str, tuple[str, str, str | None, str]] = {
     "65 unknown key": (DATA + "trian: {}\n", "E-RECIPE-102", ":4:1", "Did you mean 'train'?"),
     "65 deeper": ("data:\n  train: rows.jsonl\n  sytem: x\n", "E-RECIPE-102", ":5:3", "data.sytem"),
     "65 in a union": (DATA + "tuning: {kind: lora, rnk: 3}\n", "E-RECIPE-102", ":4:22", "Did you mean 'rank'?"),
@@ -44,11 +44,11 @@ RECIPES: dict[str, tuple[str, str, str, str]] = {
         "",
         "is named for train and for test",
     ),
-    "no such format": ("data: {train: {files: rows.jsonl, format: x}}\n", "E-RECIPE-103", "", "'x' is no format"),
-    "no expression": ("data: {train: {files: rows.jsonl, where: 'a =='}}\n", "E-RECIPE-103", "", "no JMESPath expression"),
+    "no such format": ("data: {train: {files: rows.jsonl, format: x}}\n", "E-RECIPE-103", None, "'x' is no format"),
+    "no expression": ("data: {train: {files: rows.jsonl, where: 'a =='}}\n", "E-RECIPE-103", None, "no JMESPath expression"),
     "task of that name": ("data: {tasks: {a: {files: rows.jsonl}}, hold_out: [b]}\n", "E-RECIPE-201", ":3:1", "no task"),
     "rate without explicit": ("data: {tasks: {a: {files: rows.jsonl, rate: 1.0}}}\n", "E-RECIPE-201", ":3:1", "explicit"),
-    "variable of no template": (DATA + "template: {kind: own, settings: {thinking: true}}\n", "E-RECIPE-103", "",
+    "variable of no template": (DATA + "template: {kind: own, settings: {thinking: true}}\n", "E-RECIPE-103", None,
                                 "'thinking' is no variable"),
     "no data": ("tuning: {kind: full}\n", "E-RECIPE-104", "", "data is missing"),
     "no kind": (DATA + "tuning: {rank: 3}\n", "E-RECIPE-104", ":4:1", "tuning.kind"),
@@ -64,7 +64,7 @@ DOUBTFUL: dict[str, tuple[str, str]] = {
         "data: {tasks: {a: {files: rows.jsonl}, b: {files: ./rows.jsonl}}, max_tokens: 256}\n",
         "is named more than once",
     ),
-    "60 answers cut": ("data: {train: rows.jsonl, max_tokens: 8, too_long: cut}\n", "cut before their stop token"),
+    "60 answers cut": ("data: {train: rows.jsonl, max_tokens: 17, too_long: cut}\n", "cut before their stop token"),
     "71 no multiple": (DATA + "train: {batch_tokens: 3000, micro_batch_tokens: 2048}\n", "is no multiple of"),
     "74 a high rate": (DATA + "train: {learning_rate: 0.1}\n", "outside the usual"),
     "74 a low rate for adapters": (DATA + "train: {learning_rate: 1e-7}\ntuning: {kind: lora}\n", "outside the usual"),
