@@ -14,7 +14,7 @@ quickstart: $(VENV)/.train
 	$(BIN)/educe quickstart --dir quickstart
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check educe tests tools

@@ -152,7 +152,8 @@ def test_every_token_on_the_page_is_the_stored_one(
     (place / f"{name}.jsonl").write_text("\n".join([*lines, *map(json.dumps, EXTRA)]) + "\n")
     text = (place / f"{name}.yaml").read_text().replace("rows.jsonl", f"{name}.jsonl")
     (place / "held.jsonl").write_text(json.dumps({"prompt": "held", "completion": "out"}) + "\n")
-    held = "dev: {kind: file, file: held.jsonl}, test: {kind: file, file: held.jsonl}, max_tokens"
+    shutil.copy(place / "held.jsonl", place / "more.jsonl")
+    held = "dev: {kind: file, file: held.jsonl}, test: {kind: file, file: more.jsonl}, max_tokens"
     recipe.write_text(text.replace("max_tokens", held))
     store = educe.prepare(recipe).store("train")
     examples = [store[k] for k in range(len(store))]
