@@ -246,8 +246,7 @@ def test_training_again_does_nothing(job: Job) -> None:
     assert {p: p.read_bytes() for p in (job.run / "checkpoints").rglob("*") if p.is_file()} == before
 
 
-def test_other_settings_under_the_same_name_are_refused(job: Job) -> None:
-    """76: never a run of two recipes."""
+def test_other_settings_under_the_same_name_are_refused(job: Job) -> None:  # 76: never a run of two recipes
     old = Run(job.run).recipe.train.learning_rate
     code, said = command("train", job.other("orders", learning_rate="0.00123"))
     assert code == 2
