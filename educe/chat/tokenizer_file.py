@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from educe.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a tokenizer.json gives, whatever the template: see `ChatTokenizer`. `added` are all its added tokens."""
+    """What a tokenizer.json gives, whatever the template: see `ChatTokenizer`. `added` are all its added tokens; `table()` is made
+    when it is first asked for: whoever only opens what was prepared has no use for it."""
 
     stock: Tokenizer
     plain: Tokenizer
@@ -25,9 +26,22 @@ class Parsed:
     added: Mapping[str, int]
     control: Mapping[str, int]
     new: Mapping[str, int]
-    table: ByteTable | None
+    table: Callable[[], ByteTable | None]
     eats: Mapping[str, tuple[bool, bool]]
     size: int
+
+
+class _Once:
+    """A value made when it is first asked for; what it was made of is then let go."""
+
+    def __init__(self, make: Callable[[], ByteTable | None]) -> None:
+        self._make: Callable[[], ByteTable | None] | None = make
+        self._made: ByteTable | None = None
+
+    def __call__(self) -> ByteTable | None:
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
 
 
 @lru_cache(maxsize=8)
@@ -48,7 +62,7 @@ def parse(raw: str, words: tuple[str, ...]) -> Parsed:
         added={str(t["content"]): int(t["id"]) for t in tree["added_tokens"]},
         control=control,
         new=new,
-        table=table_of(vocabulary, stock, tree, control),
+        table=_Once(partial(table_of, vocabulary, stock, tree, control)),
         eats={t["content"]: (t["lstrip"], t["rstrip"]) for t in tree["added_tokens"] if t["lstrip"] or t["rstrip"]},
         size=max(vocabulary.values()) + 1,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class ChatTokenizer:
     habits: Habits
     new_tokens: Mapping[str, int]
     tokenizer_hash: str
-    table: ByteTable | None
+    _table: Callable[[], ByteTable | None]
     starts_with_space: bool
     eats: Mapping[str, tuple[bool, bool]]
     known_stop: frozenset[int]
@@ -72,6 +72,11 @@ class ChatTokenizer:
         return (
             f"ChatTokenizer({self.tokenizer_hash[:8]}, template={self.template_name!r}, settings={dict(self.settings)})"
         )
+
+    @property
+    def table(self) -> ByteTable | None:
+        """The bytes of every id; None where ids are not bytes in a row."""
+        return self._table()
 
     @property
     def settings(self) -> Mapping[str, bool | int | str]:
@@ -197,7 +202,7 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
         habits=Habits(),
         new_tokens=new,
         tokenizer_hash=hash_bytes(raw.encode() + json.dumps(new).encode() * bool(new)),
-        table=parsed.table,
+        _table=parsed.table,
         starts_with_space=_starts_with_space(parsed, control),
         eats=parsed.eats,
         _mark=_any_of(control),

@@ -37,7 +37,7 @@ from educe.types import Conversation, Document, Pair, Source
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
-BLOCK_ROWS, CHUNK_ROWS = 8192, 2048
+BLOCK_ROWS, CHUNK_ROWS = 4096, 2048
 # A template that exceeds its limits on so many rows is stopped: each costs two seconds.
 MAX_LIMIT_REFUSALS = 3
 NUM_PREVIEWS = 3
