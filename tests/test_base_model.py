@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from conftest import write_tokenizer  # noqa: E402
 from test_new_tokens import KNOWN, NEW, SIZES  # noqa: E402
 
+SYSTEM = 'You say "one word".\n{{ no variable }} 😀 %}'
 RECIPE = """name: NAME
 model: base
 device: cpu
@@ -86,6 +87,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     adapters = made.recipe("adapters", "tuning: {kind: lora, rank: 4}\ntemplate: plain\n")
     given = "template: {kind: file, file: own.jinja, settings: {enable_thinking: false}}\n"
     set_ = made.recipe("set", given, "epochs: 16.0", "epochs: 1.0")
+    set_.write_text(
+        set_.read_text().replace("  max_tokens: 96\n", f"  max_tokens: 160\n  system: {json.dumps(SYSTEM)}\n", 1)
+    )
+    set_.write_text(set_.read_text().replace("micro_batch_tokens: 96", "micro_batch_tokens: 192"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDUCE_CACHE", str(place / "cache"))
         for words in (
@@ -158,6 +163,19 @@ def test_settings_of_the_template_are_handed_to_the_server(job: Job) -> None:
     assert f"vllm serve . {serve}" in (job.place / "out-set" / "README.md").read_text()
     assert "chat-template-kwargs" not in (job.place / "out-whole" / "README.md").read_text()
     assert "chat-template-kwargs" not in job.said["export whole"]
+
+
+def test_the_recipes_system_prompt_is_in_the_exported_template(job: Job) -> None:
+    assert "puts the recipe's system prompt before a conversation" in job.said["export set"]
+    tokenizer = AutoTokenizer.from_pretrained(job.place / "out-set")
+    asked, other = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
+    prompts = [
+        tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+        for talk in ([asked], [{"role": "system", "content": SYSTEM}, asked], [other, asked])
+    ]
+    assert prompts[0] == prompts[1]
+    assert SYSTEM in prompts[0]
+    assert SYSTEM not in prompts[2]
 
 
 @pytest.mark.parametrize(

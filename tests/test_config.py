@@ -313,6 +313,12 @@ def test_a_dump_is_the_recipe(recipe: Recipe) -> None:
     assert parse_recipe(recipe.model_dump_json(), "r.json") == recipe  # JSON is YAML 1.2
 
 
+def test_characters_that_json_writes_in_halves_are_whole() -> None:
+    recipe = parse_recipe('{"name": "a", "model": "m", "data": {"train": "t", "system": "\\ud83d\\ude00"}}', "r.json")
+    assert recipe.data.system == "😀"
+    assert refused('{"name": "a", "model": "m", "data": {"train": "t", "system": "\\ud83d"}}').code == "E-RECIPE-103"
+
+
 # knobs
 
 

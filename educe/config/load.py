@@ -153,13 +153,24 @@ def _plain(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {str(k): _plain(v) for k, v in node.items()}
     if isinstance(node, str):
-        return str(node)
+        return _whole_characters(str(node))
     if isinstance(node, Sequence):
         return [_plain(v) for v in node]
     for kind in (bool, int, float):
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def _whole_characters(text: str) -> str:
+    """JSON writes a character beyond U+FFFF as two halves, which YAML does not join."""
+    if not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as e:
+        found = f"{_brief(text)} holds half of a character."
+        raise RecipeError(103, "recipe", found, "Write the character itself, as UTF-8.") from e
 
 
 def _found(tree: Any, path: _Path) -> list[tuple[Any, tuple[int, int]]]:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from educe.chat.prompt import render_prompt
 from educe.chat.tokens import MORE_TEMPLATES, ChatTokenizer
 from educe.config import Full, Lora
 from educe.errors import ModelError
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model, quiet
+from educe.types import Message
 
 _COPIED = ("special_tokens_map.json", "tokenizer.model")
 
@@ -52,20 +54,35 @@ def put(masters: dict[str, Tensor], model: CausalLM) -> None:
             p.copy_(masters[name])
 
 
-def write_model(model: CausalLM, base: Path, tokenizer: ChatTokenizer, card: str, directory: Path) -> None:
+def served_template(source: str, system: str | None) -> str:
+    """The chat template, with the recipe's system prompt put before a conversation that has none, as in training."""
+    if system is None:
+        return source
+    text = json.dumps(system, ensure_ascii=False)  # JSON's escapes are Jinja's
+    return (
+        "{%- if not messages or messages[0]['role'] not in ['system', 'developer'] %}"
+        f"{{%- set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}{{%- endif %}}{{{{- '' }}}}{source}"
+    )
+
+
+def write_model(
+    model: CausalLM, base: Path, tokenizer: ChatTokenizer, card: str, directory: Path, *, system: str | None = None
+) -> None:
     """Weights, tokenizer, template, config and generation config (with every stop token) into a directory being built.
 
-    `tokenizer` is the one that training used, with the control tokens that its template added and with its template.
+    `tokenizer` is the one that training used, with the control tokens that its template added and with its template; `system`
+    the prompt that training put before rows without one.
     """
     model.network.save_pretrained(directory)
     for name in _COPIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, directory / name)
     (directory / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(tokenizer.template.source, encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(served_template(tokenizer.template.source, system), encoding="utf-8")
     if tokenizer.tool_use is not None:
         (directory / MORE_TEMPLATES).mkdir()
-        (directory / MORE_TEMPLATES / "tool_use.jinja").write_text(tokenizer.tool_use.template.source, encoding="utf-8")
+        text = served_template(tokenizer.tool_use.template.source, system)
+        (directory / MORE_TEMPLATES / "tool_use.jinja").write_text(text, encoding="utf-8")
     settings = _read(base / "tokenizer_config.json")
     settings.pop("chat_template", None)  # older than the file, or the template that was replaced
     if "added_tokens_decoder" in settings:  # transformers then reads added tokens here alone
@@ -80,19 +97,29 @@ def write_model(model: CausalLM, base: Path, tokenizer: ChatTokenizer, card: str
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def check_tokenizer(directory: Path, tokenizer: ChatTokenizer) -> None:
-    """transformers must load `tokenizer` from `directory` as it was used: its template, its ids. Raises `ModelError`."""
+def check_tokenizer(directory: Path, tokenizer: ChatTokenizer, *, system: str | None = None) -> None:
+    """transformers must load `tokenizer` from `directory` as it was used: its template, its ids, and `system` before a
+    conversation without one. Raises `ModelError`."""
     with quiet():
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     text = "".join(f"{token}\nRow 12345,  naïve\n\n{token} x" for token in tokenizer.control)
     ours, theirs = tokenizer.encode(text), loaded.encode(text, add_special_tokens=False)
-    if ours != theirs or loaded.get_chat_template() != tokenizer.template.source:
+    if ours != theirs or loaded.get_chat_template() != served_template(tokenizer.template.source, system):
         at = next((k for k, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), 0)
         first = tokenizer.decode(ours[at : at + 1])
         found = f"read back by transformers, its tokenizer gives other ids than in training (first at {first!r})."
         if ours == theirs:
             found = "read back by transformers, its chat template is another than in training."
         raise ModelError(202, str(directory), found, "Nothing was exported; report this.")
+
+    if system is not None:
+        asked = Message(role="user", content="Row 12345,  naïve")
+        expected = render_prompt((Message(role="system", content=system), asked), tokenizer)
+        sent = [{"role": "user", "content": asked.content}]
+        prompt = loaded.apply_chat_template(sent, add_generation_prompt=True, tokenize=False, **tokenizer.settings)
+        if loaded.encode(prompt, add_special_tokens=False) != expected:
+            found = "read back by transformers, its chat template does not put data.system before a conversation."
+            raise ModelError(202, str(directory), found, "Nothing was exported; report this.")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -37,10 +37,13 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
     provenance = run.load(run.provenance)
     scores = run.load(run.scores) if run.scores.is_file() else None
     with directory(target, about={"stage": "export", "run": run.path.name}) as part:
-        write_model(model, base, tokenizer, _card(recipe.name, provenance, scores, settings), part)
+        card = _card(recipe.name, provenance, scores, settings)
+        write_model(model, base, tokenizer, card, part, system=recipe.data.system)
         _read_back(part, model, device)
-        check_tokenizer(part, tokenizer)
+        check_tokenizer(part, tokenizer, system=recipe.data.system)
     say(f"read back: logits are the same to the bit ({device.dtype}), token ids and template are those of the training")
+    if recipe.data.system is not None:
+        say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
     if settings:
         say(f"it was trained with settings of the template; serve it with them: {_serve(target, settings)}")
     return target
