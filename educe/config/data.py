@@ -84,7 +84,7 @@ class Temperature(Knobs):
     """By size^(1/T): T = 1 is proportional, a large T uniform (Raffel et al. 2020, section 3.5.2)."""
 
     kind: Literal["temperature"]
-    temperature: float = Field(gt=0, le=1000, description="T")
+    temperature: float = Field(ge=0.1, le=1000, description="T")
 
 
 class Unimax(Knobs):
@@ -155,7 +155,7 @@ class Data(Knobs):
             if (task.rate is not None) != explicit and name not in self.hold_out:
                 need = "needs a rate, since" if explicit else "has a rate, which is read only where"
                 raise ValueError(f"data.tasks.{name} {need} data.rates is {{kind: explicit}}")
-            if not name.strip() or name == REPLAY:
+            if not name.strip() or name == REPLAY or "/" in name:
                 raise ValueError(f"data.tasks: {name!r} cannot be the name of a task")
         return self
 

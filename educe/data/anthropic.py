@@ -34,6 +34,9 @@ def from_blocks(turns: Sequence[Row]) -> list[Row]:
         rest = [b for b, kind in zip(content, kinds, strict=True) if kind not in _OWN]
         calls = [_call(b) for b, kind in zip(content, kinds, strict=True) if kind == "tool_use"]
         results = [_result(b, i) for b, kind in zip(content, kinds, strict=True) if kind == "tool_result"]
+        if "tool_use" in kinds and any(kind not in _OWN for kind in kinds[kinds.index("tool_use") :]):
+            found = f"messages[{i}] says something after it uses a tool."
+            raise Unfit("E-DATA-146", found, "Split the turn in two.")
         if "redacted_thinking" in kinds:
             found = f"messages[{i}] holds redacted thinking, which nothing can learn."
             raise Unfit("E-DATA-146", found, "Remove the block or the row.")

@@ -19,7 +19,8 @@ from educe.errors import DataError
 HUB = "hf://datasets/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
 _PACKED = (".gz", ".zst")
-_NO_DATA = re.compile(r"(?i)(readme|licen[cs]e|dataset_infos|dataset_info|state|config|requirements)\b")
+_NO_DATA = re.compile(r"(?i)(readme|licen[cs]e|dataset_infos?)\.")
+_NAMED = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})({'|'.join(map(re.escape, _PACKED))})?$", re.I)
 _stdin: list[Path] = []
 
 
@@ -27,7 +28,10 @@ def find_files(spec: str, without: Path | None = None) -> list[Path]:
     """The data files that `spec` names, sorted by path; none that lie in `without`, where educe itself writes. Raises `DataError`
     where there are none.
     """
-    found = [f for f in _found(spec) if without is None or not f.resolve().is_relative_to(without)]
+    try:
+        found = [f for f in _found(spec) if without is None or not f.resolve().is_relative_to(without)]
+    except (RuntimeError, OSError) as e:  # a link that leads to itself
+        raise DataError(2, spec, f"cannot be read: {e}.", "Check the path.") from e
     if not found:
         raise DataError(10, spec, "holds only what educe wrote.", "Name files of your own.")
     return found
@@ -38,7 +42,10 @@ def _found(spec: str) -> list[Path]:
         return [_standard_input()]
     if spec.startswith(HUB):
         return _on_hub(spec.removeprefix(HUB), spec)
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+    except RuntimeError as e:  # ~nobody
+        raise DataError(2, spec, f"cannot be read: {e}.", "Check the path.") from e
     there = _is_there(path, spec)
     if there and path.is_dir():
         found = _data_in(path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
@@ -49,11 +56,16 @@ def _found(spec: str) -> list[Path]:
         return [path]
     if any(c in spec for c in "*?["):
         base = Path(*itertools.takewhile(lambda part: not set("*?[") & set(part), path.parts))
-        found = sorted(p for p in base.glob(str(path.relative_to(base))) if p.is_file())
+        try:
+            found = sorted(p for p in base.glob(str(path.relative_to(base))) if p.is_file())
+        except ValueError as e:
+            raise DataError(
+                10, spec, f"is no pattern: {e}.", "** stands alone between slashes: data/**/*.jsonl."
+            ) from e
         if not found:
             raise DataError(10, spec, "matches no file.", "Check the pattern; ** goes into directories.")
         return found
-    if _HUB_ID.fullmatch(spec):
+    if _HUB_ID.fullmatch(spec) and not _NAMED.search(spec):
         return _on_hub(spec, spec)
     raise DataError(1, spec, "does not exist.", _near(path) or "Check the path; it is relative to the recipe.")
 
@@ -75,11 +87,11 @@ def _near(path: Path) -> str:
 
 
 def _data_in(base: Path, names: Sequence[str]) -> list[Path]:
-    """Files that look like data, by their names below `base`: the split for training where there are several."""
+    """Files that look like data, by their names below `base`: not those of a test split where there is one for training."""
     kept = [n for n in names if _is_data(n)]
     train = [n for n in kept if re.search(r"(^|[/_.-])train([/_.-]|$)", n)]
     others = [n for n in kept if re.search(r"(^|[/_.-])(test|dev|validation|valid|val|eval)([/_.-]|$)", n)]
-    return [base / n for n in (train if train and others else kept)]
+    return [base / n for n in kept if not (train and n in others)]
 
 
 def _is_data(name: str) -> bool:
@@ -94,7 +106,12 @@ def _is_data(name: str) -> bool:
 def _on_hub(name: str, shown: str) -> list[Path]:
     """ORG/NAME[@REVISION][/PATH], downloaded or taken from the Hub's cache on this machine."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     match = re.fullmatch(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", name)
     if match is None:
@@ -106,7 +123,7 @@ def _on_hub(name: str, shown: str) -> list[Path]:
     except RepositoryNotFoundError as e:
         fix = "Check the name; for a gated or private one set HF_TOKEN."
         raise DataError(10, shown, "is no data set on the Hub that can be read.", fix) from e
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as e:
         fix = "Go online once, or give local files."
         raise DataError(10, shown, f"cannot be fetched: {str(e).splitlines()[0]}", fix) from e
     names = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())

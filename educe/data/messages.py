@@ -20,7 +20,14 @@ _WEIGHTS = ("weight", "loss_weight")
 _DEEP = frozenset({*_REASONING, *_WEIGHTS, "train", "tool_calls", "function_call", "tool_call_id", "name"})
 # All that is read of a turn; the last two are ShareGPT's names of the first two.
 TURN_KEYS = frozenset({"role", "content", *_DEEP, "from", "value"})
+_OF_RESULTS = frozenset({"name", "tool_call_id"})  # of a tool's result; of no meaning elsewhere
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6  # beyond them a product of float32 weights is 0 or infinite, in silence
+
+
+def unread_of(turn: Row) -> set[str]:
+    """Keys of a turn that nothing looks at."""
+    unread = turn.keys() - TURN_KEYS
+    return unread if turn.get("role") in ("tool", "function") else unread | (turn.keys() & _OF_RESULTS)
 
 
 def read_message(turn: Row, i: int) -> Message:

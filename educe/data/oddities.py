@@ -6,6 +6,7 @@ the number and the first places are kept.
 
 from __future__ import annotations
 
+import heapq
 import re
 import unicodedata
 from array import array
@@ -24,7 +25,7 @@ NUM_PLACES = 5
 _MOST_VALUES = 5000
 _LABEL_CHARS = 60
 # An answer so much longer than what 95 % have at most is told, if it is longer than so many characters.
-MUCH_LONGER, MANY_CHARS = 8, 400
+MUCH_LONGER, MANY_CHARS, _MOST_LONG = 8, 400, 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +235,8 @@ class Oddities:
         self._labels.add(_label(last), place)
         self._lengths.append(len(last))
         if len(last) > MANY_CHARS:
-            self._long.append((len(last), place))
+            keep = heapq.heappush if len(self._long) < _MOST_LONG else heapq.heappushpop
+            keep(self._long, (len(last), place))
 
     def found(self) -> list[Oddity]:
         """All that is odd, most frequent first."""
@@ -269,11 +271,12 @@ class Oddities:
 
     def _found_lengths(self) -> Iterator[Oddity]:
         usual = percentile(self._lengths.tolist(), 0.95)
-        long = [(n, place) for n, place in self._long if n > MUCH_LONGER * usual]
-        if long:
+        number = sum(n > max(MUCH_LONGER * usual, MANY_CHARS) for n in self._lengths)
+        long = sorted(((n, place) for n, place in self._long if n > MUCH_LONGER * usual), reverse=True)
+        if number:
             what = f"answers of more than {MUCH_LONGER * usual:,} characters, where 95 % have at most {usual:,}"
             places = tuple(place for _, place in long[:NUM_PLACES])
-            yield Oddity(what=what, count=len(long), of=self.answers, places=places, advice="Shorten or remove them.")
+            yield Oddity(what=what, count=number, of=self.answers, places=places, advice="Shorten or remove them.")
 
     def _label_set(self) -> list[str]:
         """Labels, where nearly all answers are one of a few short ones; else none."""

@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jmespath
-from jmespath.exceptions import JMESPathError
+from jmespath.exceptions import (
+    ArityError,
+    EmptyExpressionError,
+    JMESPathError,
+    LexerError,
+    ParseError,
+    UnknownFunctionError,
+)
 
 from educe.data.formats import FORMATS, Turns, detect, unread_keys
-from educe.data.messages import TURN_KEYS, read_message, row_weight
+from educe.data.messages import read_message, row_weight, unread_of
 from educe.data.sources import sample_rows
 from educe.data.tools import Row, Unfit, a_kind, check_results, read_tools
 from educe.data.trees import paths_of, turns_of
@@ -23,6 +30,7 @@ from educe.types import Conversation, Document, Message, Pair, Role, Source
 Item = Conversation | Document | Pair | Refusal
 # The recipe's word for files whose rows are of several formats.
 MIXED = "mixed"
+OASST_MESSAGE = "oasst message"
 
 
 class Expression:
@@ -32,15 +40,18 @@ class Expression:
         self.text, self.name = text, name
         try:
             self._compiled = jmespath.compile(text)
-        except JMESPathError as e:
+            self._compiled.search({})  # names a function that there is
+        except (UnknownFunctionError, ArityError, ParseError, LexerError, EmptyExpressionError) as e:
             found = f"{text!r} is no JMESPath expression: {' '.join(str(e).split())}."
             raise RecipeError(103, name, found, "See jmespath.org, e.g. answers[0].text.") from e
+        except (JMESPathError, ValueError, TypeError):
+            pass  # the empty row does not suit it
 
     def of(self, row: Row) -> Any:
         """Its value on a row. Raises `Unfit`."""
         try:
             return self._compiled.search(row)
-        except JMESPathError as e:
+        except (JMESPathError, ValueError, TypeError) as e:
             raise Unfit(
                 "E-DATA-149", f"{self.name}: {' '.join(str(e).split())}", "Mend the expression or the row."
             ) from e
@@ -66,6 +77,11 @@ class Reading:
     max_rank: int | None = None
     languages: Sequence[str] = ()
 
+    @property
+    def of_messages(self) -> bool:
+        """Whether rows are single messages, which make trees with those around them."""
+        return not self.columns and OASST_MESSAGE in (self.format, self.of_file)
+
     def __post_init__(self) -> None:
         if self.format is not None and self.format not in FORMATS:
             fix = f"One of {', '.join(FORMATS)}; {MIXED} where every row may be of another one."
@@ -90,7 +106,14 @@ def read_row(row: Row, source: Source, reading: Reading = PLAIN, unread: Counter
             ]
         row = _mapped(row, reading)
         name = reading.format or _format_of(row, reading.of_file)
+        if reading.of_messages and "message_tree_id" in row and "prompt" in row:
+            name = "oasst tree"  # made of them
         form = FORMATS[name]
+        missing = form.keys - row.keys()
+        if missing:
+            raise Unfit("E-DATA-106", f"the row lacks {', '.join(sorted(missing))}.", f"Rows of {name} have it.")
+        if reading.roles:
+            row = _with_roles(row, reading.roles)
         if ignored := unread_keys(tuple(row), name):
             _refuse_lost(row, "the row")
             if unread is not None:
@@ -100,12 +123,9 @@ def read_row(row: Row, source: Source, reading: Reading = PLAIN, unread: Counter
         if reading.format is None and type(row.get("label")) is bool:
             found = "the row has a label (true or false): an answer is judged in it, not shown to be learned."
             raise Unfit("E-DATA-150", found, "To learn from the good ones: where: label, and name the format.")
-        missing = form.keys - row.keys()
-        if missing:
-            raise Unfit("E-DATA-106", f"the row lacks {', '.join(sorted(missing))}.", f"Rows of {name} have it.")
         turns = form.read(row)
         if unread is not None:
-            unread.update(f"{k} (of a turn)" for t in turns if len(t) > 2 for k in t.keys() - TURN_KEYS)
+            unread.update(f"{k} (of a turn)" for t in turns if len(t) > 2 for k in unread_of(t))
         return [_conversation(turns, source, reading, row)]
     except Unfit as e:
         return [_refusal(e, source)]
@@ -138,6 +158,23 @@ def _mapped(row: Row, reading: Reading) -> Row:
     return {key: value for key, value in made.items() if value is not None}
 
 
+def _with_roles(row: Row, roles: Mapping[str, Role]) -> Row:
+    """The row with its own names of roles replaced, wherever turns stand in it."""
+
+    def turn(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        named = {k: roles[r] for k in ("role", "from") if isinstance(r := value.get(k), str) and r in roles}
+        return {**value, **named}
+
+    return {k: [turn(t) for t in v] if isinstance(v, list) and k in _TURNS else v for k, v in row.items()}
+
+
+_TURNS = frozenset(
+    {"messages", "conversations", "prompt", "completion", "chosen", "rejected", "chosen_messages", "rejected_messages"}
+)
+
+
 def _refuse_lost(row: Row, what: str) -> None:
     for key in _LOST:
         if row.get(key):
@@ -161,7 +198,7 @@ def to_conversation(
 def _format_of(row: Row, of_file: str | None) -> str:
     fits = detect(row)
     if len(fits) == 1:
-        if of_file not in (None, MIXED, fits[0]):
+        if of_file not in (None, MIXED, fits[0]) and (of_file, fits[0]) != (OASST_MESSAGE, "oasst tree"):
             found = f"the row is of the format {fits[0]}, the file's rows are of {of_file}."
             raise Unfit("E-DATA-109", found, f"To take rows of several formats: format: {MIXED}.")
         return fits[0]
@@ -184,8 +221,6 @@ def _conversation(turns: Turns, source: Source, reading: Reading, row: Row) -> C
                 raise Unfit("E-DATA-143", found, "Give text, or leave it out.")
             turns = [{"role": "system", "content": system}, *turns]
         turns = row_weight(row, turns)
-    if reading.roles:
-        turns = [{**t, "role": reading.roles.get(r, r) if isinstance(r := t.get("role"), str) else r} for t in turns]
     for i, turn in enumerate(turns):
         if len(turn) > 2:
             _refuse_lost(turn, f"messages[{i}]")
@@ -319,7 +354,7 @@ _READERS: dict[str, Callable[[Row, Source, Reading], Iterator[Item]]] = {
 
 
 class Group:
-    """Which group a row belongs to; rows of one group stay in one split. Literal JSON values are compared."""
+    """Which group a row belongs to; rows of one group stay in one split. Values are compared as JSON; None: the row has none."""
 
     def __init__(self, expression: str) -> None:
         self._expression = Expression(expression, "data.group")

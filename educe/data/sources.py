@@ -195,23 +195,38 @@ def _table(stream: BinaryIO, span: Span) -> Iterator[Row]:
 def _texts(stream: BinaryIO, span: Span) -> Iterator[Row]:
     """Texts by the line they begin on."""
     shown = str(span.path)
-    marked = END_OF_TEXT.encode() in head_of(span.path)
-    begun, parts = 0, list[str]()
+    marked = _holds(span.path, END_OF_TEXT.encode())
+    begun, parts, spoilt = 0, list[str](), None  # of the text being read; what is wrong with it
     for number, _, line in lines_of(stream, shown, 1, blank=True):
+        begun = begun or number
         if isinstance(line, Refusal):
-            yield Source(file=shown, line=number), line
+            spoilt = spoilt or line
             continue
         pieces = line.split(END_OF_TEXT) if marked else [line]
         for k, piece in enumerate(pieces):
-            ends = k < len(pieces) - 1 if marked else not piece.strip()
             parts.append(piece)
             begun = begun or number
-            if ends:
-                if text := "\n".join(parts).strip("\n"):
-                    yield Source(file=shown, line=begun), {"text": text}
-                begun, parts = 0, []
-    if text := "\n".join(parts).strip("\n"):
-        yield Source(file=shown, line=begun), {"text": text}
+            if k < len(pieces) - 1 if marked else not piece.strip():
+                yield from _text(shown, begun, parts, spoilt)
+                begun, parts, spoilt = 0, [], None
+    yield from _text(shown, begun, parts, spoilt)
+
+
+def _text(shown: str, begun: int, parts: Sequence[str], spoilt: Refusal | None) -> Iterator[Row]:
+    """A text and where it begins, nothing for blank lines; refused whole if one of its lines is."""
+    text = "\n".join(parts).strip("\n")
+    if text.strip() or spoilt is not None:
+        yield Source(file=shown, line=begun), spoilt if spoilt is not None else {"text": text}
+
+
+def _holds(path: Path, mark: bytes) -> bool:
+    with open_data(path) as f:
+        before = b""
+        while block := f.read(1 << 20):
+            if mark in before + block:
+                return True
+            before = block[-len(mark) :]
+    return False
 
 
 def _placed(shown: str, number: int, value: Any) -> Row:

@@ -16,7 +16,9 @@ HELD_OUT: tuple[HeldOut, ...] = ("dev", "test")
 
 def group_key(value: Any) -> str:
     """Hash of a group's name: any JSON value."""
-    return hashlib.sha256(f"group {json.dumps(value, sort_keys=True)}".encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(
+        f"group {json.dumps(value, sort_keys=True, default=str)}".encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 def prompt_key(conversation: Conversation) -> str:
@@ -34,13 +36,13 @@ def row_key(conversation: Conversation) -> Hashable:
     turns = conversation.messages
     texts = tuple([part for m in turns for part in (m.role, m.content)])
     more = [m.reasoning for m in turns if m.reasoning], list(conversation.tools), _calls(turns)
-    return (texts, json.dumps(more)) if any(more) else texts
+    return (texts, json.dumps(more, default=str)) if any(more) else texts
 
 
 def _calls(turns: Sequence[Message]) -> str:
     """The calls in some turns; nothing where there are none."""
     calls = [[c.name, c.arguments] for m in turns for c in m.tool_calls]
-    return json.dumps(calls, sort_keys=True) if calls else ""
+    return json.dumps(calls, sort_keys=True, default=str) if calls else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

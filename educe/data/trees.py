@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from educe.data.tools import Row, Unfit, a_kind
@@ -18,11 +18,15 @@ def paths_of(root: Any, *, best: bool, max_rank: int | None, languages: Sequence
     """
     if not isinstance(root, dict):
         raise Unfit("E-DATA-152", f"prompt is {a_kind(root)}, no message.", "Give the tree's first message.")
+    if root.get("parent_id") not in _NO_PARENT:
+        said = "a message whose parent does not stand before it."
+        raise Unfit("E-DATA-152", said, "Keep a tree's messages together in the file, parents first.")
     found: list[Path] = []
     stack: list[Path] = [(root,)] if _usable(root, None, languages) else []
     while stack:
         path = stack.pop()
-        replies = path[-1].get("replies") or []
+        replies = path[-1].get("replies")
+        replies = replies if isinstance(replies, list) else []
         kept = [r for r in replies if isinstance(r, dict) and _usable(r, max_rank, languages)]
         kept.sort(key=lambda r: r["rank"] if isinstance(r.get("rank"), int) else 1_000_000)
         if best:
@@ -43,7 +47,7 @@ def turns_of(path: Path) -> list[Row]:
 
 
 def _usable(node: Row, max_rank: int | None, languages: Sequence[str]) -> bool:
-    if node.get("deleted") or node.get("review_result") is False or node.get("role") not in _ROLES:
+    if node.get("deleted") or node.get("review_result") is False or not _known(node.get("role")):
         return False
     if languages and node.get("lang") not in languages:
         return False
@@ -51,39 +55,47 @@ def _usable(node: Row, max_rank: int | None, languages: Sequence[str]) -> bool:
     return max_rank is None or node["role"] != "assistant" or not isinstance(rank, int) or rank <= max_rank
 
 
+def _known(role: Any) -> bool:
+    return isinstance(role, str) and role in _ROLES
+
+
 def _answered(node: Row) -> bool:
     return bool(node.get("replies"))
 
 
-def is_message(row: Row) -> bool:
+_NO_PARENT = (None, "", 0, -1)
+
+
+def is_message(row: Any) -> bool:
     """Whether a row is one message of a tree: several rows make a tree."""
-    return "message_id" in row and "parent_id" in row and "text" in row and "replies" not in row
+    have = isinstance(row, dict) and "parent_id" in row and "text" in row and "replies" not in row
+    return have and isinstance(row.get("message_id"), (str, int))
 
 
-def joined(rows: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """(place, row) of a file; messages that follow each other and belong to one tree become one row, the tree, at the place of its
-    first message. Other rows pass."""
+def joined(rows: Iterable[tuple[Any, Any]], *, messages: bool) -> Iterator[tuple[Any, Any]]:
+    """(place, row) of a file; with `messages`, those that follow each other and belong to one tree become one row, the tree, at the
+    place of its first message. Other rows pass. A message whose parent does not stand before it begins a tree of its own, which
+    `paths_of` refuses.
+    """
     place: Any = None
-    tree: list[Row] = []
+    nodes: dict[str | int, Row] = {}
     for at, row in rows:
-        mine = isinstance(row, dict) and is_message(row)
-        if tree and not (mine and row.get("parent_id") is not None):
-            yield place, _tree(tree)
-            tree = []
+        mine = messages and is_message(row)
+        parent = nodes.get(row["parent_id"]) if mine and isinstance(row["parent_id"], (str, int)) else None
+        if nodes and (parent is None or row["message_id"] in nodes):
+            yield place, _tree(nodes)
+            nodes, parent = {}, None
         if not mine:
             yield at, row
             continue
-        place = place if tree else at
-        tree.append(row)
-    if tree:
-        yield place, _tree(tree)
+        place = place if nodes else at
+        nodes[row["message_id"]] = {**row, "replies": []}
+        if parent is not None:
+            parent["replies"].append(nodes[row["message_id"]])
+    if nodes:
+        yield place, _tree(nodes)
 
 
-def _tree(messages: Sequence[Row]) -> Row:
-    """Messages, parents before their replies, as one tree; the replies of a message that is not there are left out with it."""
-    nodes = {m["message_id"]: {**m, "replies": []} for m in messages}
-    for m in messages[1:]:
-        if (parent := nodes.get(m["parent_id"])) is not None:
-            parent["replies"].append(nodes[m["message_id"]])
-    first = messages[0]
-    return {"message_tree_id": first.get("message_tree_id", first["message_id"]), "prompt": nodes[first["message_id"]]}
+def _tree(nodes: Mapping[str | int, Row]) -> Row:
+    first = next(iter(nodes.values()))
+    return {"message_tree_id": first.get("message_tree_id", first["message_id"]), "prompt": first}

@@ -16,6 +16,7 @@ from educe.errors import DataError, Refusal
 
 MAX_DEPTH = 100
 MAX_LINE_BYTES = 10**9
+_SPACED = re.compile(r'"\s+:')  # keys are counted by what stands behind them
 _UNFIT = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -71,7 +72,7 @@ def _quick(text: str) -> Any | None:
     It keeps the last of two equal keys (so keys are counted), turns large integers into floats (so floats are not taken), and
     takes NUL and deeper nesting (so escapes and many brackets are not taken).
     """
-    if "\\u" in text or '\\\\"' in text or text.count("[") + text.count("{") > MAX_DEPTH:
+    if _SPACED.search(text) or "\\u" in text or '\\\\"' in text or text.count("[") + text.count("{") > MAX_DEPTH:
         return None
     try:
         value = orjson.loads(text)

@@ -101,6 +101,10 @@ def build(
             raise _nothing_left(inputs, done)
         _join(place, done, job)
         copies = _copies(place, recipe.data)
+        if len(open_store(place / "train")) == np.load(place / "left_out.npy").size:
+            why = "has no row left to train on: each nearly repeats a held-out row."
+            fix = "Name other files for data.dev and data.test, or set data.near_copies: keep."
+            raise DataError(5, str(next(i.files[0] for i in inputs if i.role == "train")), why, fix)
         counts = sum((d.counts for d in done), Counter[str]()) + _join_ledger(place, done, job, copies)
         shutil.rmtree(job.place)
         _write(place, done, settled)
@@ -124,7 +128,7 @@ def _parts(inputs: Sequence[Input], about_bytes: int) -> list[Part]:
     for i in inputs:
         for file in i.files:
             reading = reading_for(i.reading, file, i.header)
-            whole = reading.of_file == "oasst message"  # rows that need each other
+            whole = reading.of_messages  # rows that need each other
             for span in spans_of(file, None if whole else about_bytes, i.header):
                 part = Part(
                     number=len(parts), role=i.role, task=i.task, span=span, reading=reading, held_out=i.held_out
@@ -174,8 +178,8 @@ def _done(
 
 def _forced(shares: Shares, done: Sequence[Done]) -> dict[str, HeldOut]:
     """A key to be held out for a share that took no row, while there are two different ones at least."""
-    trained = {bytes(d.keys["train"][i : i + 8]) for d in done for i in range(0, min(len(d.keys["train"]), 24), 8)}
-    if len(trained) < 2:
+    trained = np.frombuffer(b"".join(d.keys["train"] for d in done), np.uint64)
+    if not trained.size or (trained == trained[0]).all():
         return {}
     for split in HELD_OUT:
         share = shares.dev if split == "dev" else shares.test
@@ -264,7 +268,14 @@ def _write(place: Path, done: Sequence[Done], tokenizer: ChatTokenizer) -> None:
 
 _COUNTED = (
     *("trimmed turns", "opening turns", "unanswered ends", "split rows", "repeated tokens", "documents", "near copies"),
-    *("control strings", "turn splits", "cut rows", "lost trained tokens", "unfinished answers"),
+    *(
+        "rows without a group",
+        "control strings",
+        "turn splits",
+        "cut rows",
+        "lost trained tokens",
+        "unfinished answers",
+    ),
 )
 
 
@@ -321,7 +332,7 @@ def _files(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _nothing_left(inputs: Sequence[Input], done: Sequence[Done]) -> DataError:
-    file = next(str(f) for i in inputs if i.role == "train" for f in i.files)
+    file = next((str(f) for i in inputs if i.role == "train" for f in i.files), "data")
     first = {code: line for d in reversed(done) for code, line in d.first_unused.items()}
     if not first:
         return DataError(5, file, "has no row left to train on after the split.", "Give more rows.")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from educe.config import Recipe
-from educe.files.jsonl import read_jsonl
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
@@ -99,9 +100,14 @@ def _existing(path: Path) -> Path:
 
 def _reasons(prepared: Prepared) -> list[dict[str, Any]]:
     """Rows that are not used, by code: count and the first five places with what was found."""
-    unused = [line for line in read_jsonl(prepared.path / "ledger.jsonl") if line["code"]]
-    counts = Counter(line["code"] for line in unused)
-    return [
-        {"code": code, "count": n, "first": [line for line in unused if line["code"] == code][:5]}
-        for code, n in counts.most_common()
-    ]
+    counts: Counter[str] = Counter()
+    first: dict[str, list[dict[str, Any]]] = {}
+    with (prepared.path / "ledger.jsonl").open("rb") as ledger:
+        for raw in ledger:
+            if b'"code":null' in raw:
+                continue
+            line = orjson.loads(raw)
+            counts[line["code"]] += 1
+            if len(seen := first.setdefault(line["code"], [])) < 5:
+                seen.append(line)
+    return [{"code": code, "count": n, "first": first[code]} for code, n in counts.most_common()]

@@ -40,6 +40,7 @@ def done_by(number: int, doing: Doing, parts: Sequence[Part]) -> Iterator[Done]:
         return
     global _doing
     _doing = doing
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
     try:
@@ -48,7 +49,7 @@ def done_by(number: int, doing: Doing, parts: Sequence[Part]) -> Iterator[Done]:
         found = "one of its processes was ended."
         raise MachineError(3, "prepare", found, "Free some memory and start again.") from e
     except BaseException:  # also where what was done so far is enough: nobody waits for the rest
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.kill()
         raise
     finally:

@@ -121,7 +121,7 @@ def _look(data: str, tokenizer: ChatTokenizer, positions: int) -> Looked:
     reasons: dict[str, tuple[int, Refusal]] = {}
     for file in find_files(data):
         reading = reading_for(PLAIN, file)
-        for source, row in joined(read_rows(file)):
+        for source, row in joined(read_rows(file), messages=reading.of_messages):
             rows += 1
             made = row if isinstance(row, Refusal) else to_conversation(row, source, reading)
             if isinstance(made, Refusal):

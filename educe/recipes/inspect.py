@@ -154,10 +154,10 @@ def _find(recipe: Recipe, row: str, *, look: bool) -> _Row:
     file, read = places[0]
     others = sample_of(inputs) if look else []
     last = 0
-    for source, value in joined(read_rows(file, read.header)):
+    reading, unread = reading_for(read.reading, file, read.header), Counter[str]()
+    for source, value in joined(read_rows(file, read.header), messages=reading.of_messages):
         last = source.line
         if source.line == int(line):
-            reading, unread = reading_for(read.reading, file, read.header), Counter[str]()
             made = value if isinstance(value, Refusal) else to_conversation(value, source, reading, unread)
             raw = {} if isinstance(value, Refusal) else value
             return _Row(raw, reading.format or "".join(detect(raw)[:1]), made, others, tuple(unread))

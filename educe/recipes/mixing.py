@@ -60,6 +60,9 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
     if not any(sizes[k] for k in tasks):
         raise TrainError(201, "data", "has no row to train on.", "Mend the rows, or name other files.")
     rates = data.rates
+    if rates.kind == "explicit" and not any(t.rate and sizes[k] for k, t in zip(tasks, picked, strict=True)):
+        found = "no task has both rows to train on and a rate above 0."
+        raise TrainError(201, "data.tasks", found, "Give such a task a rate.")
     drawn = draws_of(
         [sizes[k] for k in tasks],
         kind=rates.kind,
@@ -109,8 +112,8 @@ def num_undrawn(prepared: Prepared, mixed: Mixed) -> int:
 
 def _source(data: Data, name: str) -> object:
     """The block of a task's name; NAME/FILE belongs to NAME."""
-    return data.sources.get(name) or data.sources[name.rsplit("/", 1)[0]]
+    return data.sources.get(name) or data.sources[name.split("/")[0]]
 
 
 def _held_out(name: str, data: Data) -> bool:
-    return name in data.hold_out or name.rsplit("/", 1)[0] in data.hold_out
+    return name in data.hold_out or name.split("/")[0] in data.hold_out

@@ -114,7 +114,7 @@ def do(part: Part, job: Job, tokenizer: ChatTokenizer, engine: Engine) -> Done:
         shards = {s: stack.enter_context(Shard(place / s)) for s in SPLITS}
         files = {n: stack.enter_context((place / f"{n}.jsonl").open("wb")) for n in ("ledger", "dev", "test")}
         work = _Work(part, job, Renderer(settled, remembers=not job.careful), engine, shards, files)
-        rows = _rows(part, job, work.unread)
+        rows = _rows(part, job, work.done.unread, work.done.counts)
         while True:
             with _no_garbage():
                 block = list(islice(rows, BLOCK_ROWS))
@@ -135,14 +135,15 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def _rows(part: Part, job: Job, unread: Counter[str]) -> Iterator[Row]:
+def _rows(part: Part, job: Job, unread: Counter[str], counts: Counter[str]) -> Iterator[Row]:
     """The rows, each with the key that decides about its split; keys that mean nothing are counted in `unread`."""
-    for source, value in joined_messages(read_span(part.span)):
+    for source, value in joined_messages(read_span(part.span), messages=part.reading.of_messages):
         if isinstance(value, Refusal):
             yield source, value, ""
             continue
         items = read_row(value, source, part.reading, unread)
         group = job.group.of(value) if job.group is not None else value.get("message_tree_id")
+        counts["rows without a group"] += job.group is not None and group is None
         for item in items:
             at = source if isinstance(item, Refusal) else item.source
             if isinstance(item, Pair):
@@ -180,8 +181,8 @@ class _Work:
         self._shown: list[Conversation] = []
 
     @property
-    def unread(self) -> Counter[str]:
-        return self._done.unread
+    def done(self) -> Done:
+        return self._done
 
     def block(self, rows: Sequence[Row]) -> bool:
         """Do a block of rows; False where the part is given up (see `Done.caught` and `over_limits`)."""

@@ -59,6 +59,8 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
     for split, count in s["leaks"].items():
         if count:
             said.append(f"{count} prompts of the {split} rows are also in the training rows: its score will flatter")
+    if s["rows_without_a_group"]:
+        said.append(f"data.group gives nothing for {s['rows_without_a_group']:,} rows: they are split by their prompts")
     if s["near_copies"]:
         said.append(f"{s['near_copies']} training rows nearly repeat a held-out row and are left out")
     if s["unfinished_answers"]:

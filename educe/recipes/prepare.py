@@ -6,7 +6,9 @@ are prepared once.
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +20,13 @@ import numpy as np
 
 from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
-from educe.config.data import REPLAY, Data, FileSplit, Rows, Task
+from educe.config.data import ONLY, REPLAY, Data, FileSplit, Task
 from educe.config.recipe import FileTemplate
 from educe.data.finding import find_files
+from educe.data.formats import FORMATS
 from educe.data.reading import MIXED, Expression, Reading
 from educe.data.sources import container_of
-from educe.errors import DataError
+from educe.errors import DataError, RecipeError
 from educe.files.hashes import cache_dir, hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
@@ -82,6 +85,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         {
             "versions": [PREPARE_VERSION, STORE_VERSION],
             "files": files,
+            "tasks": names,
             "data": _decisive(recipe.data),
             "tokenizer": [tokenizer.tokenizer_hash, tokenizer.template_hash, sorted(tokenizer.stop)],
             "template": [dict(tokenizer.template.special), recipe.template.settings, tokenizer.eos],
@@ -104,26 +108,36 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
     for name, rows in data.sources.items():
         found = find_files(rows.files, own)
         per_file = isinstance(rows, Task) and rows.per_file
+        called = _names_of(found) if per_file else {}
         for files in [[f] for f in found] if per_file else [found]:
             role: Split = "test" if name in data.hold_out else "train"
-            reading = reading_of(rows, data)
+            reading = reading_of(name, data)
             held = name != REPLAY
             inputs.append(
                 Input(role=role, task=len(names), files=files, reading=reading, header=rows.header, held_out=held)
             )
-            names.append(f"{name}/{files[0].name.split('.')[0]}" if per_file else name)
+            names.append(f"{name}/{called[files[0]]}" if per_file else name)
     splits: tuple[tuple[Split, Any], ...] = (("dev", data.dev), ("test", data.test))
     for split, held in splits:
         if isinstance(held, FileSplit):
-            named = next((n for n, name in enumerate(names) if name == held.task), 0)
-            rows = data.sources[held.task or names[0]]
-            files, reading = find_files(held.file, own), reading_of(rows, data)
+            named = next((n for n, name in enumerate(names) if held.task in (name, name.split("/")[0])), 0)
+            like = held.task or next(iter(data.sources))
+            rows, reading, files = data.sources[like], reading_of(like, data), find_files(held.file, own)
             inputs.append(Input(role=split, task=named, files=files, reading=reading, header=rows.header))
     _refuse_shared(inputs)
     for i in inputs:
         for file in i.files:
             container_of(file)  # raises for what is no data file, before it is read through
     return inputs, names
+
+
+def _names_of(files: Sequence[Path]) -> dict[Path, str]:
+    """A name for each file: its own without endings where that is enough, else with the directories that tell it apart."""
+    short = {f: f.name.split(".")[0] for f in files}
+    if len(set(short.values())) == len(files):
+        return short
+    base = Path(os.path.commonpath([f.parent for f in files]))
+    return {f: f.relative_to(base).as_posix() for f in files}
 
 
 def _refuse_shared(inputs: Sequence[Input]) -> None:
@@ -144,13 +158,20 @@ def named_twice(inputs: Sequence[Input]) -> list[Path]:
     return [file for file, n in counts.items() if n > 1]
 
 
-def reading_of(rows: Rows, data: Data) -> Reading:
-    """How a source's rows are read. Raises `RecipeError` for an expression that is none."""
+def reading_of(name: str, data: Data) -> Reading:
+    """How the rows of a task are read. Raises `RecipeError` for a format or an expression that is none."""
+    rows = data.sources[name]
+    place = "data.train" if data.train is not None and name == ONLY else f"data.tasks.{name}"
+    place = "data.replay" if name == REPLAY else place
+    if rows.format is not None and rows.format not in (*FORMATS, MIXED):
+        near = difflib.get_close_matches(rows.format, (*FORMATS, MIXED), 1, 0.5)
+        fix = f"Did you mean {near[0]!r}?" if near else f"One of {', '.join((*FORMATS, MIXED))}."
+        raise RecipeError(103, f"{place}.format", f"{rows.format!r} is no format.", fix)
     return Reading(
         format=None if rows.format == MIXED else rows.format,
         of_file=MIXED if rows.format == MIXED else None,
-        columns={key: Expression(text, f"columns.{key}") for key, text in rows.columns.items()},
-        where=Expression(rows.where, "where") if rows.where is not None else None,
+        columns={key: Expression(text, f"{place}.columns.{key}") for key, text in rows.columns.items()},
+        where=Expression(rows.where, f"{place}.where") if rows.where is not None else None,
         roles=rows.roles,
         system=data.system,
         best=rows.trees.paths == "best",
@@ -160,7 +181,8 @@ def reading_of(rows: Rows, data: Data) -> Reading:
 
 
 def _hashes(inputs: Sequence[Input]) -> list[list[str]]:
-    return [[i.role, *map(hash_file, i.files)] for i in inputs]
+    """What the files hold, and as what they are read: a name can decide that."""
+    return [[i.role, *(f"{container_of(f)} {hash_file(f)}" for f in i.files)] for i in inputs]
 
 
 def _decisive(data: Data) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from educe.data.split import prompt_key, row_key
 from educe.data.trees import joined
 from educe.errors import Refusal
 from educe.recipes.build import Input
+from educe.recipes.part import DROPPED
 from educe.recipes.prepare import inputs_of
 from educe.stats import percentile
 from educe.types import Conversation, Document, Pair
@@ -75,7 +76,7 @@ class FileSurvey:
 
     @property
     def num_refused(self) -> int:
-        return sum(p.rows for p in self.problems.values())
+        return sum(p.rows for code, p in self.problems.items() if code not in DROPPED)
 
     def as_json(self) -> dict[str, Any]:
         counts = {name: dict(getattr(self, name)) for name in ("kinds", "roles", "unread_keys")}
@@ -112,7 +113,7 @@ def _survey(file: Path, reading: Reading, header: Sequence[str]) -> FileSurvey:
         evidence=tuple(sorted(FORMATS[told].keys)) if told in FORMATS else (),
     )
     look = _Look(found)
-    for source, value in joined(read_rows(file, header)):
+    for source, value in joined(read_rows(file, header), messages=reading.of_messages):
         found.rows += 1
         items: Sequence[Item] = (
             [value] if isinstance(value, Refusal) else read_row(value, source, reading, found.unread_keys)
@@ -145,7 +146,7 @@ def odd_rows(recipe: Recipe) -> list[str]:
 
 
 def _read(file: Path, reading: Reading, header: Sequence[str]) -> Iterator[Item]:
-    for source, value in joined(read_rows(file, header)):
+    for source, value in joined(read_rows(file, header), messages=reading.of_messages):
         yield from [value] if isinstance(value, Refusal) else read_row(value, source, reading)
 
 
