@@ -162,7 +162,7 @@ def test_files_of_one_name_are_tasks_of_their_own(tmp_path: Path, tiny_model: Pa
     "data, words",
     [
         ("{train: a.jsonl, test: {kind: file, file: b.jsonl}, max_tokens: 128}", "nearly repeats a held-out row"),
-        ("{tasks: {a: {files: a.jsonl}}, hold_out: [a], max_tokens: 128}", ""),
+        ("{tasks: {a: {files: a.jsonl}}, hold_out: [a], max_tokens: 128}", "row"),
         ("{tasks: {a: {files: a.jsonl, rate: 0.0}}, rates: {kind: explicit}, max_tokens: 128}", "a rate above 0"),
     ],
 )

@@ -15,7 +15,7 @@ from educe.files.hashes import hash_bytes, hash_json
 from educe.seeds import derive, permute
 
 # Bump when the same lengths and settings would give another plan.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 # Examples are packed in windows of the order of about so many packs: large enough to be full, small enough to stay mixed.
 WINDOW_PACKS = 256
 # A document of so many tokens costs as much in attention as in all else: about 6 times the hidden size (of a 0.5B model).
@@ -162,16 +162,35 @@ def _cost(lengths: Int64[np.ndarray, " d"]) -> float:
 
 
 def _best_fit(window: list[int], lengths_N: Int64[np.ndarray, " n"], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing (Johnson 1973): the longest first, each into the fullest pack that still takes it.
+    """Best-fit decreasing bin packing (Johnson 1973): the longest first, each into the fullest pack that still takes it. But the
+    longer half is dealt to as many packs as all will need, one after the other and back, so that a pack holds long and short
+    examples and a step looks like the mixture.
 
     The rooms left in packs are bits of one integer: the smallest that is large enough is its lowest bit from there on.
     """
     sizes = lengths_N[window]
     order = np.argsort(-sizes, kind="stable").tolist()
-    packs: list[list[int]] = []
+    total = int(sizes.sum())
+    opened = -(-total // capacity)
+    packs: list[list[int]] = [[] for _ in range(opened)]
+    used = [0] * opened
+    dealt = tokens = 0
+    while dealt < len(order) and 2 * tokens < total:
+        size = int(sizes[order[dealt]])
+        lap, place = divmod(dealt, opened)
+        pack = place if lap % 2 == 0 else opened - 1 - place
+        if used[pack] + size > capacity:
+            break
+        packs[pack].append(window[order[dealt]])
+        used[pack] += size
+        tokens += size
+        dealt += 1
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
-    for k in order:
+    for pack, num_used in enumerate(used):
+        by_room[capacity - num_used].append(pack)
+        rooms |= 1 << (capacity - num_used)
+    for k in order[dealt:]:
         size = int(sizes[k])
         fits = rooms >> size
         if fits:
@@ -185,7 +204,7 @@ def _best_fit(window: list[int], lengths_N: Int64[np.ndarray, " n"], capacity: i
             packs.append([window[k]])
         by_room[room - size].append(pack)
         rooms |= 1 << (room - size)
-    return packs
+    return [pack for pack in packs if pack]
 
 
 def _cut(order: Int64[np.ndarray, " k"], lengths_N: Int64[np.ndarray, " n"], most: int) -> list[list[int]]:
