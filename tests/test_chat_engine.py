@@ -178,7 +178,7 @@ def test_little_text_is_not_worth_loading_an_engine(tiny_tokenizer_dir: Path) ->
     text = (tiny_tokenizer_dir / "tokenizer.json").read_text()
     engine = choose_engine(text, Tokenizer.from_str(text), about_chars=WORTH_CHARS - 1)
     assert engine.name.startswith("tokenizers ")
-    assert "would take longer" in engine.reason
+    assert "sooner than a faster engine" in engine.reason
 
 
 @needs_fastokens

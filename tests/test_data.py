@@ -88,7 +88,7 @@ def sharegpt(*turns: Any, **more: Any) -> dict[str, Any]:
 
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 BAD: list[tuple[dict[str, Any], int, str]] = [
-    ({}, 106, "fit no known format"),
+    ({}, 106, "fits no known format"),
     ({"text": "x"}, 150, "document"),
     ({"prompt": "q", "completion": "a", "label": False}, 150, "label"),
     ({"prompt": "q"}, 106, "'prompt'"),

@@ -98,7 +98,7 @@ def choose_engine(tokenizer_json: str, reference: Tokenizer, *, about_chars: int
     """
     stock = f"tokenizers {metadata.version('tokenizers')}"
     if about_chars is not None and about_chars < WORTH_CHARS:
-        return Engine(stock, f"about {about_chars:,} characters: loading another would take longer", None, reference)
+        return Engine(stock, "so little text is encoded sooner than a faster engine is loaded", None, reference)
     try:
         name, fast = _load_fastokens(tokenizer_json)
         number = _prove(f"{name} {stock}", tokenizer_json, fast, reference)

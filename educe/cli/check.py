@@ -11,6 +11,7 @@ from rich.table import Table
 
 from educe.cli.screens import console, gigabytes, minutes
 from educe.cli.words import listed, num_rows
+from educe.errors import CODES
 
 if TYPE_CHECKING:
     from educe.recipes.check import Check
@@ -157,7 +158,7 @@ def _show_tasks(c: Check) -> None:
 
 def _show_reasons(c: Check) -> None:
     for reason in c.reasons:
-        console.print(f"\n[yellow]{reason['code']}[/yellow] {num_rows(reason['count'])}")
+        console.print(f"\n[yellow]{reason['code']}[/yellow] {num_rows(reason['count'])}: {CODES[reason['code']]}")
         for line in reason["first"]:
             console.print(f"  {escape(line['where'])} {escape(line['reason'])}", soft_wrap=True)
 

@@ -227,6 +227,8 @@ def ledger(
             raise UsageError(101, "ledger", "no row of the run is like that.", "educe ledger shows what there is.")
     else:
         show_totals(totals_of(lines))
+        if not _run(run).finished:
+            click.echo("\nThe run is not trained to its end: what stands under train is planned.")
 
 
 @cli.command()
@@ -331,6 +333,7 @@ def _terminable() -> Iterator[None]:
         return
 
     def end(number: int, frame: object) -> None:
+        click.echo("Ended by a signal.", err=True)
         raise SystemExit(128 + number)
 
     old = signal.signal(signal.SIGTERM, end)

@@ -63,7 +63,9 @@ class Task(Rows):
     rate: float | None = Field(
         default=None, ge=0, le=1e6, description="how often it is drawn, with rates {kind: explicit}"
     )
-    cap: int | None = Field(default=None, ge=1, description="at most so many examples in a pass (FLAN: 3000)")
+    cap: int | None = Field(
+        default=None, ge=1, description="what its size counts for in the rates, at most (FLAN: 3000)"
+    )
     loss_weight: float = Field(default=1.0, ge=0, le=1e3, description="λ: what its loss is multiplied with")
     per_file: bool = Field(default=False, description="every file is a task of its own, named NAME/FILE")
 
@@ -154,7 +156,7 @@ class Data(Knobs):
         for name, task in self.tasks.items():
             if (task.rate is not None) != explicit and name not in self.hold_out:
                 need = "needs a rate, since" if explicit else "has a rate, which is read only where"
-                raise ValueError(f"data.tasks.{name} {need} data.rates is {{kind: explicit}}")
+                raise ValueError(f"data.tasks.{name} {need} data.rates is {{kind: explicit}} (its key is `rate:`)")
             if not name.strip() or name == REPLAY or "/" in name:
                 raise ValueError(f"data.tasks: {name!r} cannot be the name of a task")
         return self

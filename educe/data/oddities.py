@@ -74,9 +74,9 @@ def _repeats(text: str) -> bool:
 
 
 _SIGNS = (
-    _Sign("markers of a chat template left in the text", re.compile(_MARKERS, re.M).search, "Remove them."),
+    _Sign("rows with markers of a chat template in the text", re.compile(_MARKERS, re.M).search, "Remove them."),
     _Sign(
-        "placeholders that nobody filled in",
+        "rows with placeholders that nobody filled in",
         re.compile(
             r"\{\{ *[A-Za-z_][\w .]{0,40}\}\}|\[(?:INSERT|YOUR|NAME|DATE|TODO)\b[^\]\n]{0,40}\]|\blorem ipsum\b"
         ).search,
@@ -97,24 +97,24 @@ _SIGNS = (
         answers_only=True,
     ),
     _Sign(
-        "characters that were decoded wrongly",
+        "rows with characters that were decoded wrongly",
         re.compile("\ufffd|Ã[\u0080-\u00bf©¨¤¶¼]|â€[™œ\u009d“”]|Â[\u00a0°£]").search,
         "Convert the source again.",
     ),
     _Sign(
-        "invisible characters (tags, direction marks)",
+        "rows with invisible characters (tags, direction marks)",
         re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]").search,
         "Remove them.",
     ),
     _Sign(
-        "what looks like a secret: a key or a token",
+        "rows with what looks like a secret, a key or a token",
         re.compile(
             r"\b(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|xox[bp]-[\w-]{20,})"
             r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
         ).search,
         "Remove it: what is trained can be asked for.",
     ),
-    _Sign("a word or sign repeated again and again", _repeats, "Shorten it."),
+    _Sign("rows with a word or sign repeated again and again", _repeats, "Shorten it."),
 )
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jmespath.exceptions import (
 
 from educe.data.formats import FORMATS, Turns, detect, unread_keys
 from educe.data.messages import read_message, row_weight, unread_of
-from educe.data.sources import sample_rows
+from educe.data.sources import read_rows, sample_rows
 from educe.data.tools import Row, Unfit, a_kind, check_results, read_tools
 from educe.data.trees import paths_of, turns_of
 from educe.errors import RecipeError, Refusal
@@ -136,7 +137,11 @@ def reading_for(reading: Reading, file: Path, header: Sequence[str] = ()) -> Rea
     if reading.format is not None or reading.of_file is not None:
         return reading
     rows = [row for _, row in sample_rows([file], NUM_SAMPLED, header) if isinstance(row, dict)]
-    return replace(reading, of_file=format_of_rows(rows, reading))
+    told = format_of_rows(rows, reading)
+    if told is None:  # few rows, or the places that were looked at hold none
+        first = islice((row for _, row in read_rows(file, header) if isinstance(row, dict)), NUM_SAMPLED)
+        told = format_of_rows(list(first), reading)
+    return replace(reading, of_file=told)
 
 
 def format_of_rows(rows: Sequence[Row], reading: Reading) -> str | None:
@@ -206,7 +211,8 @@ def _format_of(row: Row, of_file: str | None) -> str:
         fix = "Remove the keys of one of them, or name the format."
         raise Unfit("E-DATA-107", f"the row fits {' and '.join(fits)}.", fix)
     known = "; ".join(f"{name}: {', '.join(sorted(f.keys))}" for name, f in FORMATS.items())
-    found = f"keys {', '.join(map(repr, list(row)[:8]))} fit no known format."
+    keys = f"keys {', '.join(map(repr, list(row)[:8]))} fit" if row else "a row without keys fits"
+    found = f"{keys} no known format."
     raise Unfit("E-DATA-106", found, f"Rename them, or map them with columns ({known}).")
 
 

@@ -58,6 +58,12 @@ class Run:
         return Recipe.model_validate(self.dir.load(self.dir.resolved)["recipe"])
 
     @property
+    def finished(self) -> bool:
+        """Whether it is trained to its end."""
+        file = self.dir.provenance
+        return file.is_file() and self.dir.load(file)["finished"] is not None
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl."""
         lines: list[dict[str, Any]] = self.dir.load(self.dir.metrics)
