@@ -99,7 +99,7 @@ def test_nothing_a_template_does_takes_long_or_much(what: str) -> None:
     compile_template("x", {})
     began = time.monotonic()
     code, text = _outcome(source, TALK)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10  # 2 s by the limits, and a new process, on a machine that others use too
     assert code in codes
     assert len(text) < (MAX_REASON_CHARACTERS + 200 if code else 200_000)
     assert code or not any(word in text for word in ("<module", "<class", "builtins"))
