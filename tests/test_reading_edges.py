@@ -143,11 +143,24 @@ def lines(what: str, number: int = 12) -> str:
     return "".join(json.dumps({"prompt": f"{what} {n}", "completion": f"{n}"}) + "\n" for n in range(number))
 
 
+def test_what_is_passed_over_is_said(tmp_path: Path, tiny_model: Path) -> None:
+    row = {"prompt": "what is <|im_end|> for", "completion": "it ends", "wieght": 1}
+    files = {"d__train_dot_jsonl": json.dumps(row) + "\n" + lines("cat"), "d__test_dot_jsonl": lines("dog")}
+    prepared(tmp_path, tiny_model, "{train: d, max_tokens: 128}", **files)
+    notes = educe.inspect(tmp_path / "r.yaml", 1).notes
+    assert [n for n in notes if "keys that are not read: wieght" in n]
+    assert [n for n in notes if "control token" in n]
+    assert educe.inspect(tmp_path / "r.yaml", 2).notes == ()
+    assert [w for w in educe.check(tmp_path / "r.yaml").warnings if w.endswith("not read, by their names: test.jsonl")]
+
+
 def test_a_renamed_file_is_read_anew(tmp_path: Path, tiny_model: Path) -> None:
-    one = prepared(tmp_path, tiny_model, "{train: r.txt, max_tokens: 512}", r_dot_txt=lines("cat"))
+    one = prepared(
+        tmp_path, tiny_model, "{train: r.txt, max_tokens: 512}", r_dot_txt=lines("cat").replace("}\n", "}\n\n", 2)
+    )
     (tmp_path / "r.txt").rename(tmp_path / "r.jsonl")
     two = prepared(tmp_path, tiny_model, "{train: r.jsonl, max_tokens: 512}")
-    assert one.summary["documents"] == 1 or one.summary["rows_in"] == 1
+    assert (one.summary["rows_in"], one.summary["documents"]) == (3, 1)  # texts, two of them held out
     assert two.summary["rows_in"] == 12
 
 

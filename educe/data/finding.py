@@ -70,6 +70,16 @@ def _found(spec: str) -> list[Path]:
     raise DataError(1, spec, "does not exist.", _near(path) or "Check the path; it is relative to the recipe.")
 
 
+def passed_over(spec: str) -> list[Path]:
+    """Files of a directory that end like data and are not taken: hidden ones, descriptions, those of a test split."""
+    base = Path(spec).expanduser()
+    if spec == "-" or not base.is_dir():
+        return []
+    names = sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file() and _NAMED.search(p.name))
+    taken = set(_data_in(base, names))
+    return [base / n for n in names if base / n not in taken]
+
+
 def _is_there(path: Path, spec: str) -> bool:
     try:
         path.lstat()

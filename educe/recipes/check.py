@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import orjson
 
 from educe.config import Recipe
+from educe.data.finding import passed_over
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
+from educe.recipes.build import Input
 from educe.recipes.estimate import Estimate, estimate_run
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import plan_run, too_many_unused, warnings_of
@@ -52,6 +55,7 @@ def check(recipe: Recipe, say: Say) -> Check:
     from educe.recipes.machine import busy, device_of, memory_of
 
     prepared = prepare(recipe, say)
+    inputs, names = inputs_of(recipe)
     facts = describe_model(prepared.model_dir, recipe.model)
     mixed = mix(recipe, prepared)
     plan = plan_run(recipe, prepared, facts, mixed)
@@ -82,14 +86,19 @@ def check(recipe: Recipe, say: Say) -> Check:
         memory_bytes=memory,
         free_disk_bytes=free,
         reasons=_reasons(prepared),
-        odd=odd_rows(recipe),
-        warnings=[*_named_twice(recipe), *warnings_of(recipe, prepared, plan), *busy(device.kind)],
+        odd=odd_rows(inputs, names),
+        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, plan), *busy(device.kind)],
         blockers=blockers,
     )
 
 
-def _named_twice(recipe: Recipe) -> list[str]:
-    return [f"{file} is named more than once: its rows count as often" for file in named_twice(inputs_of(recipe)[0])]
+def _about_files(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
+    said = [f"{file} is named more than once: its rows count as often" for file in named_twice(inputs)]
+    for rows in recipe.data.sources.values():
+        if aside := passed_over(rows.files):
+            names = ", ".join(p.name for p in aside[:3]) + (f" and {len(aside) - 3} more" if len(aside) > 3 else "")
+            said.append(f"{rows.files}: not read, by their names: {names}")
+    return said
 
 
 def _existing(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def inspect(recipe: Recipe, row: str, say: Say, diff: str | None = None) -> Insp
         sequences=sequences,
         refusal=None,
         stop=tuple(stops.values()),
-        notes=tuple(n for n in (settled.why if settled is not None else "", _left_out(sequences, recipe)) if n),
+        notes=tuple(_notes(found, settled.why if settled is not None else "", sequences, recipe, tokenizer)),
         other=MASKS[diff](found.conversation, found.raw, built, tokenizer) if diff is not None else None,
     )
 
@@ -116,6 +116,22 @@ def _shown(built: Sequence[Rendered], k: int, c: Conversation, tokenizer: ChatTo
         prompt="" if first.trained else "".join(s.text for s in first.segments),
         num_prompt_tokens=0 if first.trained else first.end,
     )
+
+
+def _notes(
+    found: _Row, why_settings: str, sequences: Sequence[Shown], recipe: Recipe, tokenizer: ChatTokenizer
+) -> Iterator[str]:
+    """What to know about the row beside its tokens."""
+    if why_settings:
+        yield why_settings
+    if left_out := _left_out(sequences, recipe):
+        yield left_out
+    if found.unread:
+        yield f"keys that are not read: {', '.join(found.unread)}"
+    if isinstance(found.conversation, Conversation) and any(
+        tokenizer.holds_control(m.content) for m in found.conversation.messages
+    ):
+        yield "a message holds the text of a control token: trained as text, where a server would make a control token of it"
 
 
 def _left_out(sequences: Sequence[Shown], recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from educe.config import Recipe, load_recipe
+from educe.config import load_recipe
 from educe.data.finding import find_files
 from educe.data.formats import FORMATS
 from educe.data.oddities import Oddities, Oddity
@@ -124,9 +124,8 @@ def _survey(file: Path, reading: Reading, header: Sequence[str]) -> FileSurvey:
     return found
 
 
-def odd_rows(recipe: Recipe) -> list[str]:
+def odd_rows(inputs: Sequence[Input], names: Sequence[str]) -> list[str]:
     """What looks odd in the first rows of each task, in sentences, the most frequent first."""
-    inputs, names = inputs_of(recipe)
     found: list[tuple[int, str]] = []
     for i in inputs:
         if i.role != "train" or not i.held_out:
