@@ -75,6 +75,28 @@ class CausalLM:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trained tensors that `head` uses."""
+        return [p for p in self.base.get_output_embeddings().parameters() if p.requires_grad]
+
+    def base_head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """`head` as it was before training."""
+        with self.as_loaded():
+            return self.head(hidden_ND)
+
+    @contextlib.contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """The model as it was before training, for the time of the block: its adapters are off. Only with adapters."""
+        if self.network is self.base:
+            raise ValueError("a model without adapters does not keep what it was before training")
+        with self.network.disable_adapter():
+            yield
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number in the model's arithmetic."""
+        return self.device.torch_dtype.itemsize
+
     def tensor(self, array: Any) -> Tensor:
         return torch.as_tensor(array, device=self.device.kind)
 

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
-from educe.loss.cross_entropy import LossOut, token_nll
+from educe.loss.anchor import Anchor
+from educe.loss.cross_entropy import LossOut, chunk_positions, token_nll
+from educe.loss.reweigh import Reweigh, nll
 from educe.model.load import CausalLM
 from educe.training.means import Means
 from educe.types import Batch
 
 
-def sft_loss(model: CausalLM, batch: Batch, denominator: float) -> LossOut:
-    """Weighted nll of the trained tokens of a packed row, each times its task's λ, over `denominator`; the head sees trained
-    positions alone."""
-    hidden_PD = model.hidden_states(batch)
-    return token_nll(
-        hidden_PD[model.tensor(batch.predict_N)],
-        model.head,
-        model.tensor(batch.targets_N),
-        model.tensor(batch.weights_N * batch.scales_N),
-        denominator=denominator,
-        vocabulary=model.vocabulary,
-    )
+# Logits of a chunk, in the model's arithmetic, stay under this.
+LOGIT_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftLoss:
+    """Weighted loss of the trained tokens of a packed row, each times its task's λ, over `denominator`; the head sees trained
+    positions alone. `beta` > 0 adds β times the KL from the model as it was before training, found with its adapters off."""
+
+    reweigh: Reweigh = nll
+    beta: float = 0.0
+    logit_bytes: int = LOGIT_BYTES
+
+    def __call__(self, model: CausalLM, batch: Batch, denominator: float) -> LossOut:
+        predict_N = model.tensor(batch.predict_N)
+        anchor = None
+        if self.beta:
+            with torch.no_grad(), model.as_loaded():
+                anchor = Anchor(hidden_ND=model.hidden_states(batch)[predict_N], head=model.base_head, beta=self.beta)
+        hidden_PD = model.hidden_states(batch)
+        return token_nll(
+            hidden_PD[predict_N],
+            model.head,
+            model.tensor(batch.targets_N),
+            model.tensor(batch.weights_N * batch.scales_N),
+            parameters=model.head_parameters(),
+            denominator=denominator,
+            chunk=chunk_positions(model.vocabulary, self.logit_bytes, model.element_bytes),
+            reweigh=self.reweigh,
+            anchor=anchor,
+        )
+
+
+sft_loss = SftLoss()
 
 
 def held_out_loss(model: CausalLM, batches: Iterable[Batch]) -> Means:

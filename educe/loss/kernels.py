@@ -1,0 +1,53 @@
+"""Two passes over logits, each read once: what a softmax says of each row, and the softmax written over them.
+
+Shape legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftmaxFacts:
+    """Of each row, in fp32 and nats: the log of the sum of exponentials, -log p of its target, and its entropy."""
+
+    log_total_B: Float[Tensor, " b"]
+    nll_B: Float[Tensor, " b"]
+    entropy_B: Float[Tensor, " b"]
+
+
+def softmax_facts(logits_BV: Float[Tensor, "b v"], targets_B: Int[Tensor, " b"]) -> SoftmaxFacts:
+    """Read the logits once."""
+    if logits_BV.device.type == "cuda":
+        from educe.loss.triton_kernels import softmax_facts_cuda
+
+        return SoftmaxFacts(**softmax_facts_cuda(logits_BV, targets_B))
+    shifted_BV = logits_BV.float()
+    if shifted_BV is logits_BV:
+        shifted_BV = logits_BV.clone()
+    top_B = shifted_BV.amax(1)
+    shifted_BV -= top_B[:, None]
+    target_B = shifted_BV.gather(1, targets_B[:, None])[:, 0]
+    exp_BV = shifted_BV.exp()
+    total_B = exp_BV.sum(1)
+    log_B = total_B.log()
+    mean_B = torch.bmm(exp_BV[:, None], shifted_BV[..., None])[:, 0, 0] / total_B
+    return SoftmaxFacts(log_total_B=top_B + log_B, nll_B=log_B - target_B, entropy_B=(log_B - mean_B).clamp_min(0))
+
+
+def scaled_softmax_(
+    logits_BV: Float[Tensor, "b v"], log_total_B: Float[Tensor, " b"], scale_B: Float[Tensor, " b"]
+) -> None:
+    """Write scale_b * softmax(logits_b) over the logits."""
+    if logits_BV.device.type == "cuda":
+        from educe.loss.triton_kernels import scaled_softmax_cuda_
+
+        scaled_softmax_cuda_(logits_BV, log_total_B, scale_B)
+        return
+    exp_BV = (logits_BV.float() - log_total_B[:, None]).exp_()
+    logits_BV.copy_(exp_BV.mul_(scale_B[:, None]))
