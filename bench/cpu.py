@@ -58,7 +58,7 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     from educe.pack.batch import build_step
     from educe.pack.plan import plan_packs
     from educe.training.loop import LoopConfig, train
-    from educe.training.optim import MasterAdamW
+    from educe.training.optim import Adam, AdamSettings
     from educe.training.sft import sft_loss
     from educe.training.state import State
     from educe.types import Conversation, Message, Source
@@ -76,7 +76,7 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     plan = plan_packs(lengths, np.arange(lengths.size), batch_tokens=batch, capacity_tokens=capacity, seed=0)
     device = choose_device("cpu", dtype)
     model = load_model(model_dir, device, Full(kind="full"))
-    state = State(model=model, optimizer=MasterAdamW(model.trainable(), betas=(0.9, 0.999), weight_decay=0.0))
+    state = State(model=model, optimizer=Adam(model.trainable(), AdamSettings(betas=(0.9, 0.999))))
     marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
 
     def mark(state: State, report: Any) -> None:

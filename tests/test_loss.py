@@ -73,9 +73,7 @@ def ours(
         return rows @ head.T
 
     targets, weights = torch.tensor(a["targets"]), torch.tensor(a["weights"])
-    out = token_nll(
-        hidden, logits, targets, weights, parameters=[head], denominator=denominator, chunk=chunk or 10**6
-    )
+    out = token_nll(hidden, logits, targets, weights, parameters=[head], denominator=denominator, chunk=chunk or 10**6)
     out.loss.backward()
     assert hidden.grad is not None
     assert head.grad is not None

@@ -137,7 +137,7 @@ def test_value_and_gradients_equal_autograd_in_float64(
     assert out.loss.item() == pytest.approx(expected["loss"].item(), rel=2e-6)
     assert apart(out.nll_N, expected["nll"]) < EXACT
     assert apart(out.entropy_N, expected["entropy"]) < EXACT
-    assert apart(out.p_N, torch.exp(-expected["nll"])) < EXACT
+    assert apart(out.target_p, torch.exp(-expected["nll"])) < EXACT
     assert apart(d_hidden, expected["hidden"]) < 3 * EXACT
     assert apart(d_head, expected["head"]) < 3 * EXACT
     assert (out.kl_N is None) == (beta == 0)

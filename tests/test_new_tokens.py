@@ -25,7 +25,7 @@ from educe.model.proof import packs_are_blind, prove_head, random_batch  # noqa:
 from educe.pack.batch import build_batch  # noqa: E402
 from educe.training.checkpoint import WEIGHTS, load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
 from educe.training.loop import LoopConfig, train  # noqa: E402
-from educe.training.optim import MasterAdamW  # noqa: E402
+from educe.training.optim import Adam, AdamSettings  # noqa: E402
 from educe.training.sft import sft_loss  # noqa: E402
 from educe.training.state import State  # noqa: E402
 from educe.types import Batch, Example, Message  # noqa: E402
@@ -127,7 +127,7 @@ def matrices(network: Any) -> list[torch.Tensor]:
 
 
 def trained(model: CausalLM, steps: int = 6, until: int = 6, state: State | None = None) -> State:
-    optimizer = MasterAdamW(model.trainable(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Adam(model.trainable(), AdamSettings(weight_decay=0.01))
     state = state or State(model=model, optimizer=optimizer)
     config = LoopConfig(
         total_steps=steps, learning_rate=1e-2, warmup_share=0.2, schedule="linear", clip_norm=1.0, seed=1
@@ -288,7 +288,7 @@ def test_resumed_equals_straight_to_the_bit(
     save_checkpoint(tmp_path, first, {}, finished=False, keep=1)
     torch.manual_seed(77)
     model = load_model(bases[name].place, cpu(dtype), tuning, new_ids=NEW)
-    optimizer = MasterAdamW(model.trainable(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = Adam(model.trainable(), AdamSettings(weight_decay=0.01))
     second = State(model=model, optimizer=optimizer)
     found = newest_checkpoint(tmp_path, pytest.fail)
     assert found is not None

@@ -36,7 +36,7 @@ class LossOut:
     kl_N: Float[Tensor, " n"] | None = None
 
     @property
-    def p_N(self) -> Float[Tensor, " n"]:
+    def target_p(self) -> Float[Tensor, " n"]:
         """Probability of each target."""
         return torch.exp(-self.nll_N)
 
@@ -82,7 +82,7 @@ class _Work:
     kept: Callable[[slice], Kept] | None
 
 
-class _TokenNll(torch.autograd.Function):
+class _TokenNll(torch.autograd.Function):  # type: ignore[misc]
     """Gradients are found in the forward pass, where the logits are, and kept: N x D, and once the size of the head."""
 
     @staticmethod

@@ -3,6 +3,7 @@
 Shape legend: B rows, V vocabulary.
 """
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 import torch

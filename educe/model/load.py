@@ -92,13 +92,22 @@ class CausalLM:
         with self.network.disable_adapter():
             yield
 
+    @contextlib.contextmanager
+    def gradients(self, *, synchronised: bool) -> Iterator[None]:
+        """A forward and backward pass; ranks add up their gradients only where it is `synchronised`."""
+        yield
+
     @property
     def element_bytes(self) -> int:
         """Bytes of a number in the model's arithmetic."""
-        return self.device.torch_dtype.itemsize
+        return int(self.device.torch_dtype.itemsize)
 
     def tensor(self, array: Any) -> Tensor:
-        return torch.as_tensor(array, device=self.device.kind)
+        """On the device; the host does not wait for it."""
+        there = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device_kind == "cuda":
+            return there.pin_memory().to("cuda", non_blocking=True)
+        return there.to(self.device.kind)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:

@@ -46,3 +46,31 @@ def build_step(
         weights_K = sum(np.bincount(b.tasks_N, b.weights_N, scales_K.size) for b in batches)
         scales_K = scales_K * np.divide(np.sum(weights_K), weights_K, out=np.zeros_like(scales_K), where=weights_K > 0)
     return [replace(b, scales_N=scales_K[b.tasks_N].astype(np.float32)) for b in batches]
+
+
+def halved(batch: Batch) -> list[Batch]:
+    """The batch as two, cut between documents as near to the middle as can be; itself alone where it is one document."""
+    ends_D = np.cumsum(batch.lengths_D)
+    if ends_D.size < 2:
+        return [batch]
+    cut = int(np.argmin(np.abs(ends_D[:-1] - batch.num_tokens / 2))) + 1
+    at = int(ends_D[cut - 1])
+    n = int(np.searchsorted(batch.predict_N, at))
+    tokens, documents, trained = (
+        (slice(0, at), slice(at, None)),
+        (slice(0, cut), slice(cut, None)),
+        (slice(0, n), slice(n, None)),
+    )
+    return [
+        Batch(
+            ids_P=batch.ids_P[t],
+            positions_P=batch.positions_P[t],
+            lengths_D=batch.lengths_D[d],
+            predict_N=batch.predict_N[r] - (t.start or 0),
+            targets_N=batch.targets_N[r],
+            weights_N=batch.weights_N[r],
+            tasks_N=batch.tasks_N[r],
+            scales_N=batch.scales_N[r],
+        )
+        for t, d, r in zip(tokens, documents, trained, strict=True)
+    ]

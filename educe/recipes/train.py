@@ -31,7 +31,7 @@ from educe.seeds import derive
 from educe.training.checkpoint import load_checkpoint
 from educe.training.loop import LoopConfig
 from educe.training.loop import train as run_loop
-from educe.training.optim import MasterAdamW
+from educe.training.optim import Adam, AdamSettings
 from educe.training.sft import sft_loss
 from educe.training.state import State, StepReport
 
@@ -88,7 +88,7 @@ def _train(
         say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
     plan = plan_run(recipe, prepared, facts, mixed, packed=packed)
     betas = (recipe.train.beta1, recipe.train.beta2)
-    optimizer = MasterAdamW(model.trainable(), betas=betas, weight_decay=recipe.train.weight_decay)
+    optimizer = Adam(model.trainable(), AdamSettings(betas=betas, weight_decay=recipe.train.weight_decay))
     state = State(model=model, optimizer=optimizer)
     if found is not None:
         load_checkpoint(*found, state)
@@ -122,7 +122,9 @@ def _train(
                 schedule=recipe.train.schedule,
                 clip_norm=recipe.train.clip_norm,
                 seed=recipe.train.seed,
+                num_tasks=len(prepared.tasks),
             ),
+            say=say,
         )
         if state.step < plan.num_steps:
             say(f"stopping: saving after step {state.step} of {plan.num_steps}")

@@ -6,22 +6,28 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from educe.errors import TrainError
 from educe.loss.cross_entropy import LossOut
 from educe.model.device import peak_memory_bytes
 from educe.model.load import CausalLM
+from educe.parallel.world import ALONE, World
 from educe.seeds import derive
-from educe.training.means import Means
+from educe.training.ahead import ahead
+from educe.training.means import mean_of
+from educe.training.room import in_room
 from educe.training.schedule import learning_rate
 from educe.training.state import State, StepReport
 from educe.types import Batch
 
 BatchesOf = Callable[[int], Sequence[Batch]]
 LossFn = Callable[[CausalLM, Batch, float], LossOut]
+# What the micro-batches of a step are made of, in words: (step, micro-batch or None for all of them).
+RowsOf = Callable[[int, int | None], str]
 
 
 class Hook(Protocol):
@@ -40,29 +46,53 @@ class LoopConfig:
     schedule: Literal["linear", "cosine", "constant"]
     clip_norm: float
     seed: int
+    num_tasks: int = 1
 
 
-def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[Hook], config: LoopConfig) -> State:
-    """Run steps `state.step` .. `total_steps`. `batches_of(step)` gives the micro-batches of a step.
+def no_rows(step: int, micro: int | None) -> str:
+    """Rows have no names here."""
+    return ""
 
-    A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches, however it is split. Raises `TrainError`
-    before an update that would not be finite.
+
+def train(
+    state: State,
+    batches_of: BatchesOf,
+    loss_fn: LossFn,
+    hooks: Sequence[Hook],
+    config: LoopConfig,
+    *,
+    world: World = ALONE,
+    rows_of: RowsOf = no_rows,
+    say: Callable[[str], None] = lambda line: None,
+) -> State:
+    """Run steps `state.step` .. `total_steps`. `batches_of(step)` gives this rank's micro-batches of a step.
+
+    A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks, however it is split. Raises
+    `TrainError` before an update that would not be finite. The host waits for the device once a step, after the update.
     """
     started = time.perf_counter()
-    while state.step < config.total_steps:
+    for batches in ahead(batches_of, state.step, config.total_steps):
         began = time.perf_counter()
-        torch.manual_seed(derive(config.seed, "dropout", state.step))
+        counts = _Counts(*world.sum(_counts(batches)).tolist())
 
-        batches = batches_of(state.step)
-        denominator = sum(b.total_weight for b in batches)
+        def compute(micro: Sequence[Batch], weight: float = counts.weight) -> list[LossOut]:
+            torch.manual_seed(derive(config.seed, "dropout", state.step, world.rank))
+            outs = []
+            for k, batch in enumerate(micro):
+                with state.model.gradients(synchronised=k == len(micro) - 1):
+                    outs.append(loss_fn(state.model, batch, weight))
+                    outs[-1].loss.backward()  # type: ignore[no-untyped-call]
+            return outs
 
-        objective, means = 0.0, Means()
-        for batch in batches:
-            out = loss_fn(state.model, batch, denominator)
-            out.loss.backward()  # type: ignore[no-untyped-call]
-            objective += float(out.loss.detach())
-            means.add(batch, out.nll_N)
+        batches, outs = in_room(state, batches, compute, say)
 
+        objectives = torch.stack(
+            [out.loss.detach() for out in outs]
+        ).tolist()  # the host waits for the device here, once a step
+        objective = float(world.sum(np.array([sum(objectives)]))[0])
+        norm = float(state.optimizer.gradient_norm())
+        if not (math.isfinite(objective) and math.isfinite(norm)):
+            raise _not_finite(state, objectives, objective, norm, rows_of)
         rate = learning_rate(
             state.step,
             config.total_steps,
@@ -70,14 +100,10 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
             warmup_share=config.warmup_share,
             kind=config.schedule,
         )
-        norm = state.optimizer.step(rate, config.clip_norm) if math.isfinite(objective) else math.nan
-        if not (math.isfinite(objective) and math.isfinite(norm)):
-            found = f"loss {objective}, gradient norm {norm}; the weights are as after step {state.step}."
-            fix = "Lower train.learning_rate, or look for odd rows with `educe check`."
-            raise TrainError(301, f"step {state.step + 1}", found, fix)
+        state.optimizer.step(rate, shrink=min(1.0, config.clip_norm / (norm + 1e-6)))
         state.step += 1
 
-        tokens = sum(b.num_tokens for b in batches)
+        means = mean_of(batches, outs, world, config.num_tasks)
         now = time.perf_counter()
         report = StepReport(
             step=state.step,
@@ -85,11 +111,13 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
             loss=means.mean,
             objective=objective,
             task_losses=means.by_task,
+            entropy=means.entropy,
+            target_p=means.p,
             learning_rate=rate,
             grad_norm=norm,
-            tokens=tokens,
-            trained_tokens=sum(b.targets_N.size for b in batches),
-            tokens_per_s=tokens / (now - began),
+            tokens=int(counts.tokens),
+            trained_tokens=int(counts.trained),
+            tokens_per_s=counts.tokens / (now - began),
             elapsed_s=now - started,
             peak_memory_bytes=peak_memory_bytes(state.model.device.kind),
         )
@@ -97,3 +125,28 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
         if any(asked):
             break
     return state
+
+
+class _Counts(NamedTuple):
+    """Of a step over all ranks."""
+
+    weight: float
+    tokens: float
+    trained: float
+
+
+def _counts(batches: Sequence[Batch]) -> np.ndarray:
+    rows = [(b.total_weight, b.num_tokens, b.targets_N.size) for b in batches]
+    counts: np.ndarray = np.array(rows, np.float64).reshape(-1, 3).sum(0)
+    return counts
+
+
+def _not_finite(
+    state: State, objectives: Sequence[float], objective: float, norm: float, rows_of: RowsOf
+) -> TrainError:
+    """Names the rows of the first micro-batch whose loss is no number; of the whole step where only the gradient is none."""
+    bad = next((k for k, value in enumerate(objectives) if not math.isfinite(value)), None)
+    rows = rows_of(state.step, None if bad is None or state.halvings else bad)
+    found = f"loss {objective}, gradient norm {norm}; the weights are as after step {state.step}."
+    fix = "Lower train.learning_rate, or look for odd rows with `educe check`."
+    return TrainError(301, f"step {state.step + 1}{f' ({rows})' if rows else ''}", found, fix)

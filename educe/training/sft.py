@@ -14,7 +14,6 @@ from educe.model.load import CausalLM
 from educe.training.means import Means
 from educe.types import Batch
 
-
 # Logits of a chunk, in the model's arithmetic, stay under this.
 LOGIT_BYTES = 256 * 2**20
 
@@ -58,6 +57,6 @@ def held_out_loss(model: CausalLM, batches: Iterable[Batch]) -> Means:
     means = Means()
     with torch.no_grad():
         for batch in batches:
-            means.add(batch, sft_loss(model, batch, 1.0).nll_N)
+            means.add(batch, sft_loss(model, batch, 1.0))
     model.network.train(was_training)
     return means

@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from educe.model.load import CausalLM
-from educe.training.optim import MasterAdamW
+from educe.training.optim import Adam
 
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """Mutable on purpose: the one thing that changes."""
+    """Mutable on purpose: the one thing that changes. `halvings`: how often micro-batches were halved to fit into memory."""
 
     model: CausalLM
-    optimizer: MasterAdamW
+    optimizer: Adam
     step: int = 0
+    halvings: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """One finished step. `loss` is the mean nll per unit of weight, in nats, as held-out loss is; `objective` is what was minimised:
-    the same with each token times its task's λ. `task_losses` has each task's own mean. `elapsed_s` counts this process's steps
-    only.
+    the same as the recipe weighs it (λ of the task, another loss, the pull to the base). `task_losses` has each task's own mean,
+    `entropy` is that of the predictions in nats, `target_p` the mean probability of a target. `elapsed_s` counts this process's
+    steps only.
     """
 
     step: int
@@ -30,6 +32,8 @@ class StepReport:
     loss: float
     objective: float
     task_losses: Mapping[int, float]
+    entropy: float
+    target_p: float
     learning_rate: float
     grad_norm: float
     tokens: int

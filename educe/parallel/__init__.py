@@ -1,0 +1,1 @@
+"""Ranks: who computes what, and what they add up."""
