@@ -184,7 +184,7 @@ class Batch:
     lengths_D     tokens of each document; their sum is P
     predict_N     indices into P whose *next* token is trained (a document's last token never is)
     targets_N     the id to be predicted there
-    weights_N     its weight, > 0
+    weights_N     its weight, > 0 (0 in a micro-batch that only keeps ranks in step)
     tasks_N       the task it belongs to
     scales_N      what its task multiplies the loss with (λ_k); never in a denominator
     """

@@ -134,7 +134,7 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def all_steps(plan: PackPlan) -> list[list[list[int]]]:
-    return [[pack for rank in range(plan.num_ranks) for pack in plan.step(s, rank)] for s in range(plan.num_steps)]
+    return [[pack for rank in range(plan.num_ranks) for pack in plan.step(s, rank, plan.num_ranks)] for s in range(plan.num_steps)]
 
 
 def size(pack: list[int], lengths: np.ndarray) -> int:
@@ -157,7 +157,7 @@ def test_no_example_is_lost_repeated_or_overflows(job: dict[str, Any], packed: b
     if packed:  # every step but the last has the same number of packs for each rank
         per_rank = max(1, job["batch_tokens"] // job["capacity_tokens"] // num_ranks)
         for s in range(plan.num_steps - 1):
-            assert [len(plan.step(s, r)) for r in range(num_ranks)] == [per_rank] * num_ranks
+            assert [len(plan.step(s, r, num_ranks)) for r in range(num_ranks)] == [per_rank] * num_ranks
 
 
 @few

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ from educe.model import attention
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
 from educe.model.loaded import prove_loaded
+from educe.parallel.shard import Sharded
+from educe.parallel.world import World
 from educe.types import Batch
+
+T = TypeVar("T")
 
 
 class CausalLM:
@@ -36,6 +40,7 @@ class CausalLM:
         self.device = device
         self.base = network.get_base_model() if adapted else network
         self._decoder: nn.Module = self.base.get_decoder()
+        self.sharded: Sharded | None = None
         with torch.no_grad():  # peft puts a matrix with trained rows together each time it is asked for one
             self.vocabulary = int(self.base.get_output_embeddings().weight.shape[0])
 
@@ -95,7 +100,19 @@ class CausalLM:
     @contextlib.contextmanager
     def gradients(self, *, synchronised: bool) -> Iterator[None]:
         """A forward and backward pass; ranks add up their gradients only where it is `synchronised`."""
+        if self.sharded is not None:
+            self.sharded.synchronise(synchronised)
         yield
+
+    def shard(self, world: World) -> None:
+        """Divide the weights over the ranks, for good; `trainable` then names the shards. From here on the model computes only within
+        `whole`, on all ranks alike."""
+        dtype = self.device.torch_dtype
+        self.sharded = Sharded(self.network, self._decoder, dtype, self.device.kind, world)
+
+    def whole(self, compute: Callable[[], T]) -> T:
+        """`compute()`, with the weights that it needs in place. A backward pass may begin at `.loss` of what it returns."""
+        return compute() if self.sharded is None else self.sharded.run(compute)
 
     @property
     def element_bytes(self) -> int:
@@ -116,7 +133,7 @@ class CausalLM:
         self.network.eval()
         self.base.set_attn_implementation("sdpa")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode() if self.sharded is None else torch.no_grad():  # FSDP's memory outlives the block
                 yield
         finally:
             self.base.set_attn_implementation(before)

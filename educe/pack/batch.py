@@ -48,6 +48,43 @@ def build_step(
     return [replace(b, scales_N=scales_K[b.tasks_N].astype(np.float32)) for b in batches]
 
 
+def rank_step(
+    groups: Sequence[Sequence[Example]],
+    loss_weights: Sequence[float],
+    rank: int,
+    of: int,
+    *,
+    within_tasks: bool = False,
+) -> list[Batch]:
+    """`build_step` for one of `of` ranks, whose micro-batches are every `of`-th group. All get the same number: what is missing is
+    `blank`, since ranks that share the weights compute side by side."""
+    if of == 1 or within_tasks:  # the sums of each task are over all ranks
+        batches = build_step(groups, loss_weights, within_tasks=within_tasks)[rank::of]
+    else:
+        batches = build_step(groups[rank::of], loss_weights)
+    return even(batches, -(-len(groups) // of))
+
+
+def even(batches: list[Batch], number: int) -> list[Batch]:
+    """So many micro-batches; blank ones are added."""
+    return batches + [_blank()] * (number - len(batches))
+
+
+def _blank() -> Batch:
+    """Computed like any other, and counts for nothing: one trained position of weight 0."""
+    number, zero = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    return Batch(
+        ids_P=np.zeros(2, np.int64),
+        positions_P=np.arange(2, dtype=np.int64),
+        lengths_D=np.array([2], np.int64),
+        predict_N=number,
+        targets_N=number,
+        weights_N=zero,
+        tasks_N=number,
+        scales_N=zero,
+    )
+
+
 def halved(batch: Batch) -> list[Batch]:
     """The batch as two, cut between documents as near to the middle as can be; itself alone where it is one document."""
     ends_D = np.cumsum(batch.lengths_D)

@@ -25,7 +25,7 @@ EVEN_TOKENS = 6144
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPlan:
     """Pack p holds the examples `pack_edges[p]` to `pack_edges[p + 1]` of `examples_K`; step s the packs `step_edges[s]` to
-    `step_edges[s + 1]`, dealt to the ranks in turn."""
+    `step_edges[s + 1]`, in groups of `num_ranks` of like cost."""
 
     examples_K: Int64[np.ndarray, " k"]
     pack_edges: Int64[np.ndarray, " p1"]
@@ -42,9 +42,10 @@ class PackPlan:
     def num_packs(self) -> int:
         return self.pack_edges.size - 1
 
-    def step(self, s: int, rank: int = 0) -> list[list[int]]:
-        """The micro-batches of a rank in step s: the examples packed together in each."""
-        packs = range(int(self.step_edges[s]) + rank, int(self.step_edges[s + 1]), self.num_ranks)
+    def step(self, s: int, rank: int = 0, of: int = 1) -> list[list[int]]:
+        """The micro-batches of a rank `of` so many in step s: the examples packed together in each. Packs are dealt in turn; ranks
+        compute about equally long where their number divides `num_ranks`."""
+        packs = range(int(self.step_edges[s]) + rank, int(self.step_edges[s + 1]), of)
         return [self.examples_K[self.pack_edges[p] : self.pack_edges[p + 1]].tolist() for p in packs]
 
     @property

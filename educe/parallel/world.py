@@ -5,12 +5,21 @@ Small numbers (sums of weights, losses) go through the host and never wait for a
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from educe.errors import MachineError
+
+# Ranks may wait for what rank 0 writes or verifies; one that died is noticed at once, by its closed connection.
+_HOST_WAITS = timedelta(hours=12)
+_DEVICE_WAITS = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +39,54 @@ class World:
         """Elementwise over all ranks, in float64; the same bits on each."""
         if self.size == 1:
             return values
-        total = torch.from_numpy(np.ascontiguousarray(values, np.float64))
+        total = torch.from_numpy(np.array(values, np.float64))
         dist.all_reduce(total, group=self.host)
         summed: np.ndarray = total.numpy()
         return summed
 
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank; anything that JSON holds."""
+        if self.size == 1:
+            return value
+        sent = json.dumps(value).encode() if self.leads else b""
+        size = int(self.sum(np.array([len(sent)]))[0])
+        text = torch.frombuffer(bytearray(sent), dtype=torch.uint8) if sent else torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(text, 0, group=self.host)
+        return json.loads(text.numpy().tobytes())
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.host)
+
 
 ALONE = World()
+
+
+def join(device: str) -> World:
+    """The world that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun sets them), with
+    this process's GPU chosen where `device` ("auto", "cuda", "cpu") means one; `ALONE` where it names none.
+
+    Raises `MachineError` for a rank that has no GPU of its own.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        raise MachineError(5, "device", "mps is one device.", "Train without --devices, or set device: cpu.")
+    rank, on_gpu = int(os.environ["RANK"]), device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= here:
+            found = f"asks for {os.environ.get('LOCAL_WORLD_SIZE', size)} GPUs, this machine has {here}."
+            raise MachineError(5, "--devices", found, f"Give at most --devices {here}.")
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_DEVICE_WAITS if on_gpu else _HOST_WAITS)
+    return World(rank=rank, size=size, host=dist.new_group(backend="gloo", timeout=_HOST_WAITS))
+
+
+def leave() -> None:
+    """Close the connections, after the last word to the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -7,30 +7,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from educe.files.atomic import directory, need_space, verify
+from educe.parallel.world import ALONE, World
 from educe.training.state import State
+from educe.training.streamed import gathered, read_like, write_safetensors
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+MOMENTS = ("moment1", "moment2")  # of the shape of what they belong to
 
 
-def save_checkpoint(place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int) -> Path:
-    """Write `place/step-N` and delete all but the newest `keep`.
+def save_checkpoint(
+    place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int, world: World = ALONE
+) -> Path:
+    """Write `place/step-N` and delete all but the newest `keep`. All ranks call it, rank 0 writes: the same files whatever their number.
 
     `about` (the settings' hashes) goes into the manifest. A finished run keeps its fp32 weights alone: there is nothing left
     to resume, and two thirds of the space is the optimizer's.
     """
-    tensors = [*state.optimizer.masters.values(), *([] if finished else state.optimizer.state_tensors().values())]
-    need_space(place, sum(t.numel() * t.element_size() for t in tensors) + 2**20, "this checkpoint")
+    files = {WEIGHTS: state.optimizer.masters}
+    if not finished:
+        files[OPTIMIZER] = state.optimizer.state_tensors()
     target = place / f"step-{state.step:06d}"
-    with directory(target, about={**about, "step": state.step, "finished": finished}) as part:
-        save_file(_plain(state.optimizer.masters), part / WEIGHTS)
-        if not finished:
-            save_file(_plain(state.optimizer.state_tensors()), part / OPTIMIZER)
-    for old in _newest_first(place)[keep:]:
-        shutil.rmtree(old)
+    if world.leads:
+        tensors = [t for group in files.values() for t in group.values()]
+        need_space(place, sum(t.numel() * t.element_size() for t in tensors) + 2**20, "this checkpoint")
+        with directory(target, about={**about, "step": state.step, "finished": finished}) as part:
+            for name, group in files.items():
+                write_safetensors(part / name, group)
+        for old in _newest_first(place)[keep:]:
+            shutil.rmtree(old)
+    else:
+        for group in files.values():
+            for _ in gathered(group):  # each rank gives its rows
+                pass
+    world.wait()
     return target
 
 
@@ -48,15 +58,14 @@ def newest_checkpoint(place: Path, say: Callable[[str], None]) -> tuple[Path, di
 
 
 def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) -> None:
-    """Put a verified, unfinished checkpoint into `state`: masters, moments, step."""
-    state.optimizer.load(load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER))
+    """Put a verified, unfinished checkpoint into `state`: masters, moments, step. Each rank reads its own rows, however many
+    ranks wrote them."""
+    masters = state.optimizer.masters
+    moments = {f"{kind}.{name}": m for name, m in masters.items() for kind in MOMENTS}
+    state.optimizer.load(read_like(checkpoint / WEIGHTS, masters), read_like(checkpoint / OPTIMIZER, moments))
     state.step = int(manifest["step"])
 
 
 def _newest_first(place: Path) -> list[Path]:
     found = [p for p in place.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.detach().contiguous() for n, t in tensors.items()}

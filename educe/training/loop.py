@@ -136,7 +136,7 @@ class _Counts(NamedTuple):
 
 
 def _counts(batches: Sequence[Batch]) -> np.ndarray:
-    rows = [(b.total_weight, b.num_tokens, b.targets_N.size) for b in batches]
+    rows = [(b.total_weight, b.num_tokens, b.targets_N.size) for b in batches if b.total_weight]
     counts: np.ndarray = np.array(rows, np.float64).reshape(-1, 3).sum(0)
     return counts
 

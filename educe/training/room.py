@@ -29,6 +29,9 @@ def in_room(
             return fitting, compute(fitting)
         except torch.OutOfMemoryError as e:
             error = str(e).split(". ")[0]
+            if state.model.sharded is not None:  # the other ranks are in the middle of the pass
+                fix = "Lower train.micro_batch_tokens, or use more devices."
+                raise MachineError(3, f"step {state.step + 1}", f"{error}.", fix) from e
         # outside the handler: the traceback would keep the tensors of the failed attempt
         state.optimizer.forget_gradients()
         if torch.cuda.is_available():

@@ -28,6 +28,9 @@ class SftLoss:
     logit_bytes: int = LOGIT_BYTES
 
     def __call__(self, model: CausalLM, batch: Batch, denominator: float) -> LossOut:
+        return model.whole(lambda: self._of(model, batch, denominator))
+
+    def _of(self, model: CausalLM, batch: Batch, denominator: float) -> LossOut:
         predict_N = model.tensor(batch.predict_N)
         anchor = None
         if self.beta:

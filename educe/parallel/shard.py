@@ -1,0 +1,107 @@
+"""Weights, gradients and the optimizer's state divided over ranks (FSDP2; Zhao et al. 2023, arXiv 2304.11277)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from educe.errors import ModelError
+from educe.parallel.world import World
+
+T = TypeVar("T")
+
+
+class Whole(nn.Module):
+    """The outermost module of a sharded network. What runs inside sees the weights that belong to no layer (embedding, head, last
+    norm) as plain tensors, whole, from the forward pass to the end of the backward pass."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, compute: Callable[[], Any]) -> tuple[Any, Any]:
+        """What `compute` returns, and what in it a backward pass begins with: there FSDP hooks itself in."""
+        out = compute()
+        return out, getattr(out, "loss", None)
+
+
+class Sharded:
+    """A network whose layers are whole only while they compute."""
+
+    def __init__(self, network: nn.Module, decoder: nn.Module, dtype: torch.dtype, kind: str, world: World) -> None:
+        """`decoder` holds the layers. Trained weights become fp32 and are their own masters; all compute in `dtype`.
+
+        Raises `ModelError` for a model that keeps some weights in another arithmetic.
+        """
+        self.world = world
+        odd = [n for n, p in network.named_parameters() if p.dtype != dtype]
+        if odd:
+            found = f"keeps {odd[0]} in another arithmetic than {dtype}; over several ranks that would be lost."
+            raise ModelError(202, network.config.model_type, found, "Train it on one device.")
+        mesh = init_device_mesh(kind, (world.size,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self._layers: list[Any] = []
+        for layer in _layers_of(decoder):
+            self._layers.append(fully_shard(_masters(layer), mesh=mesh, mp_policy=policy))
+        self._root: Any = fully_shard(_masters(Whole(network)), mesh=mesh, mp_policy=policy)
+        for module in self._root.modules():
+            if isinstance(module, FSDPModule):  # the loss divides by the weight of all ranks: gradients are summed
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+    def run(self, compute: Callable[[], T]) -> T:
+        """`compute()`, whose layers may be called. Every rank must run the same layers, as often."""
+        out: T = self._root(compute)[0]
+        if not torch.is_grad_enabled():
+            self._root.reshard()
+        return out
+
+    def synchronise(self, now: bool) -> None:
+        """Whether the next backward pass adds gradients up over the ranks, or on this one only."""
+        self._root.set_requires_gradient_sync(now)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Layers stay whole from pass to pass, for the time of the block, where every rank has room for the whole model."""
+        fits = self._whole_bytes() < 0.5 * self._free_bytes()
+        keeps = bool(self.world.sum(np.array([float(not fits)]))[0] == 0)
+        for layer in self._layers if keeps else ():
+            layer.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for layer in self._layers if keeps else ():
+                layer.set_reshard_after_forward(True, recurse=False)
+                layer.reshard()
+
+    def _whole_bytes(self) -> int:
+        return 4 * sum(p.numel() for p in self._root.parameters())
+
+    def _free_bytes(self) -> float:
+        if torch.cuda.is_available() and next(self._root.parameters()).device.type == "cuda":
+            return float(torch.cuda.mem_get_info()[0])
+        return float(psutil.virtual_memory().available) / self.world.size
+
+
+def _layers_of(decoder: nn.Module) -> list[nn.Module]:
+    """The longest chain of like modules: a decoder's layers."""
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda chain: sum(p.numel() for p in chain.parameters())))
+
+
+def _masters(module: nn.Module) -> nn.Module:
+    """The module with its trained weights in fp32."""
+    for p in module.parameters():
+        if p.requires_grad and p.dtype != torch.float32:
+            p.data = p.data.float()
+    return module
