@@ -134,7 +134,10 @@ def jobs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def all_steps(plan: PackPlan) -> list[list[list[int]]]:
-    return [[pack for rank in range(plan.num_ranks) for pack in plan.step(s, rank, plan.num_ranks)] for s in range(plan.num_steps)]
+    return [
+        [pack for rank in range(plan.num_ranks) for pack in plan.step(s, rank, plan.num_ranks)]
+        for s in range(plan.num_steps)
+    ]
 
 
 def size(pack: list[int], lengths: np.ndarray) -> int:

@@ -102,13 +102,32 @@ def inspect(recipe: Path, row: str, diff: str | None, tokens: bool, html: Path |
 
 @cli.command()
 @click.argument("recipe", type=RECIPE)
-def train(recipe: Path) -> None:
+@click.option(
+    "--devices", type=click.IntRange(1), help="GPUs of this machine that share the model; processes on a CPU."
+)
+def train(recipe: Path, devices: int | None) -> None:
     """Train. Ctrl-C saves; the same command goes on."""
+    import os
+
+    from educe.config import load_recipe
+    from educe.parallel.launch import launch, leads, stay_with_parent
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and devices not in (None, size):
+        found = f"is {devices}, and the environment names {size} ranks."
+        raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
+    if size == 1 and devices is not None and devices > 1:
+        load_recipe(recipe)  # a mistake in it is told once
+        words = ["train", str(recipe), "--devices", str(devices)]
+        sys.exit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
+    stay_with_parent()
     from educe.cli.screens import TrainScreen, say, shown
     from educe.recipes.run import train as run_train
 
     with TrainScreen() as screen:
-        run = run_train(recipe, say=say, screen=screen)
+        run = run_train(recipe, say=say, screen=screen, devices=devices)
+    if not leads():
+        return
     click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")
 
 

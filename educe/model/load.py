@@ -133,7 +133,9 @@ class CausalLM:
         self.network.eval()
         self.base.set_attn_implementation("sdpa")
         try:
-            with torch.inference_mode() if self.sharded is None else torch.no_grad():  # FSDP's memory outlives the block
+            with (
+                torch.inference_mode() if self.sharded is None else torch.no_grad()
+            ):  # FSDP's memory outlives the block
                 yield
         finally:
             self.base.set_attn_implementation(before)

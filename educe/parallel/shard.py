@@ -19,7 +19,7 @@ from educe.parallel.world import World
 T = TypeVar("T")
 
 
-class Whole(nn.Module):
+class Whole(nn.Module):  # type: ignore[misc]
     """The outermost module of a sharded network. What runs inside sees the weights that belong to no layer (embedding, head, last
     norm) as plain tensors, whole, from the forward pass to the end of the backward pass."""
 
@@ -83,7 +83,7 @@ class Sharded:
                 layer.reshard()
 
     def _whole_bytes(self) -> int:
-        return 4 * sum(p.numel() for p in self._root.parameters())
+        return 4 * int(sum(p.numel() for p in self._root.parameters()))
 
     def _free_bytes(self) -> float:
         if torch.cuda.is_available() and next(self._root.parameters()).device.type == "cuda":
@@ -96,7 +96,11 @@ def _layers_of(decoder: nn.Module) -> list[nn.Module]:
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         return []
-    return list(max(lists, key=lambda chain: sum(p.numel() for p in chain.parameters())))
+
+    def size(chain: Any) -> int:
+        return int(sum(p.numel() for p in chain.parameters()))
+
+    return list(max(lists, key=size))
 
 
 def _masters(module: nn.Module) -> nn.Module:

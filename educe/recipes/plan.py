@@ -8,7 +8,7 @@ from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.data.formats import BESIDE
 from educe.data.messages import TURN_KEYS
-from educe.errors import ModelError
+from educe.errors import ModelError, UsageError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
 from educe.recipes.advise import MAX_RATE
@@ -19,8 +19,10 @@ from educe.recipes.prepare import Prepared
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
 
 
-def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, *, packed: bool = True) -> PackPlan:
-    """The run's plan; refuses what could only fail later."""
+def plan_run(
+    recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, *, packed: bool = True, num_ranks: int = 1
+) -> PackPlan:
+    """The run's plan for so many ranks; refuses what could only fail later."""
     store = prepared.store("train")
     if recipe.data.max_tokens > facts.max_positions:
         found = f"data.max_tokens is {recipe.data.max_tokens}, {facts.name} has {facts.max_positions} positions."
@@ -30,14 +32,19 @@ def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed
     if store.max_id >= known:
         found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
         raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
+    batch, micro = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
+    if num_ranks * micro > batch:
+        found = f"{num_ranks} devices take {num_ranks} packs of {micro} tokens a step, more than train.batch_tokens ({batch})."
+        raise UsageError(101, "--devices", found, "Lower train.micro_batch_tokens, or raise train.batch_tokens.")
     lengths = store.lengths
     return plan_packs(
         lengths,
         mixed.order_K,
-        batch_tokens=recipe.train.batch_tokens,
-        capacity_tokens=recipe.train.micro_batch_tokens if packed else int(lengths.max()),
+        batch_tokens=batch,
+        capacity_tokens=micro if packed else int(lengths.max()),
         seed=recipe.train.seed,
         packed=packed,
+        num_ranks=num_ranks,
     )
 
 

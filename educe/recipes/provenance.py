@@ -30,8 +30,9 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "nump
 TRAIN_VERSION = 1
 
 
-def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[str, Any]:
-    """Everything that decides the trained weights, flat: two runs with equal settings are the same run."""
+def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: int) -> dict[str, Any]:
+    """Everything that decides the trained weights, flat: two runs with equal settings are the same run. `ranks`: those that packs
+    are dealt to."""
     template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
     tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump().items()}
     skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
@@ -52,8 +53,26 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[s
         **steps,
         "device": recipe.device,
         "dtype": recipe.dtype,
+        "ranks": ranks,
         "code version": [PLAN_VERSION, TRAIN_VERSION],
     }
+
+
+def planned_ranks(run: RunDir, here: int, *, chosen: bool, say: Say) -> int:
+    """For how many ranks the run's packs are dealt: as many as it began with, whatever number goes on with it.
+
+    Raises `RunError` where that is not `here` and nobody chose so: other ranks round otherwise, the bits would not be the same.
+    """
+    began = int(run.load(run.resolved)["settings"]["ranks"]) if run.resolved.is_file() else here
+    ended = run.provenance.is_file() and run.load(run.provenance)["finished"] is not None
+    if began == here or ended:
+        return began
+    if not chosen:
+        found = f"was begun on {began} devices, and this is {here}."
+        fix = f"--devices {began} goes on to the same bits; --devices {here} on the same rows, rounded otherwise."
+        raise RunError(201, str(run.path), found, fix)
+    say(f"begun on {began} devices, going on with {here}: the same rows a step and the same gradients but for rounding")
+    return began
 
 
 def claim(
@@ -90,6 +109,7 @@ def provenance_of(
     plan: PackPlan,
     packed: bool,
     started: str | None,
+    ranks: int,
 ) -> dict[str, Any]:
     """provenance.json as it is while the run goes on; `started` by an earlier process, if one was."""
     hashes = _data_hashes(recipe)
@@ -119,6 +139,8 @@ def provenance_of(
         "prepared": prepared.key,
         "plan_sha256": plan.hash,
         "packed": packed,
+        "ranks": ranks,
+        "planned_ranks": plan.num_ranks,
         "trainable_parameters": sum(m.numel() for m in state.optimizer.masters.values()),
         "steps": plan.num_steps,
         "started": started or _now(),

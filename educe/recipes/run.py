@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from educe.config import Recipe, load_recipe
 from educe.files.run_dir import RunDir, find_run
+from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
 
 if TYPE_CHECKING:
@@ -140,12 +141,17 @@ def prepare(recipe: str | Path, *, say: Say = quiet) -> Prepared:
     return run_prepare(load_recipe(Path(recipe)), say)
 
 
-def train(recipe: str | Path, *, say: Say = quiet, screen: Any = None) -> Run:
-    """Train, or go on with a run that was stopped; returns the run."""
+def train(recipe: str | Path, *, say: Say = quiet, screen: Any = None, devices: int | None = None) -> Run:
+    """Train, or go on with a run that was stopped; returns the run.
+
+    Where the environment names several ranks (as torchrun does) each of them calls this; rank 0 speaks. `devices` says their number
+    where somebody chose it: a run that began with another then goes on with this one.
+    """
     need_torch()
     from educe.recipes.train import train as run_train
 
     path = Path(recipe)
     loaded = load_recipe(path)
-    run = run_train(loaded, path.read_text(encoding="utf-8"), say, screen if screen is not None else Silent())
+    shown = screen if screen is not None and leads() else Silent()
+    run = run_train(loaded, path.read_text(encoding="utf-8"), say if leads() else quiet, shown, devices)
     return Run(run.path)

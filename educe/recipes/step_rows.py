@@ -41,7 +41,8 @@ def rows_of_step(run: RunDir, step: int, say: Say) -> list[StepRow]:
         raise StoreError(1, provenance["prepared"], "the run's prepared data is gone.", fix)
     mixed = mix(recipe, prepared)
     facts = describe_model(prepared.model_dir, recipe.model)
-    plan = plan_run(recipe, prepared, facts, mixed, packed=provenance["packed"])
+    ranks = provenance["planned_ranks"]
+    plan = plan_run(recipe, prepared, facts, mixed, packed=provenance["packed"], num_ranks=ranks)
     if plan.hash != provenance["plan_sha256"]:
         raise RunError(201, str(run.path), "was planned by another version of educe.", "Use the version that made it.")
     if not 1 <= step <= plan.num_steps:

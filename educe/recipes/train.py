@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from educe.config import Recipe
@@ -16,16 +17,19 @@ from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
+from educe.model.device import Device
 from educe.model.load import load_model
 from educe.model.proof import packs_are_blind, prove_head
 from educe.model.source import Say
-from educe.pack.batch import build_step
+from educe.pack.batch import rank_step
+from educe.pack.plan import PackPlan
+from educe.parallel.world import World, join, leave
 from educe.recipes.estimate import remember_speed, speed_key
-from educe.recipes.machine import device_of_run
+from educe.recipes.machine import chosen_device, device_of_run
 from educe.recipes.mixing import Mixed, loss_weights, mix
 from educe.recipes.plan import plan_run, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
-from educe.recipes.provenance import claim, finished, provenance_of, settings_of
+from educe.recipes.provenance import claim, finished, planned_ranks, provenance_of, settings_of
 from educe.recipes.watch import Screen, Watch
 from educe.seeds import derive
 from educe.training.checkpoint import load_checkpoint
@@ -40,24 +44,33 @@ class Interrupted(Exception):
     """Training was asked to stop and saved first: (signal number, step)."""
 
 
-def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
-    """Run the recipe; `text` is the recipe as given. Raises `Interrupted` when a signal ended it early, after saving."""
+def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | None = None) -> RunDir:
+    """Run the recipe; `text` is the recipe as given, `devices` the number of ranks where somebody chose one. Every rank calls it.
+
+    Raises `Interrupted` when a signal ended it early, after saving.
+    """
     run = RunDir(recipe.run_path())
     prepared = prepare(recipe, say)
     if why := too_many_unused(recipe, prepared):
         raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
     facts = describe_model(prepared.model_dir, recipe.model)
     mixed = mix(recipe, prepared)
-    with run.lock():
-        settings = settings_of(recipe, prepared, facts)
-        found = claim(run, recipe, settings, text, prepared, mixed, say)
+    world = join(recipe.device)  # after what may take long
+    with run.lock() if world.leads else nullcontext():
+        settings, found = {}, None
+        if world.leads:
+            chosen = devices is not None or world.size > 1
+            settings = settings_of(recipe, prepared, facts, planned_ranks(run, world.size, chosen=chosen, say=say))
+            found = claim(run, recipe, settings, text, prepared, mixed, say)
+        settings, found = _shared(world, settings, found)
         if found is not None and found[1]["finished"]:
             say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
             provenance = run.load(run.provenance)
-            if provenance["finished"] is None:  # killed between the last checkpoint and this
+            if world.leads and provenance["finished"] is None:  # killed between the last checkpoint and this
                 write_json(run.provenance, finished(provenance, run))
         else:
-            _train(recipe, run, prepared, facts, mixed, settings, found, say, screen)
+            _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world)
+    leave()
     return run
 
 
@@ -71,8 +84,9 @@ def _train(
     found: tuple[Path, dict[str, Any]] | None,
     say: Say,
     screen: Screen,
+    world: World,
 ) -> None:
-    device = device_of_run(recipe, run)
+    device = _device(recipe, run, world)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
     model = load_model(
@@ -83,57 +97,96 @@ def _train(
         new_ids=prepared.tokenizer.new_tokens.values(),
     )
     prove_head(model)
-    packed = packs_are_blind(model)
+    packed = bool(world.share(packs_are_blind(model)))
     if not packed:
         say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
-    plan = plan_run(recipe, prepared, facts, mixed, packed=packed)
+    if world.size > 1:
+        model.shard(world)
+        say(f"{world.size} ranks: weights, gradients and the optimizer's state are divided among them")
+    plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=settings["ranks"])
     betas = (recipe.train.beta1, recipe.train.beta2)
     optimizer = Adam(model.trainable(), AdamSettings(betas=betas, weight_decay=recipe.train.weight_decay))
     state = State(model=model, optimizer=optimizer)
     if found is not None:
         load_checkpoint(*found, state)
         say(f"going on after step {state.step} of {plan.num_steps}")
-    need_space(run.path, 14 * sum(m.numel() for m in optimizer.masters.values()), "training")
+    if world.leads:
+        need_space(run.path, 14 * sum(m.numel() for m in optimizer.masters.values()), "training")
     earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
-    provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed, earlier.get("started"))
-    write_json(run.provenance, provenance)
+    provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed, earlier.get("started"), world.size)
+    if world.leads:
+        write_json(run.provenance, provenance)
 
     store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
-    watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed)
+    watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed, world=world)
     watch.begin()
     with _signals() as asked:
 
         def stop(state: State, report: StepReport) -> bool:
-            return bool(asked)
+            return bool(_agreed(asked, world))
 
         run_loop(
             state,
-            lambda step: build_step(
+            lambda step: rank_step(
                 [[store[i] for i in group] for group in plan.step(step)],
                 weights,
+                world.rank,
+                world.size,
                 within_tasks=recipe.data.loss_mean == "task",
             ),
             sft_loss,
             [watch.on_step, stop],
-            LoopConfig(
-                total_steps=plan.num_steps,
-                learning_rate=recipe.train.learning_rate,
-                warmup_share=recipe.train.warmup_share,
-                schedule=recipe.train.schedule,
-                clip_norm=recipe.train.clip_norm,
-                seed=recipe.train.seed,
-                num_tasks=len(prepared.tasks),
-            ),
+            _loop_config(recipe, plan, len(prepared.tasks)),
+            world=world,
             say=say,
         )
         if state.step < plan.num_steps:
             say(f"stopping: saving after step {state.step} of {plan.num_steps}")
             watch.save(done=False)
+            leave()
             raise Interrupted(asked[0], state.step)
     watch.end()
-    provenance = finished(provenance, run)
-    write_json(run.provenance, provenance)
-    remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), provenance["tokens_per_s"])
+    if world.leads:
+        provenance = finished(provenance, run)
+        write_json(run.provenance, provenance)
+        speed = provenance["tokens_per_s"] / world.size
+        remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), speed)
+
+
+def _loop_config(recipe: Recipe, plan: PackPlan, num_tasks: int) -> LoopConfig:
+    return LoopConfig(
+        total_steps=plan.num_steps,
+        learning_rate=recipe.train.learning_rate,
+        warmup_share=recipe.train.warmup_share,
+        schedule=recipe.train.schedule,
+        clip_norm=recipe.train.clip_norm,
+        seed=recipe.train.seed,
+        num_tasks=num_tasks,
+    )
+
+
+def _device(recipe: Recipe, run: RunDir, world: World) -> Device:
+    """Rank 0 times the device: all compute in the same arithmetic."""
+    first = device_of_run(recipe, run) if world.leads else None
+    kind, dtype = world.share([first.kind, first.dtype] if first is not None else None)
+    return first or chosen_device(kind, dtype)
+
+
+def _shared(
+    world: World, settings: dict[str, Any], found: tuple[Path, dict[str, Any]] | None
+) -> tuple[dict[str, Any], tuple[Path, dict[str, Any]] | None]:
+    """Rank 0's settings and checkpoint, on every rank."""
+    settings, there = world.share([settings, [str(found[0]), found[1]] if found is not None else None])
+    return settings, (Path(there[0]), there[1]) if there is not None else None
+
+
+def _agreed(asked: list[int], world: World) -> list[int]:
+    """The signals that any rank got: all stop after the same step."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    counts = world.sum(np.array([asked.count(n) for n in numbers], np.float64)).tolist()
+    if not asked:
+        asked.extend(n for n, count in zip(numbers, counts, strict=True) if count)
+    return asked
 
 
 @contextmanager

@@ -19,7 +19,8 @@ MOMENTS = ("moment1", "moment2")  # of the shape of what they belong to
 def save_checkpoint(
     place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int, world: World = ALONE
 ) -> Path:
-    """Write `place/step-N` and delete all but the newest `keep`. All ranks call it, rank 0 writes: the same files whatever their number.
+    """Write `place/step-N` and delete all but the newest `keep`. All ranks call it, rank 0 writes: the same files whatever their
+    number.
 
     `about` (the settings' hashes) goes into the manifest. A finished run keeps its fp32 weights alone: there is nothing left
     to resume, and two thirds of the space is the optimizer's.

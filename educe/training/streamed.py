@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -59,7 +60,7 @@ def read_like(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _rows(stored: safe_open, name: str, like: DTensor) -> Tensor:
+def _rows(stored: Any, name: str, like: DTensor) -> Tensor:
     """FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer or none."""
     local = like.to_local()
     if local.shape[0]:

@@ -1,0 +1,143 @@
+"""What one rank does in the tests of many: `python ranks.py JOB PLACE MODEL`, with the world in the environment as torchrun sets it.
+
+Each job leaves PLACE/JOB-SIZE.RANK.json or .pt, which the tests compare.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from educe.config import Full, Lora
+from educe.model.load import load_model
+from educe.pack.batch import rank_step
+from educe.pack.plan import PackPlan, plan_packs
+from educe.parallel.world import World, join
+from educe.seeds import permute
+from educe.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from educe.training.loop import LoopConfig, train
+from educe.training.optim import Adam, AdamSettings
+from educe.training.sft import held_out_loss, sft_loss
+from educe.training.state import State, StepReport
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from test_engine import LORA, cpu, examples
+
+FULL = Full(kind="full")
+STEPS = 4
+
+
+def fresh(model_dir: Path, tuning: Full | Lora, world: World, new_ids: tuple[int, ...] = ()) -> State:
+    torch.manual_seed(5)
+    model = load_model(model_dir, cpu(), tuning, new_ids=new_ids)
+    if isinstance(tuning, Lora):
+        with torch.no_grad():
+            for p in model.trainable().values():
+                p.add_(
+                    0.1 * torch.randn(p.shape)
+                )  # second adapter matrices begin at zero: the first would have no gradient
+    if world.size > 1:
+        model.shard(world)
+    return State(model=model, optimizer=Adam(model.trainable(), AdamSettings(betas=(0.9, 0.99), weight_decay=0.01)))
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+
+
+def gradients(state: State, world: World, size: int) -> dict[str, Tensor]:
+    """Of one step of twelve rows in packs of `size`; the ranks may have unlike numbers of them."""
+    rows = examples(12)
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    total = sum(float(e.weights_T.astype(np.float64).sum()) for e in rows)
+    mine = rank_step(groups, [1.0], world.rank, world.size)
+    for k, batch in enumerate(mine):
+        with state.model.gradients(synchronised=k == len(mine) - 1):
+            sft_loss(state.model, batch, total).loss.backward()
+    found = whole({n: p.grad for n, p in state.model.trainable().items() if p.grad is not None})
+    state.optimizer.forget_gradients()
+    return found
+
+
+def plan_of_run(num_ranks: int) -> tuple[list[Any], PackPlan]:
+    rows = examples(60, seed=3)
+    lengths = np.array([e.ids_T.size for e in rows], np.int64)
+    order = permute(len(rows), 1)
+    return rows, plan_packs(lengths, order, batch_tokens=320, capacity_tokens=80, seed=2, num_ranks=num_ranks)
+
+
+def run(state: State, world: World, until: int) -> list[StepReport]:
+    """Steps of a plan for four ranks, whatever the number of ranks is."""
+    rows, plan = plan_of_run(4)
+    reports: list[StepReport] = []
+
+    def stop(state: State, report: StepReport) -> bool:
+        reports.append(report)
+        return report.step == until
+
+    def batches_of(step: int) -> Any:
+        return rank_step([[rows[i] for i in g] for g in plan.step(step)], [1.0], world.rank, world.size)
+
+    steps = min(STEPS, plan.num_steps)
+    config = LoopConfig(
+        total_steps=steps, learning_rate=1e-3, warmup_share=0.2, schedule="cosine", clip_norm=1.0, seed=1
+    )
+    train(state, batches_of, sft_loss, [stop], config, world=world)
+    return reports
+
+
+def everything(state: State) -> dict[str, Tensor]:
+    return whole({**{f"weight.{n}": t for n, t in state.optimizer.masters.items()}, **state.optimizer.state_tensors()})
+
+
+def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """Gradients in many ways, then a run with a checkpoint in the middle, gone on with from the file."""
+    found: dict[str, Any] = {}
+    cases = {"full": (FULL, ()), "lora": (LORA, ()), "new": (LORA, (509, 511))}
+    for name, (tuning, new_ids) in cases.items():
+        state = fresh(model_dir, tuning, world, new_ids)
+        for size in (12, 4, 1) if name == "full" else (4,):
+            found[f"{name} {size}"] = gradients(state, world, size)
+    state = fresh(model_dir, FULL, world)
+    dev = rank_step([[e] for e in examples(5, seed=9)], [1.0], world.rank, world.size)
+    found["dev"] = held_out_loss(state.model, dev).over(world, 1).mean
+    reports = run(state, world, 2)
+    save_checkpoint(place / f"of-{world.size}", state, {}, finished=False, keep=2, world=world)
+    reports += run(state, world, STEPS)
+    found["reports"] = [[r.step, r.loss, r.objective, r.grad_norm, r.tokens, r.trained_tokens] for r in reports]
+    found["end"] = everything(state)
+    again = going_on(place / f"of-{world.size}", model_dir, world)
+    found["bits"] = [n for n, t in everything(again).items() if not torch.equal(t, found["end"][n])]
+    return found
+
+
+def going_on(checkpoints: Path, model_dir: Path, world: World) -> State:
+    torch.manual_seed(99)
+    state = fresh(model_dir, FULL, world)
+    there = newest_checkpoint(checkpoints, print)
+    assert there is not None
+    load_checkpoint(*there, state)
+    assert state.step == 2
+    run(state, world, STEPS)
+    return state
+
+
+def resharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """Go on from what another number of ranks wrote."""
+    sizes = json.loads((place / "sizes.json").read_text())
+    return {str(n): everything(going_on(place / f"of-{n}", model_dir, world)) for n in sizes}
+
+
+JOBS = {"steps": steps, "resharded": resharded}
+
+if __name__ == "__main__":
+    job, place, model_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    here = join("cpu")
+    torch.save(JOBS[job](place, model_dir, here), place / f"{job}-{here.size}.{here.rank}.pt")
+    here.wait()

@@ -1,0 +1,106 @@
+"""Two and four real processes (gloo) train as one does: gradients, rows, losses, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from educe.parallel.world import ALONE  # noqa: E402
+
+import ranks  # noqa: E402
+from test_engine import EXACT, apart  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+def start(size: int, *words: str) -> list[subprocess.Popen[str]]:
+    """`python ranks.py WORDS` as `size` ranks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "ranks.py"), *words],
+            env={**os.environ, **world, "PYTHONPATH": path, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(size)
+    ]
+
+
+def results(job: str, place: Path, model: Path, size: int) -> list[dict[str, Any]]:
+    """What each rank found."""
+    processes = start(size, job, str(place), str(model))
+    errors = [p.communicate(timeout=240)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0] * size, errors[0][-3000:]
+    return [torch.load(place / f"{job}-{size}.{r}.pt") for r in range(size)]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """What one, two and four processes found; `place` is where their checkpoints are."""
+    place = tmp_path_factory.mktemp("ranks")
+    torch.set_num_threads(1)
+    alone = ranks.steps(place, tiny_model, ALONE)
+    return {0: place, 1: [alone], 2: results("steps", place, tiny_model, 2), 4: results("steps", place, tiny_model, 4)}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", ["full 12", "full 4", "full 1", "lora 4", "new 4"])
+def test_gradients_do_not_depend_on_the_number_of_ranks(found: dict[int, Any], size: int, case: str) -> None:
+    """A tied head, adapters, new tokens; more packs than ranks, as many, fewer (one rank has nothing of its own)."""
+    alone = found[1][0][case]
+    for one in found[size]:
+        assert one[case].keys() == alone.keys()
+        assert max(apart(one[case][n], g) for n, g in alone.items() if g.norm() > 0) < EXACT
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_train_on_the_same_rows_to_the_same_losses(found: dict[int, Any], size: int) -> None:
+    expected = np.array(found[1][0]["reports"])
+    assert len(expected) == ranks.STEPS
+    for one in found[size]:
+        assert np.array(one["reports"])[:, [0, 4, 5]].tolist() == expected[:, [0, 4, 5]].tolist()
+        np.testing.assert_allclose(np.array(one["reports"]), expected, rtol=EXACT)
+        assert one["dev"] == pytest.approx(found[1][0]["dev"], rel=EXACT)
+        assert max(apart(one["end"][n], t) for n, t in found[1][0]["end"].items() if n.startswith("weight")) < 1e-5
+    _, plan = ranks.plan_of_run(4)
+    for s in range(plan.num_steps):
+        dealt = [p for r in range(size) for p in plan.step(s, r, size)]
+        assert sorted(dealt) == sorted(plan.step(s))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_going_on_gives_the_same_bits(found: dict[int, Any], size: int) -> None:
+    assert [one["bits"] for one in found[size]] == [[]] * size
+
+
+def test_a_checkpoint_is_the_same_files_whoever_wrote_it(found: dict[int, Any]) -> None:
+    from safetensors.torch import load_file
+
+    sizes = [1, 2, 4]
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        one, *others = (load_file(found[0] / f"of-{n}" / "step-000002" / name) for n in sizes)
+        for other in others:
+            assert [(n, t.shape, t.dtype) for n, t in other.items()] == [(n, t.shape, t.dtype) for n, t in one.items()]
+            assert all(apart(other[n], t) < 1e-5 for n, t in one.items() if t.norm() > 0)
+
+
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(found: dict[int, Any], tiny_model: Path) -> None:
+    place: Path = found[0]
+    (place / "sizes.json").write_text("[1, 4]")
+    for one in results("resharded", place, tiny_model, 2):
+        for size in ("1", "4"):
+            end = found[int(size)][0]["end"]
+            assert max(apart(one[size][n], t) for n, t in end.items() if t.norm() > 0) < 1e-5
