@@ -117,7 +117,7 @@ def _watch(ranks: Sequence[_Rank], asked: list[int], tell: Callable[[str], None]
         failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in fine]
         if failed:
             time.sleep(_GRACE_S)  # a mistake of the user's ends all of them alike
-            return min(failed, key=_blame)
+            return min((rank for rank in ranks if rank.code), key=lambda rank: _blame(rank, rank in failed))
         if None not in codes:
             return None
         for number in asked[sent:]:
@@ -130,10 +130,10 @@ def _watch(ranks: Sequence[_Rank], asked: list[int], tell: Callable[[str], None]
         time.sleep(_EVERY_S)
 
 
-def _blame(rank: _Rank) -> tuple[int, int]:
-    """Of those found dead at once: one that was killed, one that said why, and last those whose connections broke."""
+def _blame(rank: _Rank, first: bool) -> tuple[int, int]:
+    """One that was killed before the others ended, one that said why, and last those whose connections broke."""
     code = rank.code or 0
-    return 0 if code > 128 else 1 if code == 2 else 2, rank.rank
+    return 0 if code > 128 and first else 1 if code == 2 else 2 if first else 3, rank.rank
 
 
 def _end(ranks: Sequence[_Rank]) -> None:

@@ -32,20 +32,24 @@ def plan_run(
     if store.max_id >= known:
         found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
         raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
-    batch, micro = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
-    if num_ranks * micro > batch:
-        found = f"{num_ranks} devices take {num_ranks} packs of {micro} tokens a step, more than train.batch_tokens ({batch})."
-        raise UsageError(101, "--devices", found, "Lower train.micro_batch_tokens, or raise train.batch_tokens.")
     lengths = store.lengths
     return plan_packs(
         lengths,
         mixed.order_K,
-        batch_tokens=batch,
-        capacity_tokens=micro if packed else int(lengths.max()),
+        batch_tokens=recipe.train.batch_tokens,
+        capacity_tokens=recipe.train.micro_batch_tokens if packed else int(lengths.max()),
         seed=recipe.train.seed,
         packed=packed,
         num_ranks=num_ranks,
     )
+
+
+def refuse_idle_ranks(recipe: Recipe, num_ranks: int) -> None:
+    """Raises `UsageError` where a step has not a pack for each rank: it would grow, or some would compute nothing."""
+    batch, micro = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
+    if num_ranks * micro > batch:
+        found = f"{num_ranks} devices need {num_ranks} packs of {micro} tokens a step, train.batch_tokens holds {batch // micro}."
+        raise UsageError(101, "--devices", found, "Lower train.micro_batch_tokens, or raise train.batch_tokens.")
 
 
 def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:

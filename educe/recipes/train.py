@@ -27,7 +27,7 @@ from educe.parallel.world import World, join, leave
 from educe.recipes.estimate import remember_speed, speed_key
 from educe.recipes.machine import chosen_device, device_of_run
 from educe.recipes.mixing import Mixed, loss_weights, mix
-from educe.recipes.plan import plan_run, too_many_unused
+from educe.recipes.plan import plan_run, refuse_idle_ranks, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import claim, finished, planned_ranks, provenance_of, settings_of
 from educe.recipes.watch import Screen, Watch
@@ -59,6 +59,7 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | No
     with run.lock() if world.leads else nullcontext():
         settings, found = {}, None
         if world.leads:
+            refuse_idle_ranks(recipe, world.size)
             chosen = devices is not None or world.size > 1
             settings = settings_of(recipe, prepared, facts, planned_ranks(run, world.size, chosen=chosen, say=say))
             found = claim(run, recipe, settings, text, prepared, mixed, say)
