@@ -1,11 +1,10 @@
-"""What one rank does in the tests of many: `python ranks.py JOB PLACE MODEL`, with the world in the environment as torchrun sets it.
+"""What one rank does in the tests of many: `python ranks.py JOBS PLACE MODEL`, with the world in the environment as torchrun sets it.
 
-Each job leaves PLACE/JOB-SIZE.RANK.json or .pt, which the tests compare.
+What the jobs find is in PLACE/SIZE.RANK.pt, for the tests to compare.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ FULL = Full(kind="full")
 STEPS = 4
 
 
-def fresh(model_dir: Path, tuning: Full | Lora, world: World, new_ids: tuple[int, ...] = ()) -> State:
+def fresh(model_dir: Path, tuning: Full | Lora, world: World, dtype: Any = "float32", **how: Any) -> State:
     torch.manual_seed(5)
-    model = load_model(model_dir, cpu(), tuning, new_ids=new_ids)
+    model = load_model(model_dir, cpu(dtype), tuning, **how)
     if isinstance(tuning, Lora):
         with torch.no_grad():
             for p in model.trainable().values():
@@ -98,9 +97,14 @@ def everything(state: State) -> dict[str, Tensor]:
 def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     """Gradients in many ways, then a run with a checkpoint in the middle, gone on with from the file."""
     found: dict[str, Any] = {}
-    cases = {"full": (FULL, ()), "lora": (LORA, ()), "new": (LORA, (509, 511))}
-    for name, (tuning, new_ids) in cases.items():
-        state = fresh(model_dir, tuning, world, new_ids)
+    cases: dict[str, tuple[Full | Lora, dict[str, Any]]] = {
+        "full": (FULL, {}),
+        "recomputed": (FULL, {"checkpointing": True}),
+        "lora": (LORA, {}),
+        "new": (LORA, {"new_ids": (509, 511), "checkpointing": True}),
+    }
+    for name, (tuning, how) in cases.items():
+        state = fresh(model_dir, tuning, world, **how)
         for size in (12, 4, 1) if name == "full" else (4,):
             found[f"{name} {size}"] = gradients(state, world, size)
     state = fresh(model_dir, FULL, world)
@@ -112,6 +116,10 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     found["reports"] = [[r.step, r.loss, r.objective, r.grad_norm, r.tokens, r.trained_tokens] for r in reports]
     found["end"] = everything(state)
     again = going_on(place / f"of-{world.size}", model_dir, world)
+    for name, tuning in (("full", FULL), ("lora", LORA)):
+        state = fresh(model_dir, tuning, world, "bfloat16")
+        found[f"bf16 {name}"] = [r.loss for r in run(state, world, 3)]
+        assert all(m.dtype == torch.float32 for m in state.optimizer.masters.values())
     found["bits"] = [n for n, t in everything(again).items() if not torch.equal(t, found["end"][n])]
     return found
 
@@ -128,16 +136,18 @@ def going_on(checkpoints: Path, model_dir: Path, world: World) -> State:
 
 
 def resharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
-    """Go on from what another number of ranks wrote."""
-    sizes = json.loads((place / "sizes.json").read_text())
-    return {str(n): everything(going_on(place / f"of-{n}", model_dir, world)) for n in sizes}
+    """Go on from what other numbers of ranks wrote."""
+    return {"resharded": {n: everything(going_on(place / f"of-{n}", model_dir, world)) for n in (1, 4)}}
 
 
 JOBS = {"steps": steps, "resharded": resharded}
 
 if __name__ == "__main__":
-    job, place, model_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    jobs, place, model_dir = sys.argv[1].split(", "), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     here = join("cpu")
-    torch.save(JOBS[job](place, model_dir, here), place / f"{job}-{here.size}.{here.rank}.pt")
+    found: dict[str, Any] = {}
+    for job in jobs:
+        found |= JOBS[job](place, model_dir, here)
+    torch.save(found, place / f"{here.size}.{here.rank}.pt")
     here.wait()

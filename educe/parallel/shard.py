@@ -41,7 +41,7 @@ class Sharded:
 
         Raises `ModelError` for a model that keeps some weights in another arithmetic.
         """
-        self.world = world
+        self._world, self._element_bytes = world, dtype.itemsize
         odd = [n for n, p in network.named_parameters() if p.dtype != dtype]
         if odd:
             found = f"keeps {odd[0]} in another arithmetic than {dtype}; over several ranks that would be lost."
@@ -71,8 +71,8 @@ class Sharded:
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Layers stay whole from pass to pass, for the time of the block, where every rank has room for the whole model."""
-        fits = self._whole_bytes() < 0.5 * self._free_bytes()
-        keeps = bool(self.world.sum(np.array([float(not fits)]))[0] == 0)
+        fits = self._whole_bytes() < 0.8 * self._free_bytes()
+        keeps = bool(self._world.sum(np.array([float(not fits)]))[0] == 0)
         for layer in self._layers if keeps else ():
             layer.set_reshard_after_forward(False, recurse=False)
         try:
@@ -83,12 +83,14 @@ class Sharded:
                 layer.reshard()
 
     def _whole_bytes(self) -> int:
-        return 4 * int(sum(p.numel() for p in self._root.parameters()))
+        numbers: int = sum(p.numel() for p in self._root.parameters())
+        return self._element_bytes * numbers
 
     def _free_bytes(self) -> float:
         if torch.cuda.is_available() and next(self._root.parameters()).device.type == "cuda":
-            return float(torch.cuda.mem_get_info()[0])
-        return float(psutil.virtual_memory().available) / self.world.size
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return float(torch.cuda.mem_get_info()[0] + unused)
+        return float(psutil.virtual_memory().available) / self._world.size
 
 
 def _layers_of(decoder: nn.Module) -> list[nn.Module]:
