@@ -24,6 +24,7 @@ from educe.training.sft import held_out_loss, sft_loss
 from educe.training.state import State, StepReport
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from test_engine import LORA, cpu, examples
 
@@ -49,18 +50,21 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
 
 
-def gradients(state: State, world: World, size: int) -> dict[str, Tensor]:
-    """Of one step of twelve rows in packs of `size`; the ranks may have unlike numbers of them."""
+def gradients(state: State, world: World, size: int) -> tuple[dict[str, Tensor], int]:
+    """Of one step of twelve rows in packs of `size`, and how often they were added up over the ranks, which may have unlike numbers
+    of packs."""
     rows = examples(12)
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     total = sum(float(e.weights_T.astype(np.float64).sum()) for e in rows)
     mine = rank_step(groups, [1.0], world.rank, world.size)
-    for k, batch in enumerate(mine):
-        with state.model.gradients(synchronised=k == len(mine) - 1):
-            sft_loss(state.model, batch, total).loss.backward()
+    with CommDebugMode() as talk:
+        for k, batch in enumerate(mine):
+            with state.model.gradients(synchronised=k == len(mine) - 1):
+                sft_loss(state.model, batch, total).loss.backward()
+    reductions = sum(n for operation, n in talk.get_comm_counts().items() if "reduce_scatter" in str(operation))
     found = whole({n: p.grad for n, p in state.model.trainable().items() if p.grad is not None})
     state.optimizer.forget_gradients()
-    return found
+    return found, reductions
 
 
 def plan_of_run(num_ranks: int) -> tuple[list[Any], PackPlan]:
@@ -106,7 +110,7 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     for name, (tuning, how) in cases.items():
         state = fresh(model_dir, tuning, world, **how)
         for size in (12, 4, 1) if name == "full" else (4,):
-            found[f"{name} {size}"] = gradients(state, world, size)
+            found[f"{name} {size}"], found[f"{name} {size} reductions"] = gradients(state, world, size)
     state = fresh(model_dir, FULL, world)
     dev = rank_step([[e] for e in examples(5, seed=9)], [1.0], world.rank, world.size)
     found["dev"] = held_out_loss(state.model, dev).over(world, 1).mean

@@ -67,6 +67,13 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(found: dict[int, Any], s
 
 
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", ["full 12", "full 4", "full 1"])
+def test_gradients_are_added_up_once_a_step(found: dict[int, Any], size: int, case: str) -> None:
+    """For each of two layers, and for all else; however many micro-batches a rank has."""
+    assert [one[f"{case} reductions"] for one in found[size]] == [3] * size
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_ranks_train_on_the_same_rows_to_the_same_losses(found: dict[int, Any], size: int) -> None:
     expected = np.array(found[1][0]["reports"])
     assert len(expected) == ranks.STEPS

@@ -41,7 +41,8 @@ class Sharded:
 
         Raises `ModelError` for a model that keeps some weights in another arithmetic.
         """
-        self._world, self._element_bytes = world, dtype.itemsize
+        self._world = world
+        self._element_bytes: int = dtype.itemsize
         odd = [n for n, p in network.named_parameters() if p.dtype != dtype]
         if odd:
             found = f"keeps {odd[0]} in another arithmetic than {dtype}; over several ranks that would be lost."
@@ -83,8 +84,7 @@ class Sharded:
                 layer.reshard()
 
     def _whole_bytes(self) -> int:
-        numbers: int = sum(p.numel() for p in self._root.parameters())
-        return self._element_bytes * numbers
+        return self._element_bytes * sum(int(p.numel()) for p in self._root.parameters())
 
     def _free_bytes(self) -> float:
         if torch.cuda.is_available() and next(self._root.parameters()).device.type == "cuda":
