@@ -24,7 +24,7 @@ from educe.training.sft import held_out_loss, sft_loss
 from educe.training.state import State, StepReport
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from test_engine import LORA, cpu, examples
 
@@ -50,6 +50,18 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
 
 
+class Reductions(TorchDispatchMode):
+    """Counts how often gradients are added up over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += "reduce_scatter" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
 def gradients(state: State, world: World, size: int) -> tuple[dict[str, Tensor], int]:
     """Of one step of twelve rows in packs of `size`, and how often they were added up over the ranks, which may have unlike numbers
     of packs."""
@@ -57,14 +69,13 @@ def gradients(state: State, world: World, size: int) -> tuple[dict[str, Tensor],
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     total = sum(float(e.weights_T.astype(np.float64).sum()) for e in rows)
     mine = rank_step(groups, [1.0], world.rank, world.size)
-    with CommDebugMode() as talk:
+    with Reductions() as reductions:
         for k, batch in enumerate(mine):
             with state.model.gradients(synchronised=k == len(mine) - 1):
                 sft_loss(state.model, batch, total).loss.backward()
-    reductions = sum(n for operation, n in talk.get_comm_counts().items() if "reduce_scatter" in str(operation))
     found = whole({n: p.grad for n, p in state.model.trainable().items() if p.grad is not None})
     state.optimizer.forget_gradients()
-    return found, reductions
+    return found, reductions.number
 
 
 def plan_of_run(num_ranks: int) -> tuple[list[Any], PackPlan]:
