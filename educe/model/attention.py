@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface
+
+from educe.model.attention_cuda import attend_edges, can_attend
+from educe.model.attention_short import attend_short
+from educe.model.documents import Documents
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "educe_documents"
@@ -25,7 +29,7 @@ def attend_documents(
     value: Float[Tensor, "b g p k"],
     attention_mask: Tensor | None,
     *,
-    document_lengths: list[int] | None = None,
+    documents: Documents | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -36,13 +40,30 @@ def attend_documents(
     if unknown or attention_mask is not None:
         raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask'}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    lengths = document_lengths if document_lengths is not None else [query.shape[2]]
+    if query.device.type == "cuda" and documents is not None and can_attend(query, value) and dropout == 0:
+        return attend_edges(query, key, value, documents, scale, sliding_window), None
+    return _attend_lengths(query, key, value, documents, scale, dropout, sliding_window), None
+
+
+@torch.compiler.disable  # lengths differ from row to row: nothing here is worth compiling for each of them
+def _attend_lengths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents | None,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    lengths = list(documents.lengths) if documents is not None else [query.shape[2]]
+    if query.device.type == "cpu" and max(lengths) <= PLAIN_BELOW and dropout == 0:
+        return attend_short(query, key, value, lengths, scale, sliding_window)
     parts = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         plain = q.device.type == "cpu" and q.shape[2] <= PLAIN_BELOW
         attend = _attend_plain if plain else _attend_fused
         parts.append(attend(q, k, v, scale, dropout, sliding_window))
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
 def _attend_plain(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:

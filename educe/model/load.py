@@ -24,6 +24,7 @@ from educe.errors import MachineError, ModelError
 from educe.model import attention
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
+from educe.model.documents import documents_of
 from educe.model.loaded import prove_loaded
 from educe.types import Batch
 
@@ -57,7 +58,9 @@ class CausalLM:
         out = self._decoder(
             input_ids=self.tensor(np.pad(batch.ids_P, (0, filler)))[None],
             position_ids=self.tensor(np.concatenate([batch.positions_P, np.arange(filler)]))[None],
-            document_lengths=[*batch.lengths_D.tolist(), *([filler] if filler else [])],
+            documents=documents_of(
+                [*batch.lengths_D.tolist(), *([filler] if filler else [])], self.device_kind, batch.num_tokens + filler
+            ),
             use_cache=False,
         )
         states: Tensor = out.last_hidden_state[0]
