@@ -13,7 +13,7 @@ import pytest
 from educe.config import Full, Lora, Recipe, load_recipe, parse_recipe
 from educe.config.data import Data, FileSplit, Rates, Replay, Rows, ShareSplit, Task, Temperature, Trees, Unimax
 from educe.config.knobs import Knobs
-from educe.config.recipe import Evaluation, FileTemplate, Metric, NamedTemplate, OwnTemplate, Train
+from educe.config.recipe import Decay, Evaluation, FileTemplate, Metric, NamedTemplate, OwnTemplate, Train, Wsd
 from educe.errors import RecipeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -353,7 +353,7 @@ OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
     Recipe: ("recipe", "self"), Data: ("data", "self"), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
     Full: ("tuning",), Metric: ("metric",), FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
     Rows: ("rows",), Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
-    OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
+    Decay: ("schedule",), Wsd: ("schedule",), OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
 }  # fmt: skip
 
 
@@ -361,7 +361,7 @@ def test_every_knob_is_read() -> None:
     read = reads()
     assert blocks() == set(OWNERS)
     discriminators = {
-        (k, "kind") for k in (Full, Lora, FileSplit, ShareSplit, OwnTemplate, FileTemplate, Temperature, Unimax)
+        (k, "kind") for k in (Full, Lora, FileSplit, ShareSplit, OwnTemplate, FileTemplate, Temperature, Unimax, Wsd)
     }  # read as the class
     unread = [
         f"{block.__name__}.{knob}"
@@ -377,7 +377,7 @@ def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
         (n, f) for b in blocks() for n, f in b.model_fields.items() if n in b.__annotations__
     ]
     assert 20 < len([n for n, f in fields if not (n == "kind" and f.is_required())]) <= 80
-    assert len({block.__name__ for block in blocks()}) == 19
+    assert len({block.__name__ for block in blocks()}) == 21
     for name, field in fields:
         if name != "data" and not (name == "kind" and field.is_required() and not field.description):
             assert field.description, name

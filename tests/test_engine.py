@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +21,6 @@ from educe.model.device import Device  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
 from educe.model.proof import packs_are_blind, prove_head  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
-from educe.training.schedule import learning_rate  # noqa: E402
 from educe.training.sft import held_out_loss, sft_loss  # noqa: E402
 from educe.types import Batch, Example  # noqa: E402
 from transformers import AttentionInterface, LlamaForCausalLM  # noqa: E402
@@ -230,32 +227,3 @@ def test_a_head_that_is_not_the_models_own_is_refused(tiny_model: Path) -> None:
     )
     with pytest.raises(ModelError, match="E-MODEL-202"):
         prove_head(model)
-
-
-# The rate
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.integers(1, 300), st.floats(0, 0.99), st.sampled_from(["linear", "cosine", "constant"]))
-def test_rate_is_positive_warms_up_and_decays(total: int, share: float, kind: Any) -> None:
-    def at(step: int) -> float:
-        return learning_rate(step, total, peak=2e-5, warmup_share=share, kind=kind)
-
-    rates = [at(s) for s in range(total)]
-    warmup = math.ceil(share * total)
-    assert all(0 < r < 2.0000001e-5 for r in rates)
-    assert max(rates) == pytest.approx(2e-5)  # the peak is reached
-    rising, falling = rates[:warmup], rates[warmup:]
-    assert all(a < b for a, b in itertools.pairwise(rising))
-    if kind == "constant":
-        assert set(falling) <= {2e-5}
-    else:
-        assert all(a > b for a, b in itertools.pairwise(falling))
-        assert not falling or falling[-1] <= 2e-5 * 2 / max(2, len(falling))  # the last step is next to 0
-    assert rates == [at(s) for s in reversed(range(total))][::-1]  # no state between calls
-
-
-def test_rate_of_a_step_that_is_none_is_refused() -> None:
-    for step in (-1, 10):
-        with pytest.raises(ValueError, match="step"):
-            learning_rate(step, 10, peak=1.0, warmup_share=0.0, kind="linear")

@@ -63,6 +63,22 @@ class Lora(Knobs):
 Tuning = Annotated[Full | Lora, Field(discriminator="kind")]
 
 
+class Decay(Knobs):
+    """After the warm-up down to 0 along a line or a cosine, or not at all."""
+
+    kind: Literal["linear", "cosine", "constant"]
+
+
+class Wsd(Knobs):
+    """Warm up, stay at the peak, decay at the end: how long to train may be decided late."""
+
+    kind: Literal["wsd"]
+    decay_share: Share = Field(default=0.2, description="share of the steps, at the end, that decay")
+
+
+Schedule = Annotated[Decay | Wsd, Field(discriminator="kind"), BeforeValidator(_by_name)]
+
+
 class Train(Knobs):
     """One optimizer run."""
 
@@ -72,7 +88,7 @@ class Train(Knobs):
     batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
     micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens of a pack of rows, in memory at once")
     learning_rate: float = Field(default=2e-5, gt=0, lt=1, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="decay after the warm-up")
+    schedule: Schedule = Field(default=Decay(kind="linear"), description="the rate after the warm-up")
     warmup_share: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment")
@@ -126,6 +142,12 @@ class Recipe(Knobs):
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
+        schedule = self.train.schedule
+        if isinstance(schedule, Wsd) and self.train.warmup_share + schedule.decay_share > 1:
+            raise ValueError(
+                f"train.warmup_share ({self.train.warmup_share:g}) and train.schedule.decay_share "
+                f"({schedule.decay_share:g}) exceed the whole run; lower one of them"
+            )
         if self.train.micro_batch_tokens > self.train.batch_tokens:
             raise ValueError(
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) exceeds "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from educe.config import Recipe
+from educe.config import Recipe, Wsd
 from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
@@ -98,6 +98,7 @@ def _train(
     provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed, earlier.get("started"))
     write_json(run.provenance, provenance)
 
+    schedule = recipe.train.schedule
     store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
     watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed)
     watch.begin()
@@ -119,7 +120,8 @@ def _train(
                 total_steps=plan.num_steps,
                 learning_rate=recipe.train.learning_rate,
                 warmup_share=recipe.train.warmup_share,
-                schedule=recipe.train.schedule,
+                schedule=schedule.kind,
+                decay_share=schedule.decay_share if isinstance(schedule, Wsd) else 0.0,
                 clip_norm=recipe.train.clip_norm,
                 seed=recipe.train.seed,
             ),

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from educe.model.device import peak_memory_bytes
 from educe.model.load import CausalLM
 from educe.seeds import derive
 from educe.training.means import Means
-from educe.training.schedule import learning_rate
+from educe.training.schedule import Kind, learning_rate
 from educe.training.state import State, StepReport
 from educe.types import Batch
 
@@ -37,9 +37,10 @@ class LoopConfig:
     total_steps: int
     learning_rate: float
     warmup_share: float
-    schedule: Literal["linear", "cosine", "constant"]
+    schedule: Kind
     clip_norm: float
     seed: int
+    decay_share: float = 0.0  # of the wsd schedule
 
 
 def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[Hook], config: LoopConfig) -> State:
@@ -69,6 +70,7 @@ def train(state: State, batches_of: BatchesOf, loss_fn: LossFn, hooks: Sequence[
             peak=config.learning_rate,
             warmup_share=config.warmup_share,
             kind=config.schedule,
+            decay_share=config.decay_share,
         )
         norm = state.optimizer.step(rate, config.clip_norm) if math.isfinite(objective) else math.nan
         if not (math.isfinite(objective) and math.isfinite(norm)):
