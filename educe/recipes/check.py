@@ -87,7 +87,7 @@ def check(recipe: Recipe, say: Say) -> Check:
         free_disk_bytes=free,
         reasons=_reasons(prepared),
         odd=odd_rows(inputs, names),
-        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, plan), *busy(device.kind)],
+        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan), *busy(device.kind)],
         blockers=blockers,
     )
 

@@ -11,9 +11,9 @@ from educe.data.messages import TURN_KEYS
 from educe.errors import ModelError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
-from educe.recipes.advise import MAX_RATE
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
+from educe.recipes.rates import RateAdvice, advise_rate
 
 # Keys that mean something in a row or a turn: what an unread key may have been meant for.
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
@@ -51,7 +51,7 @@ def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
     ]
 
 
-def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]:
+def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan) -> list[str]:
     """What may be right but is worth a look."""
     s, said = prepared.summary, []
     if s["duplicates"]:
@@ -99,8 +99,18 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
         )
     if plan.num_steps < 20:
         said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
-    lora = isinstance(recipe.tuning, Lora)
-    low, high = 1e-5 if lora else 5e-7, MAX_RATE[lora]
-    if not low <= recipe.train.learning_rate <= high:
-        said.append(f"train.learning_rate {recipe.train.learning_rate:g} is outside the usual {low:g} to {high:g}")
+    rate, advice = recipe.train.learning_rate, advised_rate(recipe, facts, plan)
+    if not advice.low <= rate <= advice.high:
+        way = "high" if rate > advice.high else "low"
+        what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"
+        said.append(
+            f"train.learning_rate {rate:g} is {way}: {advice.span} is advised for {what} of this model "
+            f"({advice.value:g} = {advice.why}); `educe lr` tries rates on your rows"
+        )
     return said
+
+
+def advised_rate(recipe: Recipe, facts: ModelFacts, plan: PackPlan) -> RateAdvice:
+    """The rates that are advised for this run."""
+    rows = plan.examples_K.size / plan.num_steps
+    return advise_rate(facts, lora=isinstance(recipe.tuning, Lora), rows_per_step=rows, num_steps=plan.num_steps)

@@ -66,6 +66,6 @@ DOUBTFUL: dict[str, tuple[str, str]] = {
     ),
     "60 answers cut": ("data: {train: rows.jsonl, max_tokens: 17, too_long: cut}\n", "cut before their stop token"),
     "71 no multiple": (DATA + "train: {batch_tokens: 3000, micro_batch_tokens: 2048}\n", "is no multiple of"),
-    "74 a high rate": (DATA + "train: {learning_rate: 0.1}\n", "outside the usual"),
-    "74 a low rate for adapters": (DATA + "train: {learning_rate: 1e-7}\ntuning: {kind: lora}\n", "outside the usual"),
+    "74 a high rate": (DATA + "train: {learning_rate: 0.1}\n", "learning_rate 0.1 is high"),
+    "74 a low rate for adapters": (DATA + "train: {learning_rate: 1e-7}\ntuning: {kind: lora}\n", "1e-07 is low"),
 }
