@@ -99,7 +99,13 @@ class Train(Knobs):
     )
     checkpoint_every_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="checkpoints kept while training")
-    sample_every_share: Share = Field(default=0.34, description="answer the sample prompts and measure dev this often")
+    measure_every_share: Share = Field(default=0.2, description="share of the steps between measurements of dev loss")
+    patience: int | None = Field(
+        default=None, ge=1, description="end when so many measurements in a row brought no new low (default: never)"
+    )
+    keep_weights: Literal["last", "best"] = Field(
+        default="last", description="the run's weights: those of the last step, or of the lowest dev loss measured"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random follows from it")
 
 

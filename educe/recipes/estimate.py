@@ -48,13 +48,14 @@ def estimate_run(
     layers = facts.num_layers if not recipe.train.activation_checkpointing else facts.num_layers**0.5 + 1
     activations = tokens * layers * kept * compute
     logits = 3 * 4 * facts.vocab_size * min(tokens * trained_share, 256 * 2**20 / (4 * max(1, facts.vocab_size)))
+    checkpoints = recipe.train.keep_checkpoints + (recipe.train.keep_weights == "best")
     process = _PROCESS_BYTES if device == "cpu" else 0
     return Estimate(
         tokens_per_s=rate,
         measured=speed is not None,
         training_s=plan.num_tokens / rate,
         memory_bytes=state + activations + logits + process,
-        disk_bytes=trained * 4 * (3 * recipe.train.keep_checkpoints + 1) + facts.num_parameters * 2,
+        disk_bytes=trained * 4 * (3 * checkpoints + 1) + facts.num_parameters * 2,
     )
 
 

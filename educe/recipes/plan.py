@@ -8,7 +8,7 @@ from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.data.formats import BESIDE
 from educe.data.messages import TURN_KEYS
-from educe.errors import ModelError
+from educe.errors import ModelError, RecipeError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
 from educe.recipes.mixing import Mixed
@@ -25,6 +25,11 @@ def plan_run(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed
     if recipe.data.max_tokens > facts.max_positions:
         found = f"data.max_tokens is {recipe.data.max_tokens}, {facts.name} has {facts.max_positions} positions."
         raise ModelError(201, "data.max_tokens", found, "Lower it.")
+    if not len(prepared.store("dev")) and (recipe.train.patience or recipe.train.keep_weights == "best"):
+        knob = "train.patience" if recipe.train.patience else "train.keep_weights: best"
+        raise RecipeError(
+            201, knob, "goes by the held-out loss, and no row is held out.", "Give data.dev rows, or drop it."
+        )
     added = sorted(prepared.tokenizer.new_tokens.values())
     known = max(facts.vocab_size, added[-1] + 1) if added and added[0] <= facts.vocab_size else facts.vocab_size
     if store.max_id >= known:
@@ -96,6 +101,11 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
         said.append(
             f"train.batch_tokens ({batch}) is no multiple of train.micro_batch_tokens ({micro}): "
             f"a step holds at most {batch // micro * micro} tokens"
+        )
+    if recipe.train.patience and recipe.train.patience * recipe.train.measure_every_share >= 1:
+        said.append(
+            f"train.patience {recipe.train.patience} can end nothing: dev is measured every "
+            f"{recipe.train.measure_every_share:g} of the run; lower train.measure_every_share"
         )
     if plan.num_steps < 20:
         said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")

@@ -34,7 +34,9 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[s
     """Everything that decides the trained weights, flat: two runs with equal settings are the same run."""
     template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
     tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump().items()}
-    skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
+    skipped = ["checkpoint_every_steps", "keep_checkpoints"]
+    if recipe.train.patience is None and recipe.train.keep_weights == "last":
+        skipped.append("measure_every_share")  # nothing follows from the measurements
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
     data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
     policy = recipe.data.model_dump(mode="json", exclude={"max_unused"})
@@ -121,18 +123,25 @@ def provenance_of(
         "packed": packed,
         "trainable_parameters": sum(m.numel() for m in state.optimizer.masters.values()),
         "steps": plan.num_steps,
+        "steps_done": None,
+        "weights_step": None,
         "started": started or _now(),
         "finished": None,
     }
 
 
-def finished(provenance: dict[str, Any], run: RunDir) -> dict[str, Any]:
-    """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run."""
+def finished(provenance: dict[str, Any], run: RunDir, steps_done: int, weights_step: int) -> dict[str, Any]:
+    """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run.
+
+    `weights_step`: the step whose weights the run keeps.
+    """
     steps = [line for line in read_jsonl(run.metrics) if line["kind"] == "step"]
     training_s = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
     return {
         **provenance,
         "finished": _now(),
+        "steps_done": steps_done,
+        "weights_step": weights_step,
         "training_s": training_s,
         "tokens_per_s": sum(line["tokens"] for line in steps) / training_s,
         "peak_memory_bytes": max(int(line["peak_memory_bytes"]) for line in steps),

@@ -55,7 +55,7 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen) -> RunDir:
             say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
             provenance = run.load(run.provenance)
             if provenance["finished"] is None:  # killed between the last checkpoint and this
-                write_json(run.provenance, finished(provenance, run))
+                write_json(run.provenance, finished(provenance, run, found[1]["step"], found[1]["weights_step"]))
         else:
             _train(recipe, run, prepared, facts, mixed, settings, found, say, screen)
     return run
@@ -100,38 +100,44 @@ def _train(
 
     schedule = recipe.train.schedule
     store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
-    watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed)
+    history = found[1]["held_out"] if found is not None else []
+    watch = Watch(recipe, run, prepared, state, plan, settings, screen, history, packed=packed)
     watch.begin()
     with _signals() as asked:
 
         def stop(state: State, report: StepReport) -> bool:
-            return bool(asked)
+            return bool(asked) or watch.has_stalled
 
-        run_loop(
-            state,
-            lambda step: build_step(
-                [[store[i] for i in group] for group in plan.step(step)],
-                weights,
-                within_tasks=recipe.data.loss_mean == "task",
-            ),
-            sft_loss,
-            [watch.on_step, stop],
-            LoopConfig(
-                total_steps=plan.num_steps,
-                learning_rate=recipe.train.learning_rate,
-                warmup_share=recipe.train.warmup_share,
-                schedule=schedule.kind,
-                decay_share=schedule.decay_share if isinstance(schedule, Wsd) else 0.0,
-                clip_norm=recipe.train.clip_norm,
-                seed=recipe.train.seed,
-            ),
-        )
-        if state.step < plan.num_steps:
+        if not watch.has_stalled:  # as it may have when it was killed while it ended
+            run_loop(
+                state,
+                lambda step: build_step(
+                    [[store[i] for i in group] for group in plan.step(step)],
+                    weights,
+                    within_tasks=recipe.data.loss_mean == "task",
+                ),
+                sft_loss,
+                [watch.on_step, stop],
+                LoopConfig(
+                    total_steps=plan.num_steps,
+                    learning_rate=recipe.train.learning_rate,
+                    warmup_share=recipe.train.warmup_share,
+                    schedule=schedule.kind,
+                    decay_share=schedule.decay_share if isinstance(schedule, Wsd) else 0.0,
+                    clip_norm=recipe.train.clip_norm,
+                    seed=recipe.train.seed,
+                ),
+            )
+        if watch.has_stalled:
+            say(
+                f"no new low of the held-out loss in {recipe.train.patience} measurements: ending after step {state.step}"
+            )
+        elif state.step < plan.num_steps:
             say(f"stopping: saving after step {state.step} of {plan.num_steps}")
             watch.save(done=False)
             raise Interrupted(asked[0], state.step)
-    watch.end()
-    provenance = finished(provenance, run)
+    watch.end(say)
+    provenance = finished(provenance, run, state.step, watch.weights_step)
     write_json(run.provenance, provenance)
     remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), provenance["tokens_per_s"])
 
