@@ -55,6 +55,13 @@ class MasterAdamW:
             p.grad = self.masters[name].grad = None
         return norm
 
+    def reset(self, masters: dict[str, Tensor]) -> None:
+        """Begin again from these masters: no moments, no gradient left over."""
+        self._adam.state.clear()
+        for name, p in self._parameters.items():
+            p.grad = self.masters[name].grad = None
+        self.load(masters, {})
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments by name, as `moment1.NAME`, `moment2.NAME`, `step.NAME`; empty before the first step."""
         tensors = {}
