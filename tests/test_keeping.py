@@ -179,7 +179,7 @@ def test_the_best_weights_are_kept_when_asked_for(place: Path, last: Run, best: 
     assert (manifest["step"], manifest["weights_step"], manifest["finished"]) == (end, step, True)
 
 
-def test_evaluation_and_export_are_of_the_kept_weights(place: Path, best: Run) -> None:
+def test_evaluation_export_and_report_are_of_the_kept_weights(place: Path, best: Run) -> None:
     found, step = dev(best.path), made(best.path)["weights_step"]
     assert best.eval()["dev_loss"] == [found[0], found[step]]
     out = best.export(place / "out")
@@ -187,6 +187,9 @@ def test_evaluation_and_export_are_of_the_kept_weights(place: Path, best: Run) -
     written, kept = load_file(out / "model.safetensors"), final(best.path)
     assert all(torch.equal(t, written[n]) for n, t in kept.items() if n in written)
     assert kept.keys() & written.keys()
+    page = best.report().read_text(encoding="utf-8")
+    assert f"those of step {step}, which had the lowest held-out loss" in page
+    assert f"step 0 → step {step}<" in page
 
 
 @pytest.mark.parametrize("every", [3, 500])

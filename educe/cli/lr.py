@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from educe.recipes.lr import Probe
     from educe.training.state import StepReport
 
-_WIDTH = 30
 _EVERY_S = 10.0
 
 
@@ -59,19 +58,25 @@ def show_probe(probe: Probe) -> None:
         console.print(escape(line), soft_wrap=True)
     console.print()
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("rate", "held-out loss", "gained", "behind the best"):
-        table.add_column(title, justify="right")
+    for title in ("rate", "held-out", "gained", "behind the best"):
+        table.add_column(title, justify="right", no_wrap=True)
+    width = max(12, min(40, console.width - 60))
     measured = [r for r in found["rates"] if not r["stopped"]]
     low = min((_low(r) for r in measured), default=0.0)
     high = max((_high(r) for r in measured), default=1.0)
-    table.add_column(f"{low:.3f}".ljust(_WIDTH - 6) + f"{high:.3f}" if measured else "")
+    table.add_column(f"{low:.2f}".ljust(width - 5) + f"{high:.2f}" if measured else "", no_wrap=True)
     for r in found["rates"]:
         own = "*" if abs(r["rate"] / found["own_rate"] - 1) < 1e-9 else " "
         if r["stopped"]:
-            table.add_row(f"{r['rate']:.2g}{own}", "", "", "", f"[red]{escape(r['stopped'])}[/red]")
+            table.add_row(f"{r['rate']:.2g}{own}", "", "", "[red]diverged[/red]")
             continue
         best = r["behind"]["value"] == 0
-        cells = (f"{r['loss']:.4f}", interval_text(r["gain"]), interval_text(r["behind"]), plot_line(r, low, high))
+        cells = (
+            f"{r['loss']:.4f}",
+            interval_text(r["gain"]),
+            interval_text(r["behind"]),
+            plot_line(r, low, high, width),
+        )
         table.add_row(f"{r['rate']:.2g}{own}", *cells, style="bold green" if best else "")
     console.print(table)
     start = f"untouched: {found['start_loss']:.4f}; +- is a 95 % interval over {found['held_out_rows']} held-out rows"
@@ -87,11 +92,11 @@ def _high(r: dict[str, Any]) -> float:
     return float(r["loss"] + (r["behind"]["high"] - r["behind"]["low"]) / 2)
 
 
-def plot_line(r: dict[str, Any], low: float, high: float) -> str:
-    """`   --o--   `: the loss and its interval on the scale from `low` to `high`."""
+def plot_line(r: dict[str, Any], low: float, high: float, width: int) -> str:
+    """`   --o--   `: the loss and its interval on a scale from `low` to `high`, `width` characters wide."""
 
     def at(value: float) -> int:
-        return round((value - low) / (high - low) * (_WIDTH - 1)) if high > low else 0
+        return round((value - low) / (high - low) * (width - 1)) if high > low else 0
 
     first, middle, last = at(_low(r)), at(r["loss"]), at(_high(r))
-    return "".join("o" if i == middle else "-" if first <= i <= last else " " for i in range(_WIDTH)).rstrip()
+    return "".join("o" if i == middle else "-" if first <= i <= last else " " for i in range(width)).rstrip()

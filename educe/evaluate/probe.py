@@ -95,7 +95,7 @@ def judge_rates(outcomes: Sequence[Outcome], own_rate: float) -> Judgement:
     kept = min(max(own_rate, low), high)
     open_ends = [f"{way} than {edge:.2g}" for way, edge in (("lower", low), ("higher", high))
                  if edge == (rates[0] if way == "lower" else rates[-1])]  # fmt: skip
-    text = f"Flat between {low:.2g} and {high:.2g}: these rows and steps cannot tell such rates apart."
+    text = f"Flat between {low:.2g} and {high:.2g}: they differ by chance or by less than 1 % of what was gained."
     if len(open_ends) == 1:
         text += f" Nothing {open_ends[0]} was tried."
     return _judged("flat", kept, (low, high), text)

@@ -28,7 +28,6 @@ from educe.model.proof import packs_are_blind, prove_head
 from educe.model.source import Say
 from educe.pack.batch import build_batch, build_step
 from educe.pack.plan import PackPlan, plan_once
-from educe.recipes.estimate import estimate_run
 from educe.recipes.machine import device_of
 from educe.recipes.mixing import loss_weights, mix
 from educe.recipes.plan import plan_run, too_many_unused
@@ -79,7 +78,6 @@ class Extent:
     steps: int
     rows: tuple[int, ...]
     seconds: float
-    measured: bool
 
 
 class _Rows:
@@ -116,24 +114,21 @@ def lr(
     """Probe `rates` (default: five, a factor of 3 apart, around the recipe's) with `steps` each (default: as many as fit in
     `minutes`, 20 to 100). Raises what `train` raises before it begins, `RecipeError` without held-out rows, `UsageError`."""
     _refuse(rates, steps, minutes)
-    prepared = prepare(recipe, say)
-    if why := too_many_unused(recipe, prepared):
-        raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
-    if np.unique(prepared.store("dev").rows).size < 2:
-        raise RecipeError(201, "data.dev", "has fewer than 2 rows to compare rates on.", "Give it a file or a share.")
+    prepared = _data(recipe, say)
     facts = describe_model(prepared.model_dir, recipe.model)
     device = device_of(recipe)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     need_space(Path(recipe.runs), 2**20, "a probe")
     state, packed = _loaded(recipe, prepared, device, say)
-    mixed = mix(recipe, prepared)
-    plan = plan_run(recipe, prepared, facts, mixed, packed=packed)
-    extent = plan_extent(recipe, prepared, facts, plan, device, rates=rates, steps=steps, minutes=minutes)
-    say(_announced(extent, recipe, plan))
-
-    rows = _Rows(prepared.store("dev"), extent.rows, recipe.train.micro_batch_tokens if packed else 1)
-    initial = {n: m.to("cpu", copy=True) for n, m in state.optimizer.masters.items()}
+    plan = plan_run(recipe, prepared, facts, mix(recipe, prepared), packed=packed)
     batches_of = _batches_of(recipe, prepared, plan)
+    initial = {n: m.to("cpu", copy=True) for n, m in state.optimizer.masters.items()}
+    speed = _tokens_per_s(recipe, state, min(2, plan.num_steps), batches_of)
+    extent = plan_extent(recipe, prepared.store("dev"), plan, speed, rates=rates, steps=steps, minutes=minutes)
+    say(_announced(extent, plan))
+
+    state.optimizer.reset(initial)
+    rows = _Rows(prepared.store("dev"), extent.rows, recipe.train.micro_batch_tokens if packed else 1)
     start_R = rows.losses(state)
     start = sum(start_R) / sum(rows.weights_R)
     tried = []
@@ -161,31 +156,28 @@ def lr(
 
 def plan_extent(
     recipe: Recipe,
-    prepared: Prepared,
-    facts: ModelFacts,
+    store: TokenStore,
     plan: PackPlan,
-    device: Device,
+    tokens_per_s: float,
     *,
     rates: Sequence[float],
     steps: int | None,
     minutes: float,
 ) -> Extent:
-    """Rates, steps and held-out rows so that the probe takes about `minutes`, by this machine's speed, known or estimated.
+    """Rates, steps and rows of the held-out `store` so that the probe takes about `minutes`.
 
     Where five rates cannot have 20 steps each in that time, three are tried. Never more steps than the run has.
     """
     own = recipe.train.learning_rate
-    share = prepared.summary["trained_tokens"] / prepared.summary["tokens"]
-    estimate = estimate_run(facts, recipe, plan, share, device.flops, device.kind, device.dtype)
-    step_s = plan.num_tokens / plan.num_steps / estimate.tokens_per_s
+    step_s = plan.num_tokens / plan.num_steps / tokens_per_s
     budget_s = 60 * minutes
     powers: tuple[int, ...] = (-2, -1, 0, 1, 2)
     if budget_s * (1 - DEV_SHARE) / len(powers) < min(LEAST_STEPS, plan.num_steps) * step_s:
         powers = (-1, 0, 1)
-    chosen = tuple(sorted(set(rates))) or tuple(float(f"{own * STEP**k:.2g}") if k else own for k in powers)
-    store = prepared.store("dev")
+    around = [float(f"{own * STEP**k:.2g}") if k else own for k in powers]
+    chosen = tuple(sorted(set(rates))) or tuple(r for r in around if r < 1)
     all_rows = np.unique(store.rows)
-    measure_s = (len(chosen) + 1) * float(store.lengths.sum()) * FORWARD / estimate.tokens_per_s
+    measure_s = (len(chosen) + 1) * float(store.lengths.sum()) * FORWARD / tokens_per_s
     kept = math.ceil(all_rows.size * min(1.0, budget_s * DEV_SHARE / measure_s))
     kept = min(all_rows.size, max(LEAST_ROWS, kept))
     drawn = permute(all_rows.size, derive(recipe.train.seed, "lr"))[:kept]
@@ -197,18 +189,16 @@ def plan_extent(
         steps=length,
         rows=tuple(sorted(all_rows[drawn].tolist())),
         seconds=len(chosen) * length * step_s + measure_s,
-        measured=estimate.measured,
     )
 
 
-def _announced(extent: Extent, recipe: Recipe, plan: PackPlan) -> str:
+def _announced(extent: Extent, plan: PackPlan) -> str:
     rates = ", ".join(f"{r:.2g}" for r in extent.rates)
-    how = "at the speed measured on this machine" if extent.measured else "by a rough estimate of this machine's speed"
     took = extent.seconds
     about = f"{took / 60:.0f} min" if took >= 90 else f"{max(1, round(took))} s"
     return (
         f"probing {len(extent.rates)} rates ({rates}) with {extent.steps} of the run's {plan.num_steps} steps each, "
-        f"compared on {len(extent.rows)} held-out rows: about {about} {how}. Ctrl-C leaves nothing behind"
+        f"compared on {len(extent.rows)} held-out rows: about {about}. Ctrl-C leaves nothing behind"
     )
 
 
@@ -218,6 +208,15 @@ def _refuse(rates: Sequence[float], steps: int | None, minutes: float) -> None:
         raise UsageError(101, "rates", f"{', '.join(f'{r:g}' for r in rates)} cannot be compared.", fix)
     if (steps is not None and steps < 1) or not 0 < minutes < math.inf:
         raise UsageError(101, "steps, minutes", "must be above 0.", "Leave them out for 20 to 100 steps in 10 minutes.")
+
+
+def _data(recipe: Recipe, say: Say) -> Prepared:
+    prepared = prepare(recipe, say)
+    if why := too_many_unused(recipe, prepared):
+        raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
+    if np.unique(prepared.store("dev").rows).size < 2:
+        raise RecipeError(201, "data.dev", "has fewer than 2 rows to compare rates on.", "Give it a file or a share.")
+    return prepared
 
 
 def _loaded(recipe: Recipe, prepared: Prepared, device: Device, say: Say) -> tuple[State, bool]:
@@ -237,6 +236,28 @@ def _loaded(recipe: Recipe, prepared: Prepared, device: Device, say: Say) -> tup
     betas = (recipe.train.beta1, recipe.train.beta2)
     optimizer = MasterAdamW(model.trainable(), betas=betas, weight_decay=recipe.train.weight_decay)
     return State(model=model, optimizer=optimizer), packed
+
+
+def _config(recipe: Recipe, rate: float, steps: int) -> LoopConfig:
+    schedule = recipe.train.schedule
+    return LoopConfig(
+        total_steps=steps,
+        learning_rate=rate,
+        warmup_share=recipe.train.warmup_share,
+        schedule=schedule.kind,
+        clip_norm=recipe.train.clip_norm,
+        seed=recipe.train.seed,
+        decay_share=schedule.decay_share if isinstance(schedule, Wsd) else 0.0,
+    )
+
+
+def _tokens_per_s(recipe: Recipe, state: State, steps: int, batches_of: Callable[[int], list[Batch]]) -> float:
+    """Of the last of some steps at a rate of 0: an estimate would not do for choosing how many to take."""
+    speeds: list[float] = []
+    run_loop(
+        state, batches_of, sft_loss, [lambda _, report: speeds.append(report.tokens_per_s)], _config(recipe, 0.0, steps)
+    )
+    return speeds[-1]
 
 
 def _batches_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> Callable[[int], list[Batch]]:
@@ -266,20 +287,10 @@ def _try_rate(
         screen.step(rate, report)
         return is_lost(losses, start)
 
-    schedule = recipe.train.schedule
-    config = LoopConfig(
-        total_steps=steps,
-        learning_rate=rate,
-        warmup_share=recipe.train.warmup_share,
-        schedule=schedule.kind,
-        clip_norm=recipe.train.clip_norm,
-        seed=recipe.train.seed,
-        decay_share=schedule.decay_share if isinstance(schedule, Wsd) else 0.0,
-    )
     nll_R: tuple[float, ...] = ()
     stopped = ""
     try:
-        run_loop(state, batches_of, sft_loss, [watch], config)
+        run_loop(state, batches_of, sft_loss, [watch], _config(recipe, rate, steps))
         if is_lost(losses, start):
             stopped = f"diverged: the training loss was {losses[-1]:.3g} after step {state.step}"
         elif not all(map(math.isfinite, nll_R := rows.losses(state))):

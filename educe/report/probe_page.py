@@ -21,7 +21,7 @@ main{max-width:50rem;margin:0 auto;padding:2rem 1rem 4rem}
 h1{font-size:1rem;color:var(--soft);font-weight:500;margin:0}
 .said{font-size:1.6rem;line-height:1.25;font-weight:650;margin:1rem 0 .5rem;text-wrap:balance}
 p{max-width:42rem;margin:.5rem 0}.soft{color:var(--soft);font-size:.875rem}
-svg{display:block;width:100%;height:auto;margin:1.5rem 0 .25rem;overflow:visible}
+svg{display:block;width:100%;min-width:34rem;height:auto;margin:1.5rem 0 .25rem;overflow:visible}
 svg text{font-size:13px;fill:var(--soft)}svg text.value{fill:var(--ink);font-weight:600}svg text.bad{fill:var(--bad)}
 line.grid{stroke:var(--rule)}line.start{stroke:var(--held);stroke-dasharray:5 4}text.start{fill:var(--held)}
 line.own{stroke:var(--soft);stroke-dasharray:2 4}
@@ -54,7 +54,7 @@ def _body(found: dict[str, Any]) -> Iterator[str]:
     yield f"<h1>{escape(found['name'])} · learning rates for {escape(found['model'])}, {escape(found['tuning']['kind'])}</h1>"
     yield f'<p class="said">{escape(advice["text"])}</p>'
     yield "".join(f"<p>{escape(line)}</p>" for line in what_to_do(found))
-    yield draw_rates(found)
+    yield f'<div class="scroll" tabindex="0">{draw_rates(found)}</div>'
     yield (
         '<p class="soft">Held-out loss in nats per token after each short run; lower is better. Bars: 95 % interval of the '
         "difference from the best rate, over the same rows. The dashed line is the untouched model.</p>"
@@ -83,8 +83,8 @@ def what_to_do(found: dict[str, Any]) -> list[str]:
         said.append(f"Probe on: educe lr --rates {','.join(f'{r:.2g}' for r in advice['next_rates'])}")
     if found["steps"] < found["run_steps"]:
         said.append(
-            f"The probe had {found['steps']} steps, the run has {found['run_steps']}. Short runs favour higher rates than long "
-            "ones (LoRA Without Regret: by half as much again in up to 100 steps): of rates that look equal take the lower."
+            f"The probe had {found['steps']} steps, the run has {found['run_steps']}. Short runs favour higher rates (for "
+            "LoRA by half as much again in up to 100 steps: LoRA Without Regret): of rates that look equal take the lower."
         )
     return said
 
@@ -113,8 +113,11 @@ def draw_rates(found: dict[str, Any]) -> str:
     rates, start = found["rates"], found["start_loss"]
     measured = [r for r in rates if not r["stopped"]]
     lows = [r["loss"] - _half(r) for r in measured]
-    low, high = min([start, *lows]), max([start, *(r["loss"] + _half(r) for r in measured)])
-    room = 0.08 * (high - low) or 0.1
+    highs = [r["loss"] + _half(r) for r in measured]
+    low, high = min(lows, default=start), max(highs, default=start)
+    near = abs(start - low) < 4 * (high - low)  # farther away, the line would press the rates together
+    low, high = (min(low, start), max(high, start)) if near or not measured else (low, high)
+    room = 0.1 * (high - low) or 0.1
     width, height = _SIZE
     x = Scale(low=math.log(rates[0]["rate"]), high=math.log(rates[-1]["rate"]), start=90, end=width - 60)
     y = Scale(low=low - room, high=high + room, start=height - 50, end=24)
@@ -122,10 +125,13 @@ def draw_rates(found: dict[str, Any]) -> str:
     for t in ticks(y.low, y.high, 6):
         parts.append(_line("grid", 50, y.at(t), width - 20, y.at(t)))
         parts.append(_text("", 42, y.at(t) + 4, number(t), "end"))
-    parts.append(_line("start", 50, y.at(start), width - 20, y.at(start)))
-    parts.append(_text("start", width - 20, y.at(start) - 6, f"untouched {start:.3f}", "end"))
-    own = min(max(math.log(found["own_rate"]), x.low), x.high)
-    parts.append(_line("own", x.at(own), 20, x.at(own), height - 50))
+    if near:
+        parts.append(_line("start", 50, y.at(start), width - 20, y.at(start)))
+    said = f"untouched {start:.3f}" + ("" if near else ", out of the picture")
+    parts.append(_text("start", width - 20, y.at(start) - 6, said, "end"))
+    own = math.log(found["own_rate"])
+    if x.low <= own <= x.high:
+        parts.append(_line("own", x.at(own), 20, x.at(own), height - 50))
     joined = " ".join(
         f"{'L' if i else 'M'}{x.at(math.log(r['rate'])):.1f} {y.at(r['loss']):.1f}" for i, r in enumerate(measured)
     )
@@ -139,7 +145,7 @@ def draw_rates(found: dict[str, Any]) -> str:
             continue
         parts.append(_line("bar", at, y.at(r["loss"] - _half(r)), at, y.at(r["loss"] + _half(r))))
         parts.append(f'<circle cx="{at:.1f}" cy="{y.at(r["loss"]):.1f}" r="5"/>')
-        parts.append(_text("value", at + 10, y.at(r["loss"]) - 8, f"{r['loss']:.3f}", "start"))
+        parts.append(_text("value", at, y.at(r["loss"]) - 12, f"{r['loss']:.3f}", "middle"))
     parts.append(_text("", width - 20, height - 8, "learning rate (logarithmic)", "end"))
     said = "; ".join(f"{r['rate']:.2g}: {r['stopped'] or round(r['loss'], 4)}" for r in rates)
     return (
