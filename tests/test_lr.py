@@ -29,6 +29,7 @@ from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.recipes.lr import Probe, is_lost, lr  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
 from educe.recipes.run import SilentProbe, quiet  # noqa: E402
+from educe.report.probe_page import what_to_do  # noqa: E402
 from educe.stats import paired_means  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -279,6 +280,17 @@ def command(*words: str | Path) -> tuple[int, str]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
         main([str(w) for w in words])
     return int(ended.value.code or 0), said.getvalue()
+
+
+def test_what_is_cited_is_said_of_adapters_only(probe: Probe) -> None:
+    found = json.loads((probe.path / "lr.json").read_text())
+    said = "\n".join(what_to_do(found))
+    assert "The probe had 12 steps" in said
+    assert "Regret" not in said
+    found["tuning"] = {"kind": "lora"}
+    assert "Regret" in "\n".join(what_to_do(found))
+    found["run_steps"] = found["steps"]
+    assert "The probe had" not in "\n".join(what_to_do(found))
 
 
 def test_the_command_says_what_to_write(place: Path, tiny_model: Path) -> None:

@@ -82,10 +82,15 @@ def what_to_do(found: dict[str, Any]) -> list[str]:
     if advice["next_rates"]:
         said.append(f"Probe on: educe lr --rates {','.join(f'{r:.2g}' for r in advice['next_rates'])}")
     if found["steps"] < found["run_steps"]:
-        said.append(
-            f"The probe had {found['steps']} steps, the run has {found['run_steps']}. Short runs favour higher rates (for "
-            "LoRA by half as much again in up to 100 steps: LoRA Without Regret): of rates that look equal take the lower."
+        short = (
+            f"The probe had {found['steps']} steps, the run has {found['run_steps']}: its best rate may be another one."
         )
+        if found["tuning"]["kind"] == "lora":
+            short += (
+                " Short runs of adapters favour higher rates (by half as much again in up to 100 steps: LoRA Without Regret): "
+                "of rates that look equal take the lower."
+            )
+        said.append(short)
     return said
 
 
