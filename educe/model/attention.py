@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from educe.model.attention_cuda import attend_edges, can_attend
 from educe.model.attention_short import attend_short
 from educe.model.documents import Documents
-from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "educe_documents"
 PLAIN_BELOW = 512  # tokens of a document
@@ -45,7 +45,7 @@ def attend_documents(
     return _attend_lengths(query, key, value, documents, scale, dropout, sliding_window), None
 
 
-@torch.compiler.disable  # lengths differ from row to row: nothing here is worth compiling for each of them
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths differ from row to row: nothing here is worth compiling for each of them
 def _attend_lengths(
     query: Tensor,
     key: Tensor,

@@ -25,6 +25,7 @@ from educe.model import attention
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
 from educe.model.documents import documents_of
+from educe.model.frugal import compile_layers, on_host, recompute_layers, uncompiled
 from educe.model.loaded import prove_loaded
 from educe.types import Batch
 
@@ -37,6 +38,8 @@ class CausalLM:
         self.device = device
         self.base = network.get_base_model() if adapted else network
         self._decoder: nn.Module = self.base.get_decoder()
+        self.offloads = False
+        self._row_tokens = 0
         with torch.no_grad():  # peft puts a matrix with trained rows together each time it is asked for one
             self.vocabulary = int(self.base.get_output_embeddings().weight.shape[0])
 
@@ -51,10 +54,9 @@ class CausalLM:
     def hidden_states(self, batch: Batch) -> Float[Tensor, "p d"]:
         """Last hidden states of a packed row; its documents do not see each other.
 
-        On a CPU a short filler document rounds the row up to a multiple of 16 tokens: oneDNN compiles and caches kernels per
-        shape, and rows of ever other lengths would cost time and half a gigabyte (docs/decisions/004).
+        A filler document brings rows to few lengths, see `_filler`; nothing of it is returned.
         """
-        filler = -batch.num_tokens % 16 if self.device_kind == "cpu" else 0
+        filler = self._filler(batch.num_tokens)
         out = self._decoder(
             input_ids=self.tensor(np.pad(batch.ids_P, (0, filler)))[None],
             position_ids=self.tensor(np.concatenate([batch.positions_P, np.arange(filler)]))[None],
@@ -65,6 +67,28 @@ class CausalLM:
         )
         states: Tensor = out.last_hidden_state[0]
         return states[: batch.num_tokens]
+
+    def _filler(self, num_tokens: int) -> int:
+        """Tokens of a filler document: up to the one length that compiled layers know; else, on a CPU, up to a multiple of 16, since
+        oneDNN compiles and keeps kernels for every shape it meets (docs/decisions/004)."""
+        if num_tokens <= self._row_tokens:
+            return self._row_tokens - num_tokens
+        return -num_tokens % 16 if self.device_kind == "cpu" else 0
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, first to last."""
+        found: nn.ModuleList = self._decoder.layers
+        return found
+
+    def recompute(self, count: int) -> None:
+        """The first `count` layers are computed again in the backward pass."""
+        recompute_layers(self.layers, count)
+
+    def compile(self, row_tokens: int) -> None:
+        """Compile the layers for rows of `row_tokens`; shorter ones are filled up to it."""
+        compile_layers(self.layers)
+        self._row_tokens = row_tokens
 
     def head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits as the model computes them: scale and soft cap of its config included."""
@@ -98,7 +122,8 @@ class CausalLM:
     @contextlib.contextmanager
     def gradients(self, *, synchronised: bool) -> Iterator[None]:
         """A forward and backward pass; ranks add up their gradients only where it is `synchronised`."""
-        yield
+        with on_host() if self.offloads else contextlib.nullcontext():
+            yield
 
     @property
     def element_bytes(self) -> int:
@@ -119,7 +144,7 @@ class CausalLM:
         self.network.eval()
         self.base.set_attn_implementation("sdpa")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), uncompiled():
                 yield
         finally:
             self.base.set_attn_implementation(before)
@@ -131,7 +156,6 @@ def load_model(
     device: Device,
     tuning: Full | Lora | None = None,
     *,
-    checkpointing: bool = False,
     new_ids: Collection[int] = (),
 ) -> CausalLM:
     """Load in the device's arithmetic. With `tuning`, ready to train packed rows; without, ready to answer.
@@ -171,9 +195,6 @@ def load_model(
         network.eval()
         return model
     network.train()
-    if checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

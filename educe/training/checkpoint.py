@@ -16,21 +16,24 @@ from educe.training.state import State
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
-def save_checkpoint(place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int) -> Path:
-    """Write `place/step-N` and delete all but the newest `keep`.
+def save_checkpoint(
+    place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int, best: int | None = None
+) -> Path:
+    """Write `place/step-N` and delete all but the newest `keep` and that of step `best`.
 
     `about` (the settings' hashes) goes into the manifest. A finished run keeps its fp32 weights alone: there is nothing left
     to resume, and two thirds of the space is the optimizer's.
     """
     tensors = [*state.optimizer.masters.values(), *([] if finished else state.optimizer.state_tensors().values())]
     need_space(place, sum(t.numel() * t.element_size() for t in tensors) + 2**20, "this checkpoint")
-    target = place / f"step-{state.step:06d}"
+    target = _place_of(place, state.step)
     with directory(target, about={**about, "step": state.step, "finished": finished}) as part:
         save_file(_plain(state.optimizer.masters), part / WEIGHTS)
         if not finished:
             save_file(_plain(state.optimizer.state_tensors()), part / OPTIMIZER)
     for old in _newest_first(place)[keep:]:
-        shutil.rmtree(old)
+        if best is None or old != _place_of(place, best):
+            shutil.rmtree(old)
     return target
 
 
@@ -51,6 +54,20 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) ->
     """Put a verified, unfinished checkpoint into `state`: masters, moments, step."""
     state.optimizer.load(load_file(checkpoint / WEIGHTS), load_file(checkpoint / OPTIMIZER))
     state.step = int(manifest["step"])
+
+
+def load_weights(place: Path, step: int, state: State) -> str | None:
+    """Put the weights of step `step` into `state`, which keeps its own count of steps; or a sentence why they cannot be."""
+    checkpoint = _place_of(place, step)
+    manifest = verify(checkpoint)
+    if isinstance(manifest, str):
+        return manifest
+    state.optimizer.load(load_file(checkpoint / WEIGHTS), {})
+    return None
+
+
+def _place_of(place: Path, step: int) -> Path:
+    return place / f"step-{step:06d}"
 
 
 def _newest_first(place: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import torch
 from educe.loss.anchor import Anchor
 from educe.loss.cross_entropy import LossOut, chunk_positions, token_nll
 from educe.loss.reweigh import Reweigh, nll
+from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.training.means import Means
 from educe.types import Batch
@@ -55,7 +56,7 @@ def held_out_loss(model: CausalLM, batches: Iterable[Batch]) -> Means:
     was_training = model.network.training
     model.network.eval()
     means = Means()
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         for batch in batches:
             means.add(batch, sft_loss(model, batch, 1.0))
     model.network.train(was_training)
