@@ -81,6 +81,9 @@ class Train(Knobs):
     activation_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, a third slower"
     )
+    router_loss: float | None = Field(
+        default=None, ge=0, le=10, description="of a mixture of experts: weight of the loss that balances its router"
+    )
     checkpoint_every_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="checkpoints kept while training")
     sample_every_share: Share = Field(default=0.34, description="answer the sample prompts and measure dev this often")

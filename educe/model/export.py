@@ -17,11 +17,19 @@ from educe.chat.prompt import render_prompt
 from educe.chat.tokens import MORE_TEMPLATES, ChatTokenizer
 from educe.config import Full, Lora
 from educe.errors import ModelError
+from educe.model.attention import answers_with
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model, quiet
 from educe.types import Message
 
-_COPIED = ("special_tokens_map.json", "tokenizer.model")
+# With the files of models that also take images or sound: what makes numbers of those.
+_COPIED = (
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def merged(
@@ -39,7 +47,7 @@ def merged(
     with torch.no_grad():
         for p in network.parameters():  # not `network.to(...)`: that would round the rotary frequencies too
             p.data = p.data.to(device.torch_dtype)
-    network.set_attn_implementation("sdpa")
+    network.set_attn_implementation(answers_with(type(network), network.config))
     network.eval()
     return CausalLM(network, device, adapted=False)
 

@@ -81,6 +81,7 @@ def _train(
         recipe.tuning,
         checkpointing=recipe.train.activation_checkpointing,
         new_ids=prepared.tokenizer.new_tokens.values(),
+        router_loss=recipe.train.router_loss,
     )
     prove_head(model)
     packed = packs_are_blind(model)

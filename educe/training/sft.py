@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -14,16 +15,19 @@ from educe.types import Batch
 
 def sft_loss(model: CausalLM, batch: Batch, denominator: float) -> LossOut:
     """Weighted nll of the trained tokens of a packed row, each times its task's λ, over `denominator`; the head sees trained
-    positions alone."""
-    hidden_PD = model.hidden_states(batch)
-    return token_nll(
-        hidden_PD[model.tensor(batch.predict_N)],
+    positions alone. With a router's auxiliary loss, if asked for: each micro-batch's own, times its share of the step's weight."""
+    hidden = model.forward(batch)
+    out = token_nll(
+        hidden.states_PD[model.tensor(batch.predict_N)],
         model.head,
         model.tensor(batch.targets_N),
         model.tensor(batch.weights_N * batch.scales_N),
         denominator=denominator,
         vocabulary=model.vocabulary,
     )
+    if hidden.router_loss is not None:
+        out = replace(out, loss=out.loss + hidden.router_loss * (batch.total_weight / denominator))
+    return out
 
 
 def held_out_loss(model: CausalLM, batches: Iterable[Batch]) -> Means:

@@ -1,0 +1,55 @@
+"""Layers that carry a state from token to token (state space, gated delta, short convolution), run document by document.
+
+Their kernels know no boundaries on every machine: a packed row would leak from one document into the next. Their inputs are cut
+at the boundaries instead; all else of the model (projections of attention, feed-forward, experts) still sees the whole row.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def mixers_of(decoder: nn.Module) -> dict[str, nn.Module]:
+    """Modules with a state across tokens, by name: all that are known hold a causal convolution."""
+    return {
+        name: module
+        for name, module in decoder.named_modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+    }
+
+
+class _Boundaries:
+    """Lengths of the documents in the row that a layer is computing; set anew when checkpointing computes it again."""
+
+    lengths: list[int] | None = None
+
+
+def run_apart(decoder: nn.Module) -> None:
+    """Let each of the decoder's mixers run once per document of `document_lengths`, a keyword of the decoder's forward.
+
+    A layer that is not given that keyword runs over the whole row; `packs_are_blind` then finds the leak.
+    """
+    modules = dict(decoder.named_modules())
+    for name, mixer in mixers_of(decoder).items():
+        boundaries = _Boundaries()
+        layer = modules[name.rpartition(".")[0]]
+        layer.register_forward_pre_hook(functools.partial(_note, boundaries), with_kwargs=True)
+        mixer.forward = functools.partial(_apart, mixer.forward, boundaries)
+
+
+def _note(boundaries: _Boundaries, _layer: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    boundaries.lengths = kwargs.get("document_lengths")
+
+
+def _apart(forward: Any, boundaries: _Boundaries, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    lengths = boundaries.lengths
+    if lengths is None or len(lengths) == 1:
+        return forward(hidden_states, *args, **kwargs)
+    parts = [forward(h, *args, **kwargs) for h in hidden_states.split(lengths, 1)]
+    if not all(isinstance(p, Tensor) for p in parts):
+        raise NotImplementedError("a layer with a state that returns more than its output")
+    return torch.cat(parts, 1)
