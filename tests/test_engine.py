@@ -232,7 +232,7 @@ def test_a_head_that_is_not_the_models_own_is_refused(tiny_model: Path) -> None:
     model.base.config.logit_scale = (
         0.5  # Llama's forward knows no such thing: `head` would scale and the model would not
     )
-    with pytest.raises(ModelError, match="E-MODEL-202"):
+    with pytest.raises(ModelError, match="E-MODEL-204"):
         prove_head(model)
 
 

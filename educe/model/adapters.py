@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from educe.config import Lora
 from educe.errors import ModelError
@@ -14,6 +15,7 @@ from educe.model.mixers import mixers_of
 # Mamba's layers read these weights past the module (fused kernels on GPUs take `out_proj.weight`, Jamba multiplies with
 # `dt_proj.weight`): an adapter there would be left out of the forward without a word.
 _PAST_THE_MODULE = frozenset(("out_proj", "dt_proj"))
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call it
 
 
 def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
@@ -43,7 +45,7 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     )
     # Adapters in the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's advice on tied embeddings and experts, heeded here
+        warnings.simplefilter("ignore")  # peft's advice on tied embeddings, experts and GPT-2's layers, heeded here
         adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
     if new_ids:
         _check_rows(network, tied)
@@ -58,21 +60,21 @@ def linear_layers(network: Any) -> list[str]:
     return [
         f"{start}.{name}" if start else name
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, Conv1D))
         and not (mamba and name.startswith(mamba) and name.rpartition(".")[2] in _PAST_THE_MODULE)
     ]
 
 
 def expert_matrices(network: Any) -> list[str]:
     """Full names of parameters that hold the matrices of all experts of a layer, shaped (experts, in, out) or (experts, out, in)."""
-    decoder = network.get_decoder()
-    within = {id(p) for p in decoder.parameters()}
+    config, within = network.config.get_text_config(), {id(p) for p in network.get_decoder().parameters()}
+    counts = {getattr(config, name, None) for name in _NUM_EXPERTS} - {None, 1}
     return [
         f"{name}.{own}"
         for name, module in network.named_modules()
         if not isinstance(module, nn.Conv1d)
         for own, p in module.named_parameters(recurse=False)
-        if p.ndim == 3 and id(p) in within
+        if p.ndim == 3 and p.shape[0] in counts and id(p) in within
     ]
 
 

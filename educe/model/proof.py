@@ -15,6 +15,7 @@ from educe.model.load import CausalLM
 from educe.pack.batch import build_batch
 from educe.types import Batch, Example
 
+_UNSUPPORTED = "This model type is not supported yet; README.md lists those that are tested."
 _WINDOW = 5  # tokens: shorter than the documents of the proofs
 
 
@@ -35,7 +36,9 @@ def packs_are_blind(model: CausalLM) -> bool:
         with _quietly(model), torch.no_grad(), _same_experts(model.base, span):
             one, two = (model.hidden_states(build_batch(d))[span] for d in (documents, others))
         model.packable = bool(torch.equal(one, two))
-    except NotImplementedError:
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError):
         model.packable = False
     return model.packable
 
@@ -97,11 +100,16 @@ def prove_head(model: CausalLM) -> None:
                 theirs = model.base(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
     except NotImplementedError as e:
         found = f"has {e}, which is not computed here."
-        raise ModelError(202, model.base.config.model_type, found, "This model type is not supported yet.") from e
+        raise ModelError(204, model.base.config.model_type, found, _UNSUPPORTED) from e
+    except (AttributeError, TypeError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        found = f"is put together in a way that is not known here ({type(e).__name__}: {e})."
+        raise ModelError(204, model.base.config.model_type, found, _UNSUPPORTED) from e
     apart = float((ours - theirs.float()).abs().max() / theirs.float().abs().max())
     if not apart < (1e-3 if model.device.dtype == "float32" else 5e-2):
         found = f"the loss would use other logits than the model's (off by {apart:.2g} of their range)."
-        raise ModelError(202, model.base.config.model_type, found, "This model type is not supported yet.")
+        raise ModelError(204, model.base.config.model_type, found, _UNSUPPORTED)
 
 
 def random_batch(vocabulary: int) -> Batch:

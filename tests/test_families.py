@@ -1,0 +1,181 @@
+"""The matrix of model families, full and LoRA: loaded, proved, trained as one row at a time would be, saved, served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from educe.chat.tokens import load_tokenizer  # noqa: E402
+from educe.config import Full, Lora  # noqa: E402
+from educe.model.attention import answers_with  # noqa: E402
+from educe.model.export import merged, write_model  # noqa: E402
+from educe.model.load import CausalLM, load_model, quiet  # noqa: E402
+from educe.model.proof import packs_are_blind, prove_head  # noqa: E402
+from educe.pack.batch import build_batch  # noqa: E402
+from educe.training.optim import MasterAdamW  # noqa: E402
+from educe.types import Batch, Example  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from families import FAMILIES, VOCABULARY, Family, make  # noqa: E402
+from test_engine import FULL, LORA, Tensors, _one_thread, apart, cpu, gradients  # noqa: E402, F401
+
+CLOSE = 1e-6  # of a tensor's norm
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A family's model on disk, as its makers would publish it."""
+
+    family: Family
+    place: Path
+
+    def load(self, tuning: Full | Lora) -> CausalLM:
+        torch.manual_seed(5)  # adapters start from random numbers
+        return load_model(self.place, cpu(), tuning)
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    family, place = FAMILIES[request.param], tmp_path_factory.mktemp("family")
+    with quiet():
+        make(family).save_pretrained(place)
+    return Saved(family, place)
+
+
+tunings = pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+
+
+def rows() -> list[Example]:
+    """Documents of 3 to 21 tokens: most are longer than the windows, none is a multiple of 16, ids are none of an image's."""
+    rng = np.random.default_rng(7)
+    made = []
+    for length in (9, 21, 3, 14, 7):
+        weights = rng.uniform(0.5, 2, length).astype(np.float32)
+        weights[0] = 0
+        made.append(Example(ids_T=rng.integers(3, 120, length).astype(np.int32), weights_T=weights))
+    return made
+
+
+def batches(family: Family) -> list[Batch]:
+    return [build_batch(rows())] if family.packed else [build_batch([row]) for row in rows()]
+
+
+def stir(model: CausalLM) -> None:
+    """Adapters away from zero, where half of them would have no gradient."""
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for name, p in model.trainable().items():
+            if "lora_" in name:
+                p.normal_(0, 0.1)
+
+
+def one_at_a_time(model: CausalLM) -> Tensors:
+    """Gradients of the same rows in float64, by transformers' own forward and attention, one row after the other."""
+    model.base.set_attn_implementation("eager")
+    model.network.double().eval()
+    total = sum(float(e.weights_T.astype(np.float64).sum()) for e in rows())
+    for e in rows():
+        ids = torch.tensor(e.ids_T, dtype=torch.int64)
+        logits = model.base(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        nll = F.cross_entropy(logits, ids[1:], reduction="none")
+        ((nll * torch.tensor(e.weights_T[1:])).sum() / total).backward()
+    return {n: p.grad for n, p in model.trainable().items() if p.grad is not None}
+
+
+@tunings
+def test_loaded_as_the_checkpoints_class_and_proved(saved: Saved, tuning: Full | Lora) -> None:
+    model = saved.load(tuning)
+    config = json.loads((saved.place / "config.json").read_text())
+    assert type(model.base).__name__ == config["architectures"][0]
+    before = {n: getattr(model.base.config.get_text_config(), n, None) for n in ("sliding_window",)}
+    prove_head(model)
+    assert packs_are_blind(model) is model.packable is saved.family.packed
+    assert {n: getattr(model.base.config.get_text_config(), n, None) for n in before} == before
+
+
+@tunings
+def test_gradients_are_those_of_one_row_at_a_time(saved: Saved, tuning: Full | Lora) -> None:
+    model, other = saved.load(tuning), saved.load(tuning)
+    stir(model), stir(other)
+    model.packable = saved.family.packed
+    found, expected = gradients(model, batches(saved.family))[1], one_at_a_time(other)
+    assert found.keys() == expected.keys()
+    floor = 1e-6 * max(float(g.norm()) for g in expected.values())
+    far = {
+        n: apart(found[n], g)
+        for n, g in expected.items()
+        if float((found[n].double() - g).norm()) > CLOSE * float(g.norm()) + floor * CLOSE
+    }
+    assert not far
+
+
+@tunings
+def test_a_step_moves_all_that_it_should(saved: Saved, tuning: Full | Lora) -> None:
+    model = saved.load(tuning)
+    model.packable = saved.family.packed
+    before = {n: p.detach().clone() for n, p in model.network.named_parameters()}
+    optimizer = MasterAdamW(model.trainable(), betas=(0.9, 0.99), weight_decay=0.0)
+    for _ in range(2):  # the first step moves the second matrix of an adapter, from zero, and only then the first
+        for batch in batches(saved.family):
+            from educe.training.sft import sft_loss
+
+            sft_loss(model, batch, 1.0).loss.backward()
+        optimizer.step(1e-3, 1.0)
+    moved = {n for n, p in model.network.named_parameters() if not torch.equal(p, before[n])}
+    if isinstance(tuning, Full):
+        tower = saved.family.tower
+        towers = {n for n in before if tower is not None and (tower in n or "multi_modal_projector" in n)}
+        assert before.keys() - moved == towers | {n for n in before if saved.family.stays(n)}
+    else:
+        assert moved == model.trainable().keys()
+
+
+@tunings
+def test_an_export_has_the_checkpoints_layout_and_answers_the_same(
+    saved: Saved, tuning: Full | Lora, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    model = saved.load(tuning)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.add_(0.05 * torch.randn_like(p))
+    tuned = logits(model.network, model.base)
+    save_file({n: p.detach().contiguous() for n, p in model.trainable().items()}, tmp_path / "weights.safetensors")
+    served = merged(saved.place, tmp_path / "weights.safetensors", tuning, cpu())
+    assert apart(logits(served.network, served.base), tuned) < 1e-5
+    target = tmp_path / "tuned"
+    write_model(served, saved.place, load_tokenizer(tiny_tokenizer_dir), "", target)
+
+    again = load_model(target, cpu())
+    assert torch.equal(logits(again.network, again.base), logits(served.network, served.base))
+    assert type(again.base) is type(model.base)
+    assert type(again.base.config) is type(model.base.config)
+    old, new = tensors(saved.place), tensors(target)
+    assert {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in new.items()}
+    if saved.family.tower is not None:
+        kept = [n for n in old if saved.family.tower in n]
+        assert kept and all(torch.equal(old[n], new[n]) for n in kept)
+
+
+def logits(network: Any, base: Any) -> torch.Tensor:
+    base.set_attn_implementation(answers_with(type(base), base.config))
+    network.eval()
+    with torch.no_grad():
+        return network(input_ids=torch.arange(3, 20)[None], use_cache=False).logits[0]
+
+
+def tensors(place: Path) -> Tensors:
+    found = {}
+    for file in sorted(place.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {n: opened.get_tensor(n) for n in opened.keys()}  # noqa: SIM118  # a file, no dict
+    return found
