@@ -32,7 +32,13 @@ PER_LAYER: dict[str, Any] = {  # Gemma 4: embeddings per layer, layers that shar
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 EYE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32}
-GEMMA_EYE: dict[str, Any] = {**EYE, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+GEMMA_EYE: dict[str, Any] = {
+    **EYE,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 GEMMA4_EYE: dict[str, Any] = {**EYE, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "patch_size": 4}
 QWEN_EYE: dict[str, Any] = {
     **EYE, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16,
@@ -82,9 +88,7 @@ def gemma4() -> Any:
 
 def qwen3_5() -> Any:
     ids = image_ids("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return T.Qwen3_5ForConditionalGeneration(
-        T.Qwen3_5Config(text_config=sizes(DELTA), vision_config=QWEN_EYE, **ids)
-    )
+    return T.Qwen3_5ForConditionalGeneration(T.Qwen3_5Config(text_config=sizes(DELTA), vision_config=QWEN_EYE, **ids))
 
 
 FUSED = frozenset({"out_proj"})
@@ -138,7 +142,7 @@ FAMILIES: dict[str, Family] = {
                 T.FalconH1Config(**sizes(MAMBA2, mamba_d_ssm=32, mamba_n_heads=4, lm_head_multiplier=0.5))
             ),
             unadapted=FUSED,
-            note="state-space layers run document by document; no adapter on their output",
+            note="state-space layers run document by document; none of their outputs is adapted",
         ),
         Family(
             name="Bamba",
@@ -154,8 +158,9 @@ FAMILIES: dict[str, Family] = {
                     attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
                 )
             ),
+            packed=False,
             unadapted=frozenset({"out_proj", "dt_proj"}),
-            note="as Falcon-H1; experts fused",
+            note="experts fused; its state-space layers are not told where documents end: one row at a time",
         ),
         Family(
             name="Nemotron-H",
@@ -175,7 +180,7 @@ FAMILIES: dict[str, Family] = {
             ),
             packed=False,
             unadapted=frozenset({"out_proj", "dt_proj"}),
-            note="its layers are not told where documents end: one row at a time",
+            note="as Jamba",
         ),
     )
 }  # fmt: skip

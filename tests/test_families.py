@@ -100,7 +100,9 @@ def test_loaded_as_the_checkpoints_class_and_proved(saved: Saved, tuning: Full |
     window = getattr(model.base.config.get_text_config(), "sliding_window", None)
     prove_head(model)
     assert packs_are_blind(model) is model.packable is saved.family.packed
-    assert getattr(model.base.config.get_text_config(), "sliding_window", None) == window  # was shortened for the proofs
+    assert (
+        getattr(model.base.config.get_text_config(), "sliding_window", None) == window
+    )  # was shortened for the proofs
 
 
 @tunings

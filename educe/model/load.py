@@ -94,7 +94,9 @@ class CausalLM:
     def head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits as the model computes them: scale and soft cap of its config included."""
         config = self.base.config.get_text_config()
-        logits: Tensor = self.base.get_output_embeddings()(hidden_ND)
+        logits: Tensor = self.base.get_output_embeddings()(
+            hidden_ND.to(self.device.torch_dtype)
+        )  # some keep fp32 residuals
         for scale in (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")):
             if scale:
                 logits = logits * scale

@@ -22,34 +22,22 @@ def mixers_of(decoder: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-class _Boundaries:
-    """Lengths of the documents in the row that a layer is computing; set anew when checkpointing computes it again."""
-
-    lengths: list[int] | None = None
-
-
 def run_apart(decoder: nn.Module) -> None:
     """Let each of the decoder's mixers run once per document of `document_lengths`, a keyword of the decoder's forward.
 
-    A layer that is not given that keyword runs over the whole row; `packs_are_blind` then finds the leak.
+    A mixer that its layer does not hand the keyword runs over the whole row; `packs_are_blind` then finds the leak. (Noting the
+    lengths anywhere else would go wrong where checkpointing computes a layer again, after another row's forward.)
     """
-    modules = dict(decoder.named_modules())
-    for name, mixer in mixers_of(decoder).items():
-        boundaries = _Boundaries()
-        layer = modules[name.rpartition(".")[0]]
-        layer.register_forward_pre_hook(functools.partial(_note, boundaries), with_kwargs=True)
-        mixer.forward = functools.partial(_apart, mixer.forward, boundaries)
+    for mixer in mixers_of(decoder).values():
+        mixer.forward = functools.partial(_apart, mixer.forward)
 
 
-def _note(boundaries: _Boundaries, _layer: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-    boundaries.lengths = kwargs.get("document_lengths")
-
-
-def _apart(forward: Any, boundaries: _Boundaries, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    lengths = boundaries.lengths
-    if lengths is None or len(lengths) == 1:
+def _apart(
+    forward: Any, hidden_states: Tensor, *args: Any, document_lengths: list[int] | None = None, **kwargs: Any
+) -> Any:
+    if document_lengths is None or len(document_lengths) == 1:
         return forward(hidden_states, *args, **kwargs)
-    parts = [forward(h, *args, **kwargs) for h in hidden_states.split(lengths, 1)]
+    parts = [forward(h, *args, **kwargs) for h in hidden_states.split(document_lengths, 1)]
     if not all(isinstance(p, Tensor) for p in parts):
         raise NotImplementedError("a layer with a state that returns more than its output")
     return torch.cat(parts, 1)
