@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers as T  # noqa: N812  # the matrix reads better
+import transformers as T  # the matrix reads better
 
 WINDOW = 6  # tokens: shorter than the documents of the tests
 VOCABULARY = 128
@@ -148,7 +148,7 @@ FAMILIES: dict[str, Family] = {
             name="Bamba",
             build=lambda: T.BambaForCausalLM(T.BambaConfig(**sizes(MAMBA2, mamba_n_heads=8, attn_layer_indices=[1]))),
             unadapted=FUSED,
-            note="as Falcon-H1",
+            note="state-space layers run document by document; none of their outputs is adapted",
         ),
         Family(
             name="Jamba",
@@ -160,7 +160,7 @@ FAMILIES: dict[str, Family] = {
             ),
             packed=False,
             unadapted=frozenset({"out_proj", "dt_proj"}),
-            note="experts fused; its state-space layers are not told where documents end: one row at a time",
+            note="experts fused; one row at a time, as Falcon Mamba",
         ),
         Family(
             name="Nemotron-H",
@@ -171,7 +171,7 @@ FAMILIES: dict[str, Family] = {
                 )
             ),
             unadapted=FUSED,
-            note="as Falcon-H1",
+            note="state-space layers run document by document; none of their outputs is adapted",
         ),
         Family(
             name="Falcon Mamba",
@@ -180,7 +180,7 @@ FAMILIES: dict[str, Family] = {
             ),
             packed=False,
             unadapted=frozenset({"out_proj", "dt_proj"}),
-            note="as Jamba",
+            note="its state-space layers are not told where documents end: one row at a time",
         ),
     )
 }  # fmt: skip
@@ -194,3 +194,14 @@ def make(family: Family) -> Any:
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+def table() -> str:
+    """The README's table: families of the same standing in one row."""
+    lines = ["| tested | full | LoRA | packed | |", "|---|---|---|---|---|"]
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for f in FAMILIES.values():
+        groups.setdefault((f.packed, f.note), []).append(f.name)
+    for (packed, note), names in groups.items():
+        lines.append(f"| {', '.join(names)} | yes | yes | {'yes' if packed else 'no'} | {note} |")
+    return "\n".join(lines) + "\n"

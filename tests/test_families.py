@@ -25,7 +25,7 @@ from educe.types import Batch, Example  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from families import FAMILIES, VOCABULARY, Family, make  # noqa: E402
+from families import FAMILIES, Family, make  # noqa: E402
 from test_engine import FULL, LORA, Tensors, _one_thread, apart, cpu, gradients  # noqa: E402, F401
 
 CLOSE = 1e-6  # of a tensor's norm
@@ -162,14 +162,15 @@ def test_an_export_has_the_checkpoints_layout_and_answers_the_same(
     assert {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in new.items()}
     if saved.family.tower is not None:
         kept = [n for n in old if saved.family.tower in n]
-        assert kept and all(torch.equal(old[n], new[n]) for n in kept)
+        assert kept
+        assert all(torch.equal(old[n], new[n]) for n in kept)
 
 
-def logits(network: Any, base: Any) -> torch.Tensor:
+def logits(network: Any, base: Any, ids: torch.Tensor = torch.arange(3, 20)) -> torch.Tensor:  # noqa: B008  # constant
     base.set_attn_implementation(answers_with(type(base), base.config))
     network.eval()
     with torch.no_grad():
-        return network(input_ids=torch.arange(3, 20)[None], use_cache=False).logits[0]
+        return network(input_ids=ids[None], use_cache=False).logits[0]
 
 
 def tensors(place: Path) -> Tensors:

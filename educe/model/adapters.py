@@ -28,7 +28,7 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     tied = head.weight is embedding.weight
     names = {module: name for name, module in network.named_modules()}
-    holders = [names[embedding]] if tied else [names[embedding], names[head]]
+    holders = [names[embedding], *([] if tied else [names[head]]), *layer_embeddings(network)]
     experts = expert_matrices(network)
     if experts and tuning.dropout:
         found = "has its experts' matrices fused, and adapters on those know no dropout."
@@ -76,6 +76,15 @@ def expert_matrices(network: Any) -> list[str]:
         for own, p in module.named_parameters(recurse=False)
         if p.ndim == 3 and p.shape[0] in counts and id(p) in within
     ]
+
+
+def layer_embeddings(network: Any) -> dict[str, nn.Embedding]:
+    """Further embeddings of tokens, by full name: Gemma 4 has one that feeds every layer."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith("embed_tokens_per_layer")
+    }
 
 
 def _check_rows(network: Any, tied: bool) -> None:

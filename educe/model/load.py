@@ -23,7 +23,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationMixi
 from educe.config import Full, Lora
 from educe.errors import MachineError, ModelError
 from educe.model import attention
-from educe.model.adapters import with_adapters
+from educe.model.adapters import layer_embeddings, with_adapters
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
 from educe.model.loaded import prove_loaded
@@ -208,7 +208,7 @@ def _freeze_towers(network: Any) -> None:
 
 
 def _begin_rows(network: Any, new_ids: list[int]) -> None:
-    """Let the rows of `new_ids` in embedding and head (and its bias) be the mean of the rows before them.
+    """Let the rows of `new_ids` in embeddings and head (and its bias) be the mean of the rows before them.
 
     So a new token is neither likely nor unlikely before training (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
     Matrices that end before the last id are made longer, and the config with them. On the CPU, whatever the device: same bits.
@@ -221,10 +221,11 @@ def _begin_rows(network: Any, new_ids: list[int]) -> None:
         embedding.padding_idx = None  # torch gives the row of a padding token no gradient
     begun = sorted({*new_ids, *range(before, new_ids[-1] + 1)})
     tied = head.weight is embedding.weight
+    per_layer = [e.weight for e in layer_embeddings(network).values()]
     with torch.no_grad():
-        for rows in (embedding.weight, None if tied else head.weight, getattr(head, "bias", None)):
+        for rows in (embedding.weight, None if tied else head.weight, getattr(head, "bias", None), *per_layer):
             if rows is not None:
-                rows[begun] = _mean(rows[: min(new_ids[0], before)]).to(rows.dtype)
+                rows[[k for k in begun if k < len(rows)]] = _mean(rows[: min(new_ids[0], before)]).to(rows.dtype)
 
 
 def _mean(rows: Tensor) -> Tensor:
