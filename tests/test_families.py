@@ -19,6 +19,7 @@ from educe.model.export import merged, write_model  # noqa: E402
 from educe.model.load import CausalLM, load_model, quiet  # noqa: E402
 from educe.model.proof import packs_are_blind, prove_head  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
+from educe.sample.local import LocalSampler  # noqa: E402
 from educe.training.optim import MasterAdamW  # noqa: E402
 from educe.training.sft import sft_loss  # noqa: E402
 from educe.types import Batch, Example  # noqa: E402
@@ -164,6 +165,35 @@ def test_an_export_has_the_checkpoints_layout_and_answers_the_same(
         kept = [n for n in old if saved.family.tower in n]
         assert kept
         assert all(torch.equal(old[n], new[n]) for n in kept)
+
+
+class Numbers:
+    """As much of a tokenizer as a sampler asks for: ids are words."""
+
+    def __init__(self, stop: set[int]) -> None:
+        self.stop, self.eos = stop, 2
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+
+def test_answers_are_those_of_one_prompt_at_a_time_without_a_cache(saved: Saved) -> None:
+    """Prompts of several lengths that begin alike, and answers that end at different times."""
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 20], [5, 6, 7, 30, 31, 32, 33, 34, 35, 36]]
+    model = load_model(saved.place, cpu())
+    by_hand = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            with model.answering():
+                ids.append(int(model.network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        by_hand.append(ids[len(prompt) :])
+    stop = by_hand[0][2]
+    wanted = [ids[: ids.index(stop)] if stop in ids else ids for ids in by_hand]
+    numbers: Any = Numbers({stop})
+    sampler = LocalSampler(model, numbers)
+    assert [a.text for a in sampler.answer(prompts, 6)] == [numbers.decode(ids) for ids in wanted]
+    assert "".join(sampler.stream(prompts[0], 6)) == numbers.decode(wanted[0])
 
 
 def logits(network: Any, base: Any, ids: torch.Tensor = torch.arange(3, 20)) -> torch.Tensor:  # noqa: B008  # constant
