@@ -119,7 +119,6 @@ class LocalSampler:
         step = torch.tensor([[pad] * (width - len(r)) + r for r in rests], device=device)
         mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests], device=device)
         cache = self._repeated(start, len(prompts))
-        leave = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
         made: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         for _ in range(max_new_tokens):
@@ -135,20 +134,17 @@ class LocalSampler:
             tokens: list[int] = out.logits[:, -1].argmax(-1).tolist()
             going = []
             for k, (row, token) in enumerate(zip(active, tokens, strict=True)):
-                if made[row] and made[row][-1] in self._tokenizer.stop:
-                    continue  # done, and could not leave
                 made[row].append(token)
                 if token not in self._tokenizer.stop:
                     going.append(k)
             if not going:
                 break
-            if len(going) < len(active) and leave:  # rows that are done leave the batch
+            if len(going) < len(active):  # rows that are done leave the batch
                 kept = torch.tensor(going, device=device)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # `batch_select_indices` forgets states
                 mask = mask[kept]
                 active = [active[k] for k in going]
-                tokens = [tokens[k] for k in going]
-            step = torch.tensor([[token] for token in tokens], device=device)
+            step = torch.tensor([[tokens[k]] for k in going], device=device)
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
         return made
 
