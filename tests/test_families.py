@@ -150,13 +150,13 @@ def test_an_export_has_the_checkpoints_layout_and_answers_the_same(
             p.add_(0.05 * torch.randn_like(p))
     tuned = logits(model.network, model.base)
     save_file({n: p.detach().contiguous() for n, p in model.trainable().items()}, tmp_path / "weights.safetensors")
-    served = merged(saved.place, tmp_path / "weights.safetensors", tuning, cpu())
-    assert apart(logits(served.network, served.base), tuned) < 1e-5
-    target = tmp_path / "tuned"
-    write_model(served, saved.place, load_tokenizer(tiny_tokenizer_dir), "", target)
-
-    again = load_model(target, cpu())
-    assert torch.equal(logits(again.network, again.base), logits(served.network, served.base))
+    for dtype, near in (("bfloat16", 0.1), ("float32", 1e-5)):
+        served = merged(saved.place, tmp_path / "weights.safetensors", tuning, cpu(dtype))
+        assert apart(logits(served.network, served.base), tuned) < near
+        target = tmp_path / dtype
+        write_model(served, saved.place, load_tokenizer(tiny_tokenizer_dir), "", target)
+        again = load_model(target, cpu(dtype))
+        assert torch.equal(logits(again.network, again.base), logits(served.network, served.base))
     assert type(again.base) is type(model.base)
     assert type(again.base.config) is type(model.base.config)
     old, new = tensors(saved.place), tensors(target)
