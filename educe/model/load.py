@@ -168,6 +168,7 @@ def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         maker = _class_of(config)
+        unpacked = _unpacking(config, directory)
         way = attention.NAME if for_training else attention.answers_with(maker, config)
         network, info = maker.from_pretrained(
             directory,
@@ -178,6 +179,7 @@ def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **unpacked,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as e:
         if "out of memory" in str(e):
@@ -186,7 +188,22 @@ def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
         first = str(e).strip().splitlines()[0][:200]
         raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
     prove_loaded(network, info["missing_keys"], directory)
+    if unpacked:
+        network._weight_conversions = None  # else transformers would save plain numbers under the names of packed ones
     return network
+
+
+def _unpacking(config: Any, directory: Path) -> dict[str, Any]:
+    """What makes plain numbers of packed 4-bit ones (gpt-oss is published so; they are then trained and exported as such).
+    Raises `ModelError` for every other quantization."""
+    packed = getattr(config, "quantization_config", None)
+    if packed is None:
+        return {}
+    method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    if method != "mxfp4":
+        found = f"is quantized ({method}): its weights are no plain numbers, which training needs."
+        raise ModelError(204, str(directory / "config.json"), found, "Use the model that it was made from.")
+    return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
 
 
 def _class_of(config: Any) -> Any:
