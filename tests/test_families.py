@@ -39,9 +39,11 @@ class Saved:
     family: Family
     place: Path
 
-    def load(self, tuning: Full | Lora) -> CausalLM:
+    def load(self, tuning: Full | Lora, *, checkpointing: bool = False) -> CausalLM:
         torch.manual_seed(5)  # adapters start from random numbers
-        return load_model(self.place, cpu(), tuning)
+        model = load_model(self.place, cpu(), tuning, checkpointing=checkpointing)
+        model.packable = self.family.packed
+        return model
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
@@ -113,7 +115,6 @@ def test_gradients_are_those_of_one_row_at_a_time(saved: Saved, tuning: Full | L
     models = [saved.load(tuning) for _ in range(3)]
     for model in models:
         stir(model)
-        model.packable = saved.family.packed
     found = gradients(models[0], batches(saved.family))[1]
     theirs, exact = (one_at_a_time(m, d) for m, d in zip(models[1:], (torch.float32, torch.float64), strict=True))
     assert found.keys() == theirs.keys()
@@ -121,9 +122,17 @@ def test_gradients_are_those_of_one_row_at_a_time(saved: Saved, tuning: Full | L
 
 
 @tunings
+def test_checkpointing_changes_no_gradient(saved: Saved, tuning: Full | Lora) -> None:
+    plain, again = saved.load(tuning), saved.load(tuning, checkpointing=True)
+    stir(plain), stir(again)
+    found, expected = gradients(again, batches(saved.family))[1], gradients(plain, batches(saved.family))[1]
+    assert found.keys() == expected.keys()
+    assert max(apart(found[n], g) for n, g in expected.items()) < CLOSE
+
+
+@tunings
 def test_a_step_moves_all_that_it_should(saved: Saved, tuning: Full | Lora) -> None:
     model = saved.load(tuning)
-    model.packable = saved.family.packed
     before = {n: p.detach().clone() for n, p in model.network.named_parameters()}
     optimizer = MasterAdamW(model.trainable(), betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(2):  # the first step moves the second matrix of an adapter, from zero, and only then the first
