@@ -129,8 +129,9 @@ def timed(step: Callable[[int], None], steps: int, tokens: int, device: str) -> 
 def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, options: dict[str, Any]) -> dict[str, Any]:
     from educe.config import Lora
     from educe.model import attention
+    from educe.model.adapters import with_adapters
     from educe.model.device import Device
-    from educe.model.load import CausalLM, _with_adapters
+    from educe.model.load import CausalLM
     from educe.pack.batch import build_batch
     from educe.training.optim import Adam, AdamSettings
     from educe.training.sft import SftLoss
@@ -142,7 +143,7 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
     vocabulary = network.config.vocab_size
     packs = packs_of(tokens, WARM_STEPS + steps, vocabulary)
     if tuning == "lora":
-        network = _with_adapters(network, Lora(kind="lora", rank=32, alpha=32.0), [])
+        network = with_adapters(network, Lora(kind="lora", rank=32, alpha=32.0), [])
     where = Device(kind=device, dtype="bfloat16", name="", flops=0.0, why="")
     model = CausalLM(network, where, adapted=tuning == "lora")
     network.train()

@@ -365,7 +365,8 @@ OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
     Recipe: ("recipe", "self"), Data: ("data", "self"), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
     Full: ("tuning",), Metric: ("metric",), FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
     Rows: ("rows",), Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
-    Decay: ("schedule",), Wsd: ("schedule",), Even: ("rates",), LoraPlus: ("rates",), LayerWise: ("rates",), OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
+    Decay: ("schedule",), Wsd: ("schedule",), Even: ("rates",), LoraPlus: ("rates",), LayerWise: ("rates",),
+    OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
 }  # fmt: skip
 
 

@@ -192,12 +192,16 @@ def test_attention_in_bf16_is_within_rounding(monkeypatch: pytest.MonkeyPatch, p
 
 def test_attention_refuses_what_it_does_not_compute() -> None:
     q = torch.randn(1, 2, 4, 8)
-    for feature in ({"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"logit_cap": 1.0}):
+    for feature in ({"logit_cap": 1.0}, {"position_bias": torch.zeros(2)}, {"never_heard_of": 3}, {"cu_seq_lens_q": q}):
         with pytest.raises(NotImplementedError, match=next(iter(feature))):
             attend_documents(torch.nn.Module(), q, q, q, None, **feature)
+    with pytest.raises(NotImplementedError, match="sight of later tokens"):
+        attend_documents(torch.nn.Module(), q, q, q, None, is_causal=False)
+    with pytest.raises(NotImplementedError, match="cached keys"):
+        attend_documents(torch.nn.Module(), q[:, :, :1], q, q, None)
     with pytest.raises(NotImplementedError, match="a mask"):
         attend_documents(torch.nn.Module(), q, q, q, torch.zeros(1, 1, 4, 4))
-    attend_documents(torch.nn.Module(), q, q, q, None, softcap=None)
+    attend_documents(torch.nn.Module(), q, q, q, None, softcap=None, position_ids=q, use_cache=False, logit_cap=None)
 
 
 @pytest.mark.parametrize("tuning", [FULL, LORA])
@@ -214,7 +218,7 @@ def test_a_leak_between_packed_documents_is_found(tiny_model: Path) -> None:
         return attend_documents(*args, **kwargs)
 
     def refusing(*args: Any, **kwargs: Any) -> Any:
-        return attend_documents(*args, **{**kwargs, "softcap": 5.0})
+        return attend_documents(*args, **{**kwargs, "logit_cap": 5.0})
 
     model = load_model(tiny_model, cpu(), FULL)
     for name, function in (("leaking", leaking), ("refusing", refusing)):
@@ -222,7 +226,7 @@ def test_a_leak_between_packed_documents_is_found(tiny_model: Path) -> None:
         AttentionMaskInterface.register(name, lambda *_, **__: None)
         model.base.set_attn_implementation(name)
         assert not packs_are_blind(model)
-    with pytest.raises(ModelError, match="attention with softcap"):
+    with pytest.raises(ModelError, match="attention with logit_cap"):
         prove_head(model)
     assert model.network.training
     model.base.set_attn_implementation(attention.NAME)
@@ -234,5 +238,5 @@ def test_a_head_that_is_not_the_models_own_is_refused(tiny_model: Path) -> None:
     model.base.config.logit_scale = (
         0.5  # Llama's forward knows no such thing: `head` would scale and the model would not
     )
-    with pytest.raises(ModelError, match="E-MODEL-202"):
+    with pytest.raises(ModelError, match="E-MODEL-204"):
         prove_head(model)

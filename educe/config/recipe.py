@@ -137,6 +137,9 @@ class Train(Knobs):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="compile the layers; auto: where it will save more time than it takes"
     )
+    router_loss: float | None = Field(
+        default=None, ge=0, le=10, description="of a mixture of experts: weight of the loss that balances its router"
+    )
     checkpoint_every_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="checkpoints kept while training")
     measure_every_share: Share = Field(default=0.2, description="share of the steps between measurements of dev loss")

@@ -18,6 +18,7 @@ _GROUPED = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
 MOST_HEAD_SIZE = 256
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # `longest` differs from row to row
 def attend_edges(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
     """Causal attention per document: q (1, H, P, K), k and v (1, G, P, K) in bf16 to (1, P, H, K)."""
     q_PHK, k_PGK, v_PGK = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -40,7 +41,9 @@ def attend_edges(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: f
     return out[None]
 
 
-def can_attend(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes these: half precision, equal head sizes up to 256."""
+def can_attend(q: Tensor, v: Tensor, documents: Documents) -> bool:
+    """Whether the kernel takes these: on a GPU, half precision, equal head sizes up to 256."""
+    if documents.edges_E is None:
+        return False
     half = q.dtype in (torch.bfloat16, torch.float16)
     return half and q.shape[-1] == v.shape[-1] <= MOST_HEAD_SIZE

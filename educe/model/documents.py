@@ -12,26 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Edges come in multiples of this, so that a compiled layer sees few shapes: empty documents fill them up.
-_EDGES = 64
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Documents:
-    """`lengths` of the documents, in order. On a GPU `edges_E` (int32, from 0 to P, the last repeated) says the same, and `longest` is
-    at least the longest document."""
+    """`lengths` of the documents, in order. On a GPU `edges_E` (int32, from 0 to P) says the same, and `longest` is the longest."""
 
     lengths: tuple[int, ...]
     edges_E: Tensor | None = None
     longest: int = 0
 
 
-def documents_of(lengths: Sequence[int], device_kind: str, longest: int) -> Documents:
+def documents_of(lengths: Sequence[int], device_kind: str) -> Documents:
     """For a row on this kind of device."""
     if device_kind != "cuda":
         return Documents(lengths=tuple(lengths))
-    ends = np.cumsum(lengths, dtype=np.int32)
-    edges = np.full(-(-(ends.size + 1) // _EDGES) * _EDGES, ends[-1], np.int32)
-    edges[0], edges[1 : ends.size + 1] = 0, ends
+    edges = np.cumsum([0, *lengths], dtype=np.int32)
     there = torch.from_numpy(edges).pin_memory().to("cuda", non_blocking=True)
-    return Documents(lengths=tuple(lengths), edges_E=there, longest=longest)
+    return Documents(lengths=tuple(lengths), edges_E=there, longest=max(lengths))

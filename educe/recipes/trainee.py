@@ -54,7 +54,7 @@ def trainee(
     """Load, prove, plan. `memory` is what an earlier process of the run decided; None decides now."""
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
     new_ids = prepared.tokenizer.new_tokens.values()
-    model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids)
+    model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids, router_loss=recipe.train.router_loss)
     prove_head(model)
     packed = packs_are_blind(model)
     if not packed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,9 +34,9 @@ class SftLoss:
         if self.beta:
             with torch.no_grad(), model.as_loaded():
                 anchor = Anchor(hidden_ND=model.hidden_states(batch)[predict_N], head=model.base_head, beta=self.beta)
-        hidden_PD = model.hidden_states(batch)
-        return token_nll(
-            hidden_PD[predict_N],
+        hidden = model.forward(batch)
+        out = token_nll(
+            hidden.states_PD[predict_N],
             model.head,
             model.tensor(batch.targets_N),
             model.tensor(batch.weights_N * batch.scales_N),
@@ -46,6 +46,9 @@ class SftLoss:
             reweigh=self.reweigh,
             anchor=anchor,
         )
+        if hidden.router_loss is not None:  # each micro-batch's own, by its share of the step's weight
+            out = replace(out, loss=out.loss + hidden.router_loss * (batch.total_weight / denominator))
+        return out
 
 
 sft_loss = SftLoss()
