@@ -33,11 +33,11 @@ TRAIN_VERSION = 2
 def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts) -> dict[str, Any]:
     """Everything that decides the trained weights, flat: two runs with equal settings are the same run."""
     template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
-    tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump().items()}
+    tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump(mode="json").items()}
     skipped = ["checkpoint_every_steps", "keep_checkpoints"]
     if recipe.train.patience is None and recipe.train.keep_weights == "last":
         skipped.append("measure_every_share")  # nothing follows from the measurements
-    steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
+    steps = {f"train.{k}": v for k, v in recipe.train.model_dump(mode="json").items() if k not in skipped}
     data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
     policy = recipe.data.model_dump(mode="json", exclude={"max_unused"})
     for block in (policy["train"], policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
@@ -77,7 +77,7 @@ def claim(
     with told(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, text)
-        write_json(run.resolved, {"recipe": recipe.model_dump(), "settings": settings})
+        write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
         write_ledger(run.ledger, prepared, mixed)
         shutil.copyfile(prepared.path / "preview.json", run.path / "preview.json")
     return newest_checkpoint(run.checkpoints, say)
