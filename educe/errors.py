@@ -82,6 +82,7 @@ CODES: dict[str, str] = {
     "E-MODEL-201": "sequence length exceeds the model's positions",
     "E-MODEL-202": "tokenizer and model do not fit",
     "E-MODEL-203": "weights and config do not fit",
+    "E-MODEL-204": "model cannot be tuned in the way asked for",
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",

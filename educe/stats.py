@@ -70,3 +70,22 @@ def percentile(values: Sequence[int], q: float) -> int:
     ordered = sorted(values)
     n = len(ordered)
     return ordered[bisect.bisect_left(range(1, n + 1), q, key=lambda k: k / n)]  # q * n would round 0.07 * 100 up to 8
+
+
+def paired_means(before_R: Sequence[float], after_R: Sequence[float], weights_R: Sequence[float]) -> Interval:
+    """Difference of two weighted means of the same rows, after - before, with a 95 % interval over the rows.
+
+    `before_R` and `after_R` are sums over a row (its weight times its mean), so that the difference is a ratio of sums; its error
+    by linearisation (Cochran 1977, Sampling Techniques, 6.4), Student's t by its expansion (Abramowitz & Stegun 26.7.5).
+    Raises `ValueError` for fewer than two rows.
+    """
+    n, total = len(weights_R), math.fsum(weights_R)
+    if n < 2 or n != len(before_R) or n != len(after_R) or not total > 0:
+        raise ValueError(f"need two rows or more, of equal number and some weight, got {n}")
+    value = math.fsum(a - b for a, b in zip(after_R, before_R, strict=True)) / total
+    apart = (a - b - value * w for a, b, w in zip(after_R, before_R, weights_R, strict=True))
+    error = math.sqrt(n / (n - 1) * math.fsum(d * d for d in apart)) / total
+    z, free = _Z95, n - 1
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
+    return Interval(value=value, low=value - t * error, high=value + t * error)

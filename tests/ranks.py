@@ -32,9 +32,18 @@ FULL = Full(kind="full")
 STEPS = 4
 
 
-def fresh(model_dir: Path, tuning: Full | Lora, world: World, dtype: Any = "float32", **how: Any) -> State:
+def fresh(
+    model_dir: Path,
+    tuning: Full | Lora,
+    world: World,
+    dtype: Any = "float32",
+    *,
+    recomputed: int = 0,
+    new_ids: tuple[int, ...] = (),
+) -> State:
     torch.manual_seed(5)
-    model = load_model(model_dir, cpu(dtype), tuning, **how)
+    model = load_model(model_dir, cpu(dtype), tuning, new_ids=new_ids)
+    model.recompute(recomputed)
     if isinstance(tuning, Lora):
         with torch.no_grad():
             for p in model.trainable().values():
@@ -114,9 +123,9 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     cases: dict[str, tuple[Full | Lora, dict[str, Any]]] = {
         "full": (FULL, {}),
-        "recomputed": (FULL, {"checkpointing": True}),
+        "recomputed": (FULL, {"recomputed": 1}),
         "lora": (LORA, {}),
-        "new": (LORA, {"new_ids": (509, 511), "checkpointing": True}),
+        "new": (LORA, {"new_ids": (509, 511), "recomputed": 2}),
     }
     for name, (tuning, how) in cases.items():
         state = fresh(model_dir, tuning, world, **how)

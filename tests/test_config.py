@@ -13,7 +13,19 @@ import pytest
 from educe.config import Full, Lora, Recipe, load_recipe, parse_recipe
 from educe.config.data import Data, FileSplit, Rates, Replay, Rows, ShareSplit, Task, Temperature, Trees, Unimax
 from educe.config.knobs import Knobs
-from educe.config.recipe import Evaluation, FileTemplate, Metric, NamedTemplate, OwnTemplate, Train
+from educe.config.recipe import (
+    Decay,
+    Evaluation,
+    Even,
+    FileTemplate,
+    LayerWise,
+    LoraPlus,
+    Metric,
+    NamedTemplate,
+    OwnTemplate,
+    Train,
+    Wsd,
+)
 from educe.errors import RecipeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,7 +179,7 @@ def test_a_missing_key_is_named(text: str, where: str, key: str) -> None:
         ("train.seed", "9223372036854775808"), ("train.seed", "1:30"), ("train.epochs", "true"), ("train.epochs", ".nan"),
         ("train.epochs", ".inf"), ("train.epochs", "-1"), ("train.epochs", "0"), ("train.epochs", '"2"'),
         ("train.learning_rate", "-1e-5"), ("train.learning_rate", "1"), ("train.learning_rate", "1e-5x"),
-        ("train.schedule", "cosin"), ("train.activation_checkpointing", "yes"), ("train.activation_checkpointing", "1"),
+        ("train.schedule", "cosin"), ("train.activations", "yes"), ("train.activations", "1"),
         ("train.batch_tokens", "0"), ("data.system", "5"), ("data.system", "true"), ("data.max_tokens", "7"),
         ("data.train", "[a, b]"), ("data.train", "2020-01-01"), ("data.dev", "0.1"), ("evaluation.metric", "exact"),
         ("evaluation.max_rows", "0"), ("train.clip_norm", ".inf"), ("train.clip_norm", ".nan"),
@@ -353,6 +365,7 @@ OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
     Recipe: ("recipe", "self"), Data: ("data", "self"), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
     Full: ("tuning",), Metric: ("metric",), FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
     Rows: ("rows",), Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
+    Decay: ("schedule",), Wsd: ("schedule",), Even: ("rates",), LoraPlus: ("rates",), LayerWise: ("rates",),
     OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
 }  # fmt: skip
 
@@ -361,7 +374,21 @@ def test_every_knob_is_read() -> None:
     read = reads()
     assert blocks() == set(OWNERS)
     discriminators = {
-        (k, "kind") for k in (Full, Lora, FileSplit, ShareSplit, OwnTemplate, FileTemplate, Temperature, Unimax)
+        (k, "kind")
+        for k in (
+            Full,
+            Lora,
+            FileSplit,
+            ShareSplit,
+            OwnTemplate,
+            FileTemplate,
+            Temperature,
+            Unimax,
+            Wsd,
+            Even,
+            LoraPlus,
+            LayerWise,
+        )
     }  # read as the class
     unread = [
         f"{block.__name__}.{knob}"
@@ -377,7 +404,7 @@ def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
         (n, f) for b in blocks() for n, f in b.model_fields.items() if n in b.__annotations__
     ]
     assert 20 < len([n for n, f in fields if not (n == "kind" and f.is_required())]) <= 80
-    assert len({block.__name__ for block in blocks()}) == 19
+    assert len({block.__name__ for block in blocks()}) == 24
     for name, field in fields:
         if name != "data" and not (name == "kind" and field.is_required() and not field.description):
             assert field.description, name

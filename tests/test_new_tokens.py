@@ -240,7 +240,9 @@ def test_checkpointing_changes_no_gradient(bases: dict[str, Base]) -> None:
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(5)
-        model = load_model(bases["tied"].place, cpu(), LORA, checkpointing=checkpointing, new_ids=NEW)
+        model = load_model(bases["tied"].place, cpu(), LORA, new_ids=NEW)
+        if checkpointing:
+            model.recompute(len(model.layers))
         found.append(gradients(sft_loss(model, batch, batch.total_weight).loss, model))
     assert all(torch.allclose(g, found[1][n], atol=1e-7) for n, g in found[0].items())
 
@@ -380,9 +382,9 @@ def test_a_template_that_was_replaced_is_refused(bases: dict[str, Base], tmp_pat
 
 def test_a_head_that_peft_would_not_tie_is_refused(bases: dict[str, Base], tmp_path: Path) -> None:
     """The config says tied, the weights are not: peft would train rows of the one and serve them in the other."""
-    from educe.model.load import _with_adapters
+    from educe.model.adapters import with_adapters
 
     network = AutoModelForCausalLM.from_pretrained(bases["untied"].place)
     network.config.tie_word_embeddings = True
     with pytest.raises(ModelError, match="stay untrained"):
-        _with_adapters(network, LORA, [3, 4])
+        with_adapters(network, LORA, [3, 4])

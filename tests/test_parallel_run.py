@@ -31,7 +31,7 @@ device: cpu
 dtype: float32
 data: {train: rows.jsonl, max_tokens: 160}
 train:
-  {epochs: 8, batch_tokens: 640, micro_batch_tokens: 160, learning_rate: 1e-2, checkpoint_every_steps: 3, sample_every_share: 0.99}
+  {epochs: 8, batch_tokens: 640, micro_batch_tokens: 160, learning_rate: 1e-2, checkpoint_every_steps: 3, measure_every_share: 0.99}
 evaluation: {max_new_tokens: 8, few_shot: 0, metric: {kind: exact}}
 """
 
@@ -101,7 +101,9 @@ def test_a_run_of_two_devices_is_a_run(straight: Path) -> None:
     dev = lines(straight, "dev")
     assert dev[-1]["loss"] < dev[0]["loss"] - 1
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
-    assert len((straight / "samples.jsonl").read_text().splitlines()) == 2
+    samples = [json.loads(line)["step"] for line in (straight / "samples.jsonl").read_text().splitlines()]
+    assert (samples[0], samples[-1]) == (0, provenance["steps"])
+    assert samples == sorted(set(samples))  # rank 0 alone writes
     run = educe.Run(straight)
     assert run.eval()["num_rows"] == len((straight / "answers" / "tuned.jsonl").read_text().splitlines())
     network = run.export(straight.parent / "out")  # reads its logits back and compares

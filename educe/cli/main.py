@@ -284,6 +284,26 @@ def template(what: str, as_json: bool, fixed: Path | None) -> None:
     sys.exit(0 if found.usable or fixed is not None else 2)
 
 
+@cli.command("lr")
+@click.argument("recipe", type=RECIPE)
+@click.option("--rates", help="Rates to try, such as 1e-5,3e-5,1e-4 (default: five around the recipe's).")
+@click.option("--steps", type=click.IntRange(1), help="Steps for each rate (default: 20 to 100, as time allows).")
+@click.option("--minutes", type=float, default=10.0, show_default=True, help="About how long it may take.")
+def probe(recipe: Path, rates: str | None, steps: int | None, minutes: float) -> None:
+    """Try learning rates in short runs on your own rows, and say which one to write."""
+    from educe.cli.lr import LrScreen, show_probe
+    from educe.cli.screens import say
+    from educe.recipes.run import lr
+
+    try:
+        given = [float(r) for r in rates.split(",")] if rates else []
+    except ValueError as e:
+        raise UsageError(101, "--rates", f"{rates!r} is no list of numbers.", "Such as 1e-5,3e-5,1e-4.") from e
+    with LrScreen() as screen:
+        found = lr(recipe, rates=given, steps=steps, minutes=minutes, say=say, screen=screen)
+    show_probe(found)
+
+
 @cli.command()
 @click.option("--dir", "place", type=RECIPE, default=Path("quickstart"), show_default=True, help="Where to work.")
 def quickstart(place: Path) -> None:

@@ -63,6 +63,47 @@ class Lora(Knobs):
 Tuning = Annotated[Full | Lora, Field(discriminator="kind")]
 
 
+class Decay(Knobs):
+    """After the warm-up down to 0 along a line or a cosine, or not at all."""
+
+    kind: Literal["linear", "cosine", "constant"]
+
+
+class Wsd(Knobs):
+    """Warm up, stay at the peak, decay at the end: how long to train may be decided late."""
+
+    kind: Literal["wsd"]
+    decay_share: Share = Field(default=0.2, description="share of the steps, at the end, that decay")
+
+
+Schedule = Annotated[Decay | Wsd, Field(discriminator="kind"), BeforeValidator(_by_name)]
+
+
+class Even(Knobs):
+    """One learning rate for all weights."""
+
+    kind: Literal["even"]
+
+
+class LoraPlus(Knobs):
+    """The second matrix of each adapter learns faster (Hayou et al. 2024, arXiv 2402.12354)."""
+
+    kind: Literal["lora_plus"]
+    ratio: float = Field(default=16.0, ge=1, le=1000, description="how many times faster")
+
+
+class LayerWise(Knobs):
+    """Each layer learns slower than the one above it (Howard & Ruder 2018, arXiv 1801.06146)."""
+
+    kind: Literal["layer_wise"]
+    decay: float = Field(default=0.9, gt=0, le=1, description="rate of a layer over that of the next")
+
+
+Rates = Annotated[Even | LoraPlus | LayerWise, Field(discriminator="kind"), BeforeValidator(_by_name)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Activations = Literal["auto", "keep", "recompute", "offload"]
+
+
 class Train(Knobs):
     """One optimizer run."""
 
@@ -72,18 +113,42 @@ class Train(Knobs):
     batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
     micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens of a pack of rows, in memory at once")
     learning_rate: float = Field(default=2e-5, gt=0, lt=1, description="peak learning rate")
-    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="decay after the warm-up")
+    schedule: Schedule = Field(default=Decay(kind="linear"), description="the rate after the warm-up")
     warmup_share: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment")
-    beta2: float = Field(default=0.99, ge=0, lt=1, description="AdamW's second moment")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.99), strict=False, description="AdamW's first and second moment")
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_bf16"] = Field(
+        default="adamw",
+        description="how moments are kept; _bf16: weights too, rounded at random, where memory is short",
+    )
+    rates: Rates = Field(default=Even(kind="even"), description="how rates differ between weights")
+    loss: Literal["nll", "dft", "eaft"] = Field(
+        default="nll",
+        description="cross-entropy; dft: times the token's probability; eaft: times how unsure the model is of it",
+    )
+    kl_to_base: float = Field(
+        default=0.0, ge=0, description="pull towards the model before training: this times their KL (lora only)"
+    )
     clip_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory, a third slower"
+    activations: Activations = Field(
+        default="auto",
+        description="keep them for the backward pass, recompute (a third slower), offload to the host, or as memory allows",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="compile the layers; auto: where it will save more time than it takes"
+    )
+    router_loss: float | None = Field(
+        default=None, ge=0, le=10, description="of a mixture of experts: weight of the loss that balances its router"
     )
     checkpoint_every_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="checkpoints kept while training")
-    sample_every_share: Share = Field(default=0.34, description="answer the sample prompts and measure dev this often")
+    measure_every_share: Share = Field(default=0.2, description="share of the steps between measurements of dev loss")
+    patience: int | None = Field(
+        default=None, ge=1, description="end when so many measurements in a row brought no new low (default: never)"
+    )
+    keep_weights: Literal["last", "best"] = Field(
+        default="last", description="the run's weights: those of the last step, or of the lowest dev loss measured"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random follows from it")
 
 
@@ -126,11 +191,23 @@ class Recipe(Knobs):
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
+        schedule = self.train.schedule
+        if isinstance(schedule, Wsd) and self.train.warmup_share + schedule.decay_share > 1:
+            raise ValueError(
+                f"train.warmup_share ({self.train.warmup_share:g}) and train.schedule.decay_share "
+                f"({schedule.decay_share:g}) exceed the whole run; lower one of them"
+            )
         if self.train.micro_batch_tokens > self.train.batch_tokens:
             raise ValueError(
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) exceeds "
                 f"train.batch_tokens ({self.train.batch_tokens}); lower the one or raise the other"
             )
+        if self.train.kl_to_base and not isinstance(self.tuning, Lora):
+            raise ValueError(
+                "train.kl_to_base needs tuning.kind: lora: with adapters off the model is what it was before"
+            )
+        if isinstance(self.train.rates, LoraPlus) and not isinstance(self.tuning, Lora):
+            raise ValueError("train.rates: lora_plus needs tuning.kind: lora")
         if self.data.max_tokens > self.train.micro_batch_tokens:
             raise ValueError(
                 f"data.max_tokens ({self.data.max_tokens}) exceeds train.micro_batch_tokens "

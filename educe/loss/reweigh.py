@@ -46,3 +46,6 @@ def eaft(tokens: Tokens) -> Float[Tensor, " b"]:
     log_p_BK = top_BK.log_softmax(1)
     entropy_B = -(log_p_BK.exp() * log_p_BK).sum(1)
     return entropy_B / math.log(k) if k > 1 else torch.ones_like(entropy_B)
+
+
+REWEIGH: dict[str, Reweigh] = {"nll": nll, "dft": dft(1.0), "eaft": eaft}

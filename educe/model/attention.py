@@ -1,83 +1,174 @@
 """Attention for packed rows: each document attends to itself alone, through transformers' attention interface.
 
-Shape legend: B batch (always 1), H heads, G key-value heads, P tokens of a packed row, K head size, D documents.
+Shape legend: B batch (always 1), H heads, G key-value heads, P tokens of a packed row, K size of queries and keys, W size of
+values, N tokens of one document, M rows of a block of queries.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from educe.model.attention_cuda import attend_edges, can_attend
+from educe.model.attention_short import attend_short
+from educe.model.documents import Documents
+
 NAME = "educe_documents"
 PLAIN_BELOW = 512  # tokens of a document
+BLOCK = 512  # queries whose weights exist at once, in documents that neither route above computes whole
+
+# What layers pass on and no attention function needs: what was decided before (rotation, caches) or is recorded elsewhere.
+_BESIDE_THE_POINT = frozenset(
+    ("position_ids", "cache_position", "past_key_values", "use_cache", "cache_params", "output_attentions",
+     "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "is_causal")
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """How scores become weights: softmax(cap(scale * q k^T)) over the keys of the window, and over the head's sink.
+
+    `softcap` is c in c * tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2). `sinks_H` is one more score per head that takes
+    weight and gives nothing (gpt-oss; Xiao et al. 2023, arXiv 2309.17453). `window`: a token sees itself and `window` - 1 before.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but scale and window."""
+        return self.softcap is None and self.sinks_H is None and self.dropout == 0
 
 
 def attend_documents(
     module: torch.nn.Module,
     query: Float[Tensor, "b h p k"],
     key: Float[Tensor, "b g p k"],
-    value: Float[Tensor, "b g p k"],
+    value: Float[Tensor, "b g p w"],
     attention_mask: Tensor | None,
     *,
-    document_lengths: list[int] | None = None,
+    documents: Documents | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " h"] | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "b p h k"], None]:
-    """Causal scaled dot-product attention per document. Features it does not compute are refused, not ignored."""
-    unknown = [k for k in ("softcap", "s_aux", "logit_cap") if kwargs.get(k) is not None]
-    if unknown or attention_mask is not None:
-        raise NotImplementedError(f"attention with {', '.join(unknown) or 'a mask'}")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    lengths = document_lengths if document_lengths is not None else [query.shape[2]]
+) -> tuple[Float[Tensor, "b p h w"], None]:
+    """Causal scaled dot-product attention per document, on the device's route. Raises NotImplementedError for every feature that
+    it does not compute, also for those that it has never heard of."""
+    unknown = [k for k, v in kwargs.items() if v is not None and v is not False and k not in _BESIDE_THE_POINT]
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        unknown.append("sight of later tokens")
+    if attention_mask is not None:
+        unknown.append("a mask")
+    if key.shape[2] != query.shape[2]:
+        unknown.append("cached keys")
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    how = Scoring(
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        dropout=dropout,
+        window=sliding_window,
+        softcap=softcap,
+        sinks_H=s_aux,
+    )
+    documents = documents or Documents(lengths=(query.shape[2],))
+    if how.plain and can_attend(query, value, documents):
+        return attend_edges(query, key, value, documents, how.scale, how.window), None
+    return attend_each(query, key, value, documents, how), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths differ from row to row
+def attend_each(
+    query: Float[Tensor, "b h p k"],
+    key: Float[Tensor, "b g p k"],
+    value: Float[Tensor, "b g p w"],
+    documents: Documents,
+    how: Scoring,
+) -> Float[Tensor, "b p h w"]:
+    """One document after the other: short ones spelled out, long ones fused or, where torch's kernel lacks a feature, in blocks."""
+    lengths = list(documents.lengths)
+    if how.plain and query.device.type == "cpu" and max(lengths) <= PLAIN_BELOW:
+        return attend_short(query, key, value, lengths, how.scale, how.window)
+    special = how.softcap is not None or how.sinks_H is not None
     parts = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        plain = q.device.type == "cpu" and q.shape[2] <= PLAIN_BELOW
-        attend = _attend_plain if plain else _attend_fused
-        parts.append(attend(q, k, v, scale, dropout, sliding_window))
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+        windowed = how.window is not None and q.shape[2] > how.window
+        if q.device.type == "cpu" and q.shape[2] <= PLAIN_BELOW:
+            parts.append(_attend_plain(q, k, v, how, 0))
+        elif special or windowed:
+            parts.append(_attend_in_blocks(q, k, v, how))
+        else:
+            parts.append(_attend_fused(q, k, v, how))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
-def _attend_plain(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:
+def _attend_plain(q: Tensor, k: Tensor, v: Tensor, how: Scoring, skipped: int) -> Tensor:
     """softmax(q k^T) v spelled out, softmax in fp32; query heads that share a key head are rows of one matmul.
 
-    On CPUs torch's fused backward is 5 to 20 times slower than this for short documents (docs/decisions/004).
+    Row i of `q` is token `skipped` + i of `k` and `v`. On CPUs torch's fused backward is 5 to 20 times slower than this for short
+    documents (docs/decisions/004).
     """
-    b, h, n, size = q.shape
-    g = k.shape[1]
-    scores = (q.reshape(b, g, (h // g) * n, size) @ k.transpose(-1, -2)).reshape(b, g, h // g, n, n) * scale
-    at = torch.arange(n, device=q.device)
-    back = at[:, None] - at[None, :]
-    hidden = (back < 0) if window is None else (back < 0) | (back >= window)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
-    weights = F.dropout(weights, dropout, training=dropout > 0)
-    return (weights.reshape(b, g, (h // g) * n, n) @ v).reshape(b, h, n, v.shape[-1])
+    b, h, m, size = q.shape
+    g, n = k.shape[1], k.shape[2]
+    scores = (q.reshape(b, g, (h // g) * m, size) @ k.transpose(-1, -2)).reshape(b, g, h // g, m, n) * how.scale
+    if how.softcap is not None:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    back = torch.arange(skipped, skipped + m, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]
+    hidden = (back < 0) if how.window is None else (back < 0) | (back >= how.window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if how.sinks_H is not None:
+        sinks = how.sinks_H.to(scores.dtype).reshape(1, g, h // g, 1, 1).expand(b, -1, -1, m, 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., :n].to(v.dtype)
+    weights = F.dropout(weights, how.dropout, training=how.dropout > 0)
+    return (weights.reshape(b, g, (h // g) * m, n) @ v).reshape(b, h, m, v.shape[-1])
 
 
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
+    """`_attend_plain` for blocks of queries, each against the keys that it can see; weights are computed again in the backward
+    pass, so memory grows with a document's length and not with its square."""
+    parts = []
+    for start in range(0, q.shape[2], BLOCK):
+        stop = min(start + BLOCK, q.shape[2])
+        first = 0 if how.window is None else max(0, start - how.window + 1)
+        piece = (q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop])
+        parts.append(checkpoint(_attend_plain, *piece, how, start - first, use_reentrant=False))
+    return torch.cat(parts, 2)
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
+    groups, size = q.shape[1] // k.shape[1], v.shape[-1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    band = _band(q.shape[2], window, q.device)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=band, is_causal=band is None, scale=scale, dropout_p=dropout
-    )
+    if size < q.shape[-1]:  # torch's fused kernels want one size; without them a document's weights would exist at once
+        v = F.pad(v, (0, q.shape[-1] - size))
+    elif size > q.shape[-1]:
+        q, k = (F.pad(x, (0, size - x.shape[-1])) for x in (q, k))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale, dropout_p=how.dropout)
+    return out[..., :size]
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask of a sliding window; None where the document fits into it."""
-    if window is None or length <= window:
-        return None
-    at = torch.arange(length, device=device)
-    back = at[:, None] - at[None, :]
-    return (back >= 0) & (back < window)
+def answers_with(network_class: Any, config: Any) -> str:
+    """transformers' attention for answering: `sdpa` where it computes all that this model asks for, else `eager`.
+
+    transformers' sdpa leaves a soft cap out without a word.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if capped or not getattr(network_class, "_supports_sdpa", False) else "sdpa"
 
 
 def register() -> None:

@@ -18,7 +18,8 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Sizes of a causal language model. `num_parameters` counts each stored tensor once (a tied head is not stored)."""
+    """Sizes of a causal language model. `num_parameters` counts each stored tensor once (a tied head is not stored);
+    `active_intermediate` is the width between the two halves of a feed-forward block that one token passes, over all its experts."""
 
     name: str
     directory: Path
@@ -28,7 +29,12 @@ class ModelFacts:
     num_embedding_parameters: int
     hidden_size: int
     intermediate_size: int
+    active_intermediate: int
     num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    normalises_queries: bool
     vocab_size: int
     max_positions: int
     licence: str
@@ -56,6 +62,9 @@ def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str
         raise ModelError(
             2, str(directory / "config.json"), "describes no language model.", "Give a causal language model."
         )
+    inner = int(text.get("intermediate_size") or 4 * hidden)
+    experts = int(text.get("num_experts_per_tok") or text.get("top_k_experts") or 0)
+    heads = int(text.get("num_attention_heads", text.get("n_head", 1)))
     return ModelFacts(
         name=Path(name).name,
         directory=directory,
@@ -64,7 +73,12 @@ def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str
         num_parameters=sum(math.prod(s) for s in tensors.values()),
         num_embedding_parameters=embedding,
         hidden_size=hidden,
-        intermediate_size=int(text.get("intermediate_size") or 4 * hidden),
+        intermediate_size=inner,
+        active_intermediate=experts * int(text.get("moe_intermediate_size") or inner) if experts else inner,
+        num_heads=heads,
+        num_key_value_heads=int(text.get("num_key_value_heads") or heads),
+        head_dim=int(text.get("head_dim") or hidden // heads),
+        normalises_queries=any("q_norm" in n for n in tensors),
         num_layers=int(text.get("num_hidden_layers", text.get("n_layer", 1))),
         vocab_size=int(text.get("vocab_size", 0)),
         max_positions=int(text.get("max_position_embeddings", text.get("n_positions", 2**31))),

@@ -17,11 +17,19 @@ from educe.chat.prompt import render_prompt
 from educe.chat.tokens import MORE_TEMPLATES, ChatTokenizer
 from educe.config import Full, Lora
 from educe.errors import ModelError
+from educe.model.attention import answers_with
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model, quiet
 from educe.types import Message
 
-_COPIED = ("special_tokens_map.json", "tokenizer.model")
+# With the files of models that also take images or sound: what makes numbers of those.
+_COPIED = (
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def merged(
@@ -31,17 +39,21 @@ def merged(
 
     `new_ids` are the tokens that training added, as `load_model` was given them.
     """
-    exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
-    merging = isinstance(tuning, Lora)
-    model = load_model(base, exact if merging else device, tuning, new_ids=new_ids)
+    if isinstance(tuning, Lora):
+        model = load_model(base, device, new_ids=new_ids)
+        exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
+        adapted = load_model(base, exact, tuning, new_ids=new_ids)
+        put(load_file(weights, device=device.kind), adapted)
+        exactly = dict(adapted.network.merge_and_unload().named_parameters())
+        with torch.no_grad():  # not `network.to(...)`: which tensors stay in fp32 is for the model's class to say
+            for name, p in model.network.named_parameters():
+                p.copy_(exactly[name])
+        return model
+    model = load_model(base, device, tuning, new_ids=new_ids)
     put(load_file(weights, device=device.kind), model)
-    network = model.network.merge_and_unload() if merging else model.network
-    with torch.no_grad():
-        for p in network.parameters():  # not `network.to(...)`: that would round the rotary frequencies too
-            p.data = p.data.to(device.torch_dtype)
-    network.set_attn_implementation("sdpa")
-    network.eval()
-    return CausalLM(network, device, adapted=False)
+    model.network.set_attn_implementation(answers_with(type(model.network), model.network.config))
+    model.network.eval()
+    return model
 
 
 def put(masters: dict[str, Tensor], model: CausalLM) -> None:

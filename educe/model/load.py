@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +18,19 @@ import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationMixin
 
 from educe.config import Full, Lora
 from educe.errors import MachineError, ModelError
 from educe.model import attention
+from educe.model.adapters import layer_embeddings, with_adapters
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
+from educe.model.documents import documents_of
+from educe.model.frugal import compile_layers, on_host, recompute_layers, uncompiled
 from educe.model.loaded import prove_loaded
+from educe.model.mixers import run_apart
+from educe.model.router import balance_loss, router_coefficient
 from educe.parallel.shard import Sharded
 from educe.parallel.world import World
 from educe.types import Batch
@@ -32,15 +38,31 @@ from educe.types import Batch
 T = TypeVar("T")
 
 
-class CausalLM:
-    """A loaded model: `network` is what transformers (and peft) made; weights are in the device's arithmetic."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hidden:
+    """What one forward gives. `router_loss`: the micro-batch's auxiliary loss of routing, times its coefficient; None where the
+    model has none, none is asked for, or nothing is trained."""
 
-    def __init__(self, network: Any, device: Device, *, adapted: bool) -> None:
+    states_PD: Float[Tensor, "p d"]
+    router_loss: Float[Tensor, ""] | None
+
+
+class CausalLM:
+    """A loaded model: `network` is what transformers (and peft) made; weights are in the device's arithmetic.
+
+    `packable` is False once `packs_are_blind` has found a leak: then rows must hold one document, and nothing is put beside it.
+    """
+
+    def __init__(self, network: Any, device: Device, *, adapted: bool, router_loss: float | None = None) -> None:
         self.network = network
         self.device = device
         self.base = network.get_base_model() if adapted else network
+        self.packable = True
+        self.router_coefficient = router_coefficient(self.base, router_loss)
         self._decoder: nn.Module = self.base.get_decoder()
         self.sharded: Sharded | None = None
+        self.offloads = False
+        self._row_tokens = 0
         with torch.no_grad():  # peft puts a matrix with trained rows together each time it is asked for one
             self.vocabulary = int(self.base.get_output_embeddings().weight.shape[0])
 
@@ -53,27 +75,61 @@ class CausalLM:
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
 
     def hidden_states(self, batch: Batch) -> Float[Tensor, "p d"]:
-        """Last hidden states of a packed row; its documents do not see each other.
+        """Last hidden states of a packed row; its documents do not see each other."""
+        return self.forward(batch).states_PD
 
-        On a CPU a short filler document rounds the row up to a multiple of 16 tokens: oneDNN compiles and caches kernels per
-        shape, and rows of ever other lengths would cost time and half a gigabyte (docs/decisions/004).
+    def forward(self, batch: Batch) -> Hidden:
+        """Last hidden states of a packed row, whose documents do not see each other, and the auxiliary loss of its routing.
+
+        A filler document brings rows to few lengths, see `_filler`; nothing of it is returned.
         """
-        filler = -batch.num_tokens % 16 if self.device_kind == "cpu" else 0
+        filler = self._filler(batch.num_tokens)
+        balancing = self.router_coefficient > 0 and self.network.training
         out = self._decoder(
             input_ids=self.tensor(np.pad(batch.ids_P, (0, filler)))[None],
             position_ids=self.tensor(np.concatenate([batch.positions_P, np.arange(filler)]))[None],
-            document_lengths=[*batch.lengths_D.tolist(), *([filler] if filler else [])],
+            documents=documents_of([*batch.lengths_D.tolist(), *([filler] if filler else [])], self.device_kind),
             use_cache=False,
+            **({"output_router_logits": True} if balancing else {}),
         )
         states: Tensor = out.last_hidden_state[0]
-        return states[: batch.num_tokens]
+        loss = None
+        if balancing:
+            config = self.base.config.get_text_config()
+            loss = self.router_coefficient * balance_loss(out.router_logits, config, batch.num_tokens)
+        return Hidden(states_PD=states[: batch.num_tokens], router_loss=loss)
+
+    def _filler(self, num_tokens: int) -> int:
+        """Tokens of a filler document: up to the one length that compiled layers know; else, on a CPU, up to a multiple of 16, since
+        oneDNN compiles and keeps kernels for every shape it meets (docs/decisions/004)."""
+        if num_tokens <= self._row_tokens:
+            return self._row_tokens - num_tokens
+        return -num_tokens % 16 if self.device_kind == "cpu" and self.packable else 0
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers, first to last."""
+        found: nn.ModuleList = self._decoder.layers
+        return found
+
+    def recompute(self, count: int) -> None:
+        """The first `count` layers are computed again in the backward pass."""
+        recompute_layers(self.layers, count)
+
+    def compile(self, row_tokens: int) -> None:
+        """Compile the layers for rows of `row_tokens`; shorter ones are filled up to it."""
+        compile_layers(self.layers)
+        self._row_tokens = row_tokens
 
     def head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits as the model computes them: scale and soft cap of its config included."""
         config = self.base.config.get_text_config()
-        logits: Tensor = self.base.get_output_embeddings()(hidden_ND)
-        if scale := getattr(config, "logit_scale", None):
-            logits = logits * scale
+        logits: Tensor = self.base.get_output_embeddings()(
+            hidden_ND.to(self.device.torch_dtype)
+        )  # some keep fp32 residuals
+        for scale in (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")):
+            if scale:
+                logits = logits * scale
         if divisor := getattr(config, "logits_scaling", None):
             logits = logits / divisor
         if cap := getattr(config, "final_logit_softcapping", None):
@@ -102,7 +158,8 @@ class CausalLM:
         """A forward and backward pass; ranks add up their gradients only where it is `synchronised`."""
         if self.sharded is not None:
             self.sharded.synchronise(synchronised)
-        yield
+        with on_host() if self.offloads else contextlib.nullcontext():
+            yield
 
     def shard(self, world: World) -> None:
         """Divide the weights over the ranks, for good; `trainable` then names the shards. From here on the model computes only within
@@ -131,11 +188,10 @@ class CausalLM:
         """Evaluation mode with cached, padded attention, for the time of the block."""
         was_training, before = self.network.training, self.base.config._attn_implementation
         self.network.eval()
-        self.base.set_attn_implementation("sdpa")
+        self.base.set_attn_implementation(attention.answers_with(type(self.base), self.base.config))
         try:
-            with (
-                torch.inference_mode() if self.sharded is None else torch.no_grad()
-            ):  # FSDP's memory outlives the block
+            # FSDP's memory outlives the block
+            with torch.inference_mode() if self.sharded is None else torch.no_grad(), uncompiled():
                 yield
         finally:
             self.base.set_attn_implementation(before)
@@ -147,54 +203,100 @@ def load_model(
     device: Device,
     tuning: Full | Lora | None = None,
     *,
-    checkpointing: bool = False,
     new_ids: Collection[int] = (),
+    router_loss: float | None = None,
 ) -> CausalLM:
     """Load in the device's arithmetic. With `tuning`, ready to train packed rows; without, ready to answer.
 
     Nothing in the directory is executed. With LoRA the adapters are on every linear layer and the rest is frozen, but for the
-    embeddings of `new_ids`: tokens that the model never saw, which begin as the mean of the others.
+    embeddings of `new_ids`: tokens that the model never saw, which begin as the mean of the others. Of a model that also takes
+    images or sound only the language model is trained; the rest is loaded, kept as it is and exported. `router_loss`: the
+    coefficient of the auxiliary loss of a mixture of experts; None leaves it to the model's config.
     """
     refuse_unsafe(directory)
     attention.register()
-    way = attention.NAME if tuning is not None else "sdpa"
     with quiet():
-        try:
-            network, info = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=device.torch_dtype,
-                attn_implementation=way,
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (ValueError, OSError, RuntimeError, KeyError) as e:
-            if "out of memory" in str(e):
-                fix = "Choose a smaller model or another device."
-                raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e
-            first = str(e).strip().splitlines()[0][:200]
-            raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
-        prove_loaded(network, info["missing_keys"], directory)
+        network = _read(directory, device, for_training=tuning is not None)
         if new_ids:
             _begin_rows(network, sorted(new_ids))
     network.to(device.kind)
+    if tuning is not None:
+        _freeze_towers(network)
+        run_apart(network.get_decoder())
     if isinstance(tuning, Lora):
         with quiet():
-            network = _with_adapters(network, tuning, sorted(new_ids))
-    model = CausalLM(network, device, adapted=isinstance(tuning, Lora))
+            network = with_adapters(network, tuning, sorted(new_ids))
+    model = CausalLM(network, device, adapted=isinstance(tuning, Lora), router_loss=router_loss)
     if tuning is None:
         network.eval()
         return model
     network.train()
-    if checkpointing:
-        network.enable_input_require_grads()
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
+def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
+    """The checkpoint's own class with the checkpoint's weights, all of them."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        maker = _class_of(config)
+        unpacked = _unpacking(config, directory)
+        way = attention.NAME if for_training else attention.answers_with(maker, config)
+        network, info = maker.from_pretrained(
+            directory,
+            config=config,
+            dtype=device.torch_dtype,
+            attn_implementation=way,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **unpacked,
+        )
+    except (ValueError, OSError, RuntimeError, KeyError) as e:
+        if "out of memory" in str(e):
+            fix = "Choose a smaller model or another device."
+            raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e
+        first = str(e).strip().splitlines()[0][:200]
+        raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
+    prove_loaded(network, info["missing_keys"], directory)
+    if unpacked:
+        network._weight_conversions = None  # else transformers would save plain numbers under the names of packed ones
+    return network
+
+
+def _unpacking(config: Any, directory: Path) -> dict[str, Any]:
+    """What makes plain numbers of packed 4-bit ones (gpt-oss is published so; they are then trained and exported as such).
+    Raises `ModelError` for every other quantization."""
+    packed = getattr(config, "quantization_config", None)
+    if packed is None:
+        return {}
+    method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    if method != "mxfp4":
+        found = f"is quantized ({method}): its weights are no plain numbers, which training needs."
+        raise ModelError(204, str(directory / "config.json"), found, "Use the model that it was made from.")
+    return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the checkpoint names, so that all of it is loaded and exported; `AutoModelForCausalLM` would take the text
+    half of some checkpoints that also take images. Raises ValueError where there is none."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if isinstance(named, type) and issubclass(named, GenerationMixin) and not config.is_encoder_decoder:
+        return named
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{config.model_type} is no causal language model")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _freeze_towers(network: Any) -> None:
+    """Train the language model and its head only."""
+    trained = {id(p) for part in (network.get_decoder(), network.get_output_embeddings()) for p in part.parameters()}
+    for p in network.parameters():
+        p.requires_grad_(id(p) in trained)
+
+
 def _begin_rows(network: Any, new_ids: list[int]) -> None:
-    """Let the rows of `new_ids` in embedding and head (and its bias) be the mean of the rows before them.
+    """Let the rows of `new_ids` in embeddings and head (and its bias) be the mean of the rows before them.
 
     So a new token is neither likely nor unlikely before training (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html).
     Matrices that end before the last id are made longer, and the config with them. On the CPU, whatever the device: same bits.
@@ -207,10 +309,11 @@ def _begin_rows(network: Any, new_ids: list[int]) -> None:
         embedding.padding_idx = None  # torch gives the row of a padding token no gradient
     begun = sorted({*new_ids, *range(before, new_ids[-1] + 1)})
     tied = head.weight is embedding.weight
+    per_layer = [e.weight for e in layer_embeddings(network).values()]
     with torch.no_grad():
-        for rows in (embedding.weight, None if tied else head.weight, getattr(head, "bias", None)):
+        for rows in (embedding.weight, None if tied else head.weight, getattr(head, "bias", None), *per_layer):
             if rows is not None:
-                rows[begun] = _mean(rows[: min(new_ids[0], before)]).to(rows.dtype)
+                rows[[k for k in begun if k < len(rows)]] = _mean(rows[: min(new_ids[0], before)]).to(rows.dtype)
 
 
 def _mean(rows: Tensor) -> Tensor:
@@ -219,40 +322,6 @@ def _mean(rows: Tensor) -> Tensor:
     for piece in rows.split(4096):
         total += piece.double().sum(0)
     return total / len(rows)
-
-
-def _with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    tied = head.weight is embedding.weight
-    names = {module: name for name, module in network.named_modules()}
-    holders = [names[embedding]] if tied else [names[embedding], names[head]]
-    config = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,
-        lora_dropout=tuning.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        trainable_token_indices=dict.fromkeys(holders, new_ids) if new_ids else None,
-    )
-    # Adapters in the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
-    adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
-    if new_ids:
-        _check_rows(network, tied)
-    return adapted
-
-
-def _check_rows(network: Any, tied: bool) -> None:
-    """The head must use the trained rows: those of the embedding where the two are tied (peft goes by the config), else its own."""
-    head = network.get_output_embeddings()
-    rows = getattr(head, "token_adapter", None)
-    if rows is None or (rows.tied_adapter is not None) != tied:
-        found = "ties its head to its embedding in a way that adapters cannot follow: new control tokens would stay untrained."
-        fix = "Set tuning.kind: full, or a template whose control tokens the model has."
-        raise ModelError(202, network.config.model_type, found, fix)
-    if rows.base_layer.bias is not None:  # peft's layer leaves it out
-        head.register_forward_hook(lambda _module, _args, logits: logits + rows.base_layer.bias)
 
 
 @contextlib.contextmanager

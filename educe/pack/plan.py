@@ -48,6 +48,11 @@ class PackPlan:
         packs = range(int(self.step_edges[s]) + rank, int(self.step_edges[s + 1]), of)
         return [self.examples_K[self.pack_edges[p] : self.pack_edges[p + 1]].tolist() for p in packs]
 
+    def mean_reach(self, lengths_N: Int64[np.ndarray, " n"]) -> float:
+        """The mean over tokens of how long their example is: what attention costs and keeps follows it."""
+        drawn = lengths_N[self.examples_K].astype(np.float64)
+        return float((drawn**2).sum() / drawn.sum())
+
     @property
     def fill(self) -> float:
         """Tokens over the room of all packs. Nothing is padded: unused room costs no computation."""

@@ -42,6 +42,7 @@ class Sharded:
         Raises `ModelError` for a model that keeps some weights in another arithmetic.
         """
         self._world = world
+        self._waits: bool | None = None
         self._element_bytes: int = dtype.itemsize
         odd = [n for n, p in network.named_parameters() if p.dtype != dtype]
         if odd:
@@ -66,14 +67,17 @@ class Sharded:
         return out
 
     def synchronise(self, now: bool) -> None:
-        """Whether the next backward pass adds gradients up over the ranks, or on this one only."""
-        self._root.set_requires_gradient_sync(now)
+        """Whether the next backward pass adds gradients up over the ranks, or on this one only; where these, whole and in fp32, would
+        fill a quarter of the room on any rank, gradients are added up every time."""
+        if self._waits is None:
+            trained = sum(int(p.numel()) for p in self._root.parameters() if p.requires_grad)
+            self._waits = self._all_agree(4 * trained < 0.25 * self._free_bytes())
+        self._root.set_requires_gradient_sync(now or not self._waits)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Layers stay whole from pass to pass, for the time of the block, where every rank has room for the whole model."""
-        fits = self._whole_bytes() < 0.8 * self._free_bytes()
-        keeps = bool(self._world.sum(np.array([float(not fits)]))[0] == 0)
+        keeps = self._all_agree(self._whole_bytes() < 0.8 * self._free_bytes())
         for layer in self._layers if keeps else ():
             layer.set_reshard_after_forward(False, recurse=False)
         try:
@@ -82,6 +86,9 @@ class Sharded:
             for layer in self._layers if keeps else ():
                 layer.set_reshard_after_forward(True, recurse=False)
                 layer.reshard()
+
+    def _all_agree(self, here: bool) -> bool:
+        return bool(self._world.sum(np.array([float(not here)]))[0] == 0)
 
     def _whole_bytes(self) -> int:
         return self._element_bytes * sum(int(p.numel()) for p in self._root.parameters())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from educe.files.jsonl import parse_json
 from educe.model.describe import ModelFacts
+from educe.recipes.rates import RateAdvice, advise_rank, advise_rate
 from educe.stats import percentile
 
 
@@ -41,30 +42,20 @@ def metric_of(answers: Sequence[str]) -> tuple[str, str]:
     return "text", "free text: held-out loss decides, answers are shown side by side"
 
 
-# Above these rates (of full tuning, of LoRA) `check` warns.
-MAX_RATE = {False: 1e-3, True: 5e-3}
-
-
-def full_rate(hidden_size: int) -> float:
-    """Learning rate for full tuning by model width: 5e-5 (2000 / hidden)^0.781 (tinker-cookbook `get_lr`, Llama fit)."""
-    return float(5e-5 * (2000 / hidden_size) ** 0.781)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     """Derived settings with their reasons."""
 
     max_tokens: int
     why_length: str
-    lora: bool
+    rank: int | None
     why_tuning: str
     epochs: float
     why_epochs: str
     batch_tokens: int
     micro_batch_tokens: int
     rows_per_step: int
-    rate: float
-    why_rate: str
+    rate: RateAdvice
 
 
 def _epochs(rows: int, on_cpu: bool) -> tuple[float, str]:
@@ -92,6 +83,10 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
     size = facts.num_parameters / 1e6
     tuned = "LoRA" if lora else "all weights"
     why_tuning = f"{tuned}: full tuning of {size:.0f}M parameters needs about {facts.num_parameters * 18 / 1e9:.1f} GB"
+    rank = None
+    if lora:
+        rank, why_rank = advise_rank(facts, looked.rows * sum(looked.answer_tokens) / len(looked.answer_tokens))
+        why_tuning = f"{why_tuning}. {why_rank}"
     epochs, why_epochs = _epochs(looked.rows, on_cpu)
     mean = sum(looked.lengths) / len(looked.lengths)
     # A step holds enough rows for a steady gradient, few enough for 300 steps where there are the rows, and at most 128 rows.
@@ -101,20 +96,18 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
     micro = batch if batch <= 1024 else max(max_tokens, 512 if memory_bytes < 64e9 else 8192)
     micro = min(batch, micro)
     batch = micro * math.ceil(batch / micro)
-    short = looked.rows * epochs / rows_per_step < 1000
-    rate = min(full_rate(facts.hidden_size) * (10 if lora else 1) * (2 if short else 1), MAX_RATE[lora])
+    num_steps = math.ceil(looked.rows * epochs / rows_per_step)
     return Advice(
         max_tokens=max_tokens,
         why_length=why_length,
-        lora=lora,
+        rank=rank,
         why_tuning=why_tuning,
         epochs=epochs,
         why_epochs=why_epochs,
         batch_tokens=batch,
         micro_batch_tokens=micro,
         rows_per_step=rows_per_step,
-        rate=float(f"{rate:.1e}"),
-        why_rate=f"5e-5 x (2000 / {facts.hidden_size})^0.781{' x 10, LoRA' if lora else ''}{' x 2, short run' if short else ''}",
+        rate=advise_rate(facts, lora=lora, rows_per_step=rows_per_step, num_steps=num_steps),
     )
 
 
@@ -142,7 +135,7 @@ def recipe_text(
             return f"{{kind: file, file: {_quoted(file)}}}"
         return f"{{kind: share, share: {part}}}  # {why}"
 
-    tuning = "{kind: lora, rank: 16, alpha: 32.0}" if a.lora else "{kind: full}"
+    tuning = "{kind: full}" if a.rank is None else f"{{kind: lora, rank: {a.rank}, alpha: 32.0}}"
     return f"""\
 # Written by `educe init`. Every value may be changed; `educe check` says what it means before anything is spent.
 name: {name}
@@ -162,7 +155,7 @@ train:
   epochs: {a.epochs}  # {a.why_epochs}
   batch_tokens: {a.batch_tokens}  # about {a.rows_per_step} rows a step
   micro_batch_tokens: {a.micro_batch_tokens}  # a pack of rows: what is held in memory at once
-  learning_rate: {_yaml_float(a.rate)}  # {a.why_rate}
+  learning_rate: {_yaml_float(a.rate.value)}  # {a.rate.why}; {a.rate.span} is worth a try: `educe lr` does it
   schedule: linear  # down to 0 after a warm-up of 5 % of the steps
   seed: 0
 

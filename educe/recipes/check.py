@@ -17,7 +17,8 @@ from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.recipes.build import Input
-from educe.recipes.estimate import Estimate, estimate_run
+from educe.recipes.estimate import Estimate, estimate_run, whether_to_compile
+from educe.recipes.memory import MemoryPlan, memory_of_run, trained_share
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import plan_run, too_many_unused, warnings_of
 from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare
@@ -36,6 +37,7 @@ class Check:
     tasks: tuple[TaskPlan, ...]
     num_undrawn: int
     estimate: Estimate
+    memory: MemoryPlan
     device: str
     device_why: str
     memory_bytes: int
@@ -60,15 +62,17 @@ def check(recipe: Recipe, say: Say) -> Check:
     mixed = mix(recipe, prepared)
     plan = plan_run(recipe, prepared, facts, mixed)
     device = device_of(recipe)
-    share = prepared.summary["trained_tokens"] / prepared.summary["tokens"]
-    estimate = estimate_run(facts, recipe, plan, share, device.flops, device.kind, device.dtype)
+    share = trained_share(prepared)
+    estimate = estimate_run(facts, recipe, plan, share, device)
     memory = memory_of(device.kind)
+    compiled, _ = whether_to_compile(recipe, facts, plan, device, share, packed=True)
+    needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled)
     free = shutil.disk_usage(_existing(Path(recipe.runs))).free
     blockers = []
-    if estimate.memory_bytes > memory:
+    if not needed.fits:
         blockers.append(
-            f"needs {estimate.memory_bytes / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are there: lower "
-            "train.micro_batch_tokens, set tuning.kind: lora, or train.activation_checkpointing: true"
+            f"needs {needed.total / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are there: lower "
+            "train.micro_batch_tokens, set tuning.kind: lora, or train.activations: auto"
         )
     if estimate.disk_bytes > free:
         blockers.append(f"needs {estimate.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
@@ -81,13 +85,14 @@ def check(recipe: Recipe, say: Say) -> Check:
         tasks=mixed.tasks,
         num_undrawn=num_undrawn(prepared, mixed),
         estimate=estimate,
+        memory=needed,
         device=f"{device.kind} ({device.name}), {device.dtype}",
         device_why=device.why,
         memory_bytes=memory,
         free_disk_bytes=free,
         reasons=_reasons(prepared),
         odd=odd_rows(inputs, names),
-        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, plan), *busy(device.kind)],
+        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan), *busy(device.kind)],
         blockers=blockers,
     )
 

@@ -1,9 +1,11 @@
-"""How long and how much memory a run will take, before it starts: measured speed where this machine has one, else a roofline."""
+"""How long a run will take, before it starts: measured speed where this machine has one, else a roofline; and whether compiling
+pays."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from educe.config import Lora, Recipe
 from educe.errors import MachineError
@@ -11,10 +13,16 @@ from educe.files.atomic import write_json
 from educe.files.hashes import cache_dir
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan
+from educe.recipes.memory import num_trained
+
+if TYPE_CHECKING:
+    from educe.model.device import Device
 
 # Share of the probed matmul rate that a training step reaches where nothing was measured yet.
 _EFFICIENCY = {"cpu": 0.36, "mps": 0.3, "cuda": 0.4}
-_PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries
+# What compiling takes and gains, measured (docs/performance.md); None of it depends on the number of layers.
+_COMPILE_S = {"cpu": 60.0, "cuda": 30.0}
+_COMPILE_GAIN = {"cpu": 1.2, "cuda": 1.4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,36 +32,19 @@ class Estimate:
     tokens_per_s: float
     measured: bool
     training_s: float
-    memory_bytes: float
     disk_bytes: float
 
 
-def estimate_run(
-    facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, flops: float, device: str, dtype: str
-) -> Estimate:
-    """Time from the speed, memory from what must be held at once."""
+def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, device: Device) -> Estimate:
+    """Time from the speed, space from what is written."""
     lora = isinstance(recipe.tuning, Lora)
-    speed = _known_speeds().get(speed_key(facts.name, recipe, device, dtype))
-    rate = speed if speed else roofline(facts, flops, device, lora=lora, trained_share=trained_share)
-    compute = 2 if dtype == "bfloat16" else 4
-    trained = (
-        num_adapter_parameters(facts, recipe.tuning.rank) if isinstance(recipe.tuning, Lora) else facts.num_parameters
-    )
-    masters = 4 * trained if (compute == 2 or lora) else 0
-    state = (
-        facts.num_parameters * compute + masters + trained * (4 + 8)
-    )  # weights, masters, fp32 gradients, two moments
-    tokens = recipe.train.micro_batch_tokens
-    kept = 16 * facts.hidden_size + 4 * facts.intermediate_size  # activations a layer keeps for the backward, per token
-    layers = facts.num_layers if not recipe.train.activation_checkpointing else facts.num_layers**0.5 + 1
-    activations = tokens * layers * kept * compute
-    logits = 3 * 4 * facts.vocab_size * min(tokens * trained_share, 256 * 2**20 / (4 * max(1, facts.vocab_size)))
-    process = _PROCESS_BYTES if device == "cpu" else 0
+    speed = _known_speeds().get(speed_key(facts.name, recipe, device.kind, device.dtype))
+    rate = speed if speed else roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share)
+    trained = num_trained(facts, recipe.tuning)
     return Estimate(
         tokens_per_s=rate,
         measured=speed is not None,
         training_s=plan.num_tokens / rate,
-        memory_bytes=state + activations + logits + process,
         disk_bytes=trained * 4 * (3 * recipe.train.keep_checkpoints + 1) + facts.num_parameters * 2,
     )
 
@@ -69,10 +60,33 @@ def roofline(facts: ModelFacts, flops: float, device: str, *, lora: bool = False
     return max(flops, 1e9) * _EFFICIENCY[device] / per_token
 
 
-def num_adapter_parameters(facts: ModelFacts, rank: int) -> int:
-    """LoRA parameters on all linear layers of a Llama-like block: rank * (in + out) for each of seven matrices."""
-    d, m = facts.hidden_size, facts.intermediate_size
-    return facts.num_layers * rank * (4 * 2 * d + 3 * (d + m))
+def whether_to_compile(
+    recipe: Recipe, facts: ModelFacts, plan: PackPlan, device: Device, trained_share: float, *, packed: bool
+) -> tuple[bool, str]:
+    """Whether the layers of this run should be compiled, and why."""
+    asked = recipe.train.compile
+    if asked == "off":
+        return False, "train.compile is off"
+    from educe.model.frugal import why_not_compiled
+
+    if lack := why_not_compiled(device.kind):
+        if asked == "on":
+            raise MachineError(5, "train.compile", f"is on, but {lack}.", "Install it, or set train.compile: auto.")
+        return False, lack
+    if not packed:
+        return False, "rows that are trained alone have ever other lengths"
+    if asked == "on":
+        return True, "train.compile is on"
+    cost, gain = _COMPILE_S[device.kind], _COMPILE_GAIN[device.kind]
+    lora = isinstance(recipe.tuning, Lora)
+    alone_s = (
+        plan.num_tokens / roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share) * gain
+    )
+    saved = alone_s * (1 - 1 / gain) - cost
+    said = f"{gain:g} times as fast over about {alone_s / 60:.1f} min saves "
+    if saved <= 0:
+        return False, f"{said}less than the {cost:.0f} s it takes"
+    return True, f"{said}{(saved + cost) / 60:.1f} min and takes about {cost:.0f} s once"
 
 
 def speed_key(model: str, recipe: Recipe, device: str, dtype: str) -> str:

@@ -81,8 +81,11 @@ def evaluate(
         raise UsageError(101, "--metric", f"{metric!r} is not a metric.", f"One of {', '.join(METRICS)}.")
     metric = metric or recipe.evaluation.metric.kind
     graded, seconds = _regraded(run, metric) if regrade_only else _answered(run, recipe, metric, say, on_answers)
-    dev = [line["loss"] for line in run.load(run.metrics) if line["kind"] == "dev"]
-    scores = score(graded, metric, seconds, dev_loss=(dev[0], dev[-1]) if len(dev) > 1 else None)
+    dev = {line["step"]: line["loss"] for line in run.load(run.metrics) if line["kind"] == "dev"}
+    after = dev.get(
+        run.load(run.provenance)["weights_step"]
+    )  # of the weights that answer, which may be an earlier step's
+    scores = score(graded, metric, seconds, dev_loss=(dev[0], after) if after is not None else None)
     with told(run.answers):
         run.answers.mkdir(exist_ok=True)
         for name in SYSTEMS:

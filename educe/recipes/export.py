@@ -81,7 +81,7 @@ def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None, 
         "",
         f"# {name}",
         "",
-        f"{base['name']} tuned with educe {provenance['educe']} ({provenance['steps']} steps).",
+        f"{base['name']} tuned with educe {provenance['educe']} ({provenance['weights_step']} steps).",
     ]
     if scores is not None and scores["metric"] == "text":
         lines += ["", f"**{scores['verdict']}**"]

@@ -8,12 +8,12 @@ from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.data.formats import BESIDE
 from educe.data.messages import TURN_KEYS
-from educe.errors import ModelError, UsageError
+from educe.errors import ModelError, RecipeError, UsageError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
-from educe.recipes.advise import MAX_RATE
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
+from educe.recipes.rates import RateAdvice, advise_rate
 
 # Keys that mean something in a row or a turn: what an unread key may have been meant for.
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
@@ -27,6 +27,11 @@ def plan_run(
     if recipe.data.max_tokens > facts.max_positions:
         found = f"data.max_tokens is {recipe.data.max_tokens}, {facts.name} has {facts.max_positions} positions."
         raise ModelError(201, "data.max_tokens", found, "Lower it.")
+    if not len(prepared.store("dev")) and (recipe.train.patience or recipe.train.keep_weights == "best"):
+        knob = "train.patience" if recipe.train.patience else "train.keep_weights: best"
+        raise RecipeError(
+            201, knob, "goes by the held-out loss, and no row is held out.", "Give data.dev rows, or drop it."
+        )
     added = sorted(prepared.tokenizer.new_tokens.values())
     known = max(facts.vocab_size, added[-1] + 1) if added and added[0] <= facts.vocab_size else facts.vocab_size
     if store.max_id >= known:
@@ -62,7 +67,7 @@ def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
     ]
 
 
-def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]:
+def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan) -> list[str]:
     """What may be right but is worth a look."""
     s, said = prepared.summary, []
     if s["duplicates"]:
@@ -108,10 +113,25 @@ def warnings_of(recipe: Recipe, prepared: Prepared, plan: PackPlan) -> list[str]
             f"train.batch_tokens ({batch}) is no multiple of train.micro_batch_tokens ({micro}): "
             f"a step holds at most {batch // micro * micro} tokens"
         )
+    if recipe.train.patience and recipe.train.patience * recipe.train.measure_every_share >= 1:
+        said.append(
+            f"train.patience {recipe.train.patience} can end nothing: dev is measured every "
+            f"{recipe.train.measure_every_share:g} of the run; lower train.measure_every_share"
+        )
     if plan.num_steps < 20:
         said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
-    lora = isinstance(recipe.tuning, Lora)
-    low, high = 1e-5 if lora else 5e-7, MAX_RATE[lora]
-    if not low <= recipe.train.learning_rate <= high:
-        said.append(f"train.learning_rate {recipe.train.learning_rate:g} is outside the usual {low:g} to {high:g}")
+    rate, advice = recipe.train.learning_rate, advised_rate(recipe, facts, plan)
+    if not advice.low <= rate <= advice.high:
+        way = "high" if rate > advice.high else "low"
+        what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"
+        said.append(
+            f"train.learning_rate {rate:g} is {way}: {advice.span} is advised for {what} of this model "
+            f"({advice.value:g} = {advice.why}); `educe lr` tries rates on your rows"
+        )
     return said
+
+
+def advised_rate(recipe: Recipe, facts: ModelFacts, plan: PackPlan) -> RateAdvice:
+    """The rates that are advised for this run."""
+    rows = plan.examples_K.size / plan.num_steps
+    return advise_rate(facts, lora=isinstance(recipe.tuning, Lora), rows_per_step=rows, num_steps=plan.num_steps)

@@ -18,25 +18,27 @@ from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.source import Say
-from educe.pack.plan import PLAN_VERSION, PackPlan
+from educe.pack.plan import PLAN_VERSION
 from educe.recipes.ledger import write_ledger
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared, inputs_of
+from educe.recipes.trainee import Trainee
 from educe.training.checkpoint import newest_checkpoint
-from educe.training.state import State
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 
 
 def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: int) -> dict[str, Any]:
     """Everything that decides the trained weights, flat: two runs with equal settings are the same run. `ranks`: those that packs
     are dealt to."""
     template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
-    tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump().items()}
-    skipped = ("checkpoint_every_steps", "keep_checkpoints", "sample_every_share")
-    steps = {f"train.{k}": v for k, v in recipe.train.model_dump().items() if k not in skipped}
+    tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump(mode="json").items()}
+    skipped = ["checkpoint_every_steps", "keep_checkpoints"]
+    if recipe.train.patience is None and recipe.train.keep_weights == "last":
+        skipped.append("measure_every_share")  # nothing follows from the measurements
+    steps = {f"train.{k}": v for k, v in recipe.train.model_dump(mode="json").items() if k not in skipped}
     data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
     policy = recipe.data.model_dump(mode="json", exclude={"max_unused"})
     for block in (policy["train"], policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
@@ -94,7 +96,7 @@ def claim(
     with told(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, text)
-        write_json(run.resolved, {"recipe": recipe.model_dump(), "settings": settings})
+        write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
         write_ledger(run.ledger, prepared, mixed)
         shutil.copyfile(prepared.path / "preview.json", run.path / "preview.json")
     return newest_checkpoint(run.checkpoints, say)
@@ -105,9 +107,7 @@ def provenance_of(
     prepared: Prepared,
     facts: ModelFacts,
     device: Device,
-    state: State,
-    plan: PackPlan,
-    packed: bool,
+    t: Trainee,
     started: str | None,
     ranks: int,
 ) -> dict[str, Any]:
@@ -137,24 +137,32 @@ def provenance_of(
             for name, files in _data_files(recipe).items()
         },
         "prepared": prepared.key,
-        "plan_sha256": plan.hash,
-        "packed": packed,
+        "plan_sha256": t.plan.hash,
+        "packed": t.packed,
         "ranks": ranks,
-        "planned_ranks": plan.num_ranks,
-        "trainable_parameters": sum(m.numel() for m in state.optimizer.masters.values()),
-        "steps": plan.num_steps,
+        "planned_ranks": t.plan.num_ranks,
+        "memory": t.memory.as_json(),
+        "trainable_parameters": sum(m.numel() for m in t.state.optimizer.masters.values()),
+        "steps": t.plan.num_steps,
+        "steps_done": None,
+        "weights_step": None,
         "started": started or _now(),
         "finished": None,
     }
 
 
-def finished(provenance: dict[str, Any], run: RunDir) -> dict[str, Any]:
-    """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run."""
+def finished(provenance: dict[str, Any], run: RunDir, steps_done: int, weights_step: int) -> dict[str, Any]:
+    """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run.
+
+    `weights_step`: the step whose weights the run keeps.
+    """
     steps = [line for line in read_jsonl(run.metrics) if line["kind"] == "step"]
     training_s = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
     return {
         **provenance,
         "finished": _now(),
+        "steps_done": steps_done,
+        "weights_step": weights_step,
         "training_s": training_s,
         "tokens_per_s": sum(line["tokens"] for line in steps) / training_s,
         "peak_memory_bytes": max(int(line["peak_memory_bytes"]) for line in steps),

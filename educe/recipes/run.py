@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
 
 if TYPE_CHECKING:
+    from educe.evaluate.probe import Tried
     from educe.recipes.check import Check
     from educe.recipes.inspect import Inspection
+    from educe.recipes.lr import Probe
     from educe.recipes.prepare import Prepared
     from educe.recipes.template import TemplateReport
     from educe.training.state import StepReport
@@ -38,6 +40,14 @@ class Silent:
     def dev(self, step: int, loss: float) -> None: ...
 
     def samples(self, step: int, lines: list[dict[str, Any]]) -> None: ...
+
+
+class SilentProbe:
+    """A screen of `lr` that shows nothing."""
+
+    def step(self, rate: float, report: StepReport) -> None: ...
+
+    def tried(self, tried: Tried, start_loss: float, loss: float | None) -> None: ...
 
 
 class Run:
@@ -139,6 +149,23 @@ def prepare(recipe: str | Path, *, say: Say = quiet) -> Prepared:
     from educe.recipes.prepare import prepare as run_prepare
 
     return run_prepare(load_recipe(Path(recipe)), say)
+
+
+def lr(
+    recipe: str | Path,
+    *,
+    rates: Sequence[float] = (),
+    steps: int | None = None,
+    minutes: float = 10.0,
+    say: Say = quiet,
+    screen: Any = None,
+) -> Probe:
+    """Try learning rates in short runs and say which one to write; see `Probe.judgement` and the page in `Probe.path`."""
+    need_torch()
+    from educe.recipes.lr import lr as run_lr
+
+    shown = screen if screen is not None else SilentProbe()
+    return run_lr(load_recipe(Path(recipe)), say, shown, rates=rates, steps=steps, minutes=minutes)
 
 
 def train(recipe: str | Path, *, say: Say = quiet, screen: Any = None, devices: int | None = None) -> Run:

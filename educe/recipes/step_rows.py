@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from educe.model.describe import describe_model
 from educe.model.source import Say
 from educe.recipes.mixing import mix
 from educe.recipes.plan import plan_run
-from educe.recipes.prepare import open_prepared_data
+from educe.recipes.prepare import Prepared, open_prepared_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,16 @@ def rows_of_step(run: RunDir, step: int, say: Say) -> list[StepRow]:
         for k, pack in enumerate(packs, 1)
         for i in pack
     ]
+
+
+def names_of(prepared: Prepared, packs: Sequence[Sequence[int]], pack: int | None, most: int = 5) -> str:
+    """FILE:LINE of the rows in one of these packs, or in all of them; the first few."""
+    store = prepared.store("train")
+    chosen = [int(store.rows[i]) for p in (packs if pack is None else [packs[pack]]) for i in p]
+    places = dict(_places(prepared.path / "ledger.jsonl", set(chosen)))
+    shown = list(dict.fromkeys(places[n] for n in chosen))
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return f"rows {', '.join(shown[:most])}{more}"
 
 
 def _places(ledger: Path, numbers: set[int]) -> Iterator[tuple[int, str]]:

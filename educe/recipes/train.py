@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from educe.config import Recipe
 from educe.errors import DataError
@@ -18,25 +17,20 @@ from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.device import Device
-from educe.model.load import load_model
-from educe.model.proof import packs_are_blind, prove_head
 from educe.model.source import Say
-from educe.pack.batch import rank_step
-from educe.pack.plan import PackPlan
 from educe.parallel.world import World, join, leave
 from educe.recipes.estimate import remember_speed, speed_key
 from educe.recipes.machine import chosen_device, device_of_run
-from educe.recipes.mixing import Mixed, loss_weights, mix
-from educe.recipes.plan import plan_run, refuse_idle_ranks, too_many_unused
+from educe.recipes.memory import memory_plan_of
+from educe.recipes.mixing import Mixed, mix
+from educe.recipes.plan import refuse_idle_ranks, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import claim, finished, planned_ranks, provenance_of, settings_of
+from educe.recipes.step_rows import names_of
+from educe.recipes.trainee import loop_config, trainee
 from educe.recipes.watch import Screen, Watch
-from educe.seeds import derive
 from educe.training.checkpoint import load_checkpoint
-from educe.training.loop import LoopConfig
 from educe.training.loop import train as run_loop
-from educe.training.optim import Adam, AdamSettings
-from educe.training.sft import sft_loss
 from educe.training.state import State, StepReport
 
 
@@ -68,7 +62,7 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | No
             say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
             provenance = run.load(run.provenance)
             if world.leads and provenance["finished"] is None:  # killed between the last checkpoint and this
-                write_json(run.provenance, finished(provenance, run))
+                write_json(run.provenance, finished(provenance, run, found[1]["step"], found[1]["weights_step"]))
         else:
             _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world)
     leave()
@@ -89,81 +83,53 @@ def _train(
 ) -> None:
     device = _device(recipe, run, world)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
-    torch.manual_seed(derive(recipe.train.seed, "adapters"))
-    model = load_model(
-        prepared.model_dir,
-        device,
-        recipe.tuning,
-        checkpointing=recipe.train.activation_checkpointing,
-        new_ids=prepared.tokenizer.new_tokens.values(),
-    )
-    prove_head(model)
-    packed = bool(world.share(packs_are_blind(model)))
-    if not packed:
-        say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
-    if world.size > 1:
-        model.shard(world)
-        say(f"{world.size} ranks: weights, gradients and the optimizer's state are divided among them")
-    plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=settings["ranks"])
-    betas = (recipe.train.beta1, recipe.train.beta2)
-    optimizer = Adam(model.trainable(), AdamSettings(betas=betas, weight_decay=recipe.train.weight_decay))
-    state = State(model=model, optimizer=optimizer)
+    earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
+    decided = memory_plan_of(earlier["memory"]) if earlier else None
+    ranks = settings["ranks"]
+    t = trainee(recipe, prepared, facts, mixed, device, decided, say, world=world, planned_ranks=ranks)
+    state, plan = t.state, t.plan
     if found is not None:
         load_checkpoint(*found, state)
         say(f"going on after step {state.step} of {plan.num_steps}")
+    provenance = provenance_of(recipe, prepared, facts, device, t, earlier.get("started"), world.size)
     if world.leads:
-        need_space(run.path, 14 * sum(m.numel() for m in optimizer.masters.values()), "training")
-    earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
-    provenance = provenance_of(recipe, prepared, facts, device, state, plan, packed, earlier.get("started"), world.size)
-    if world.leads:
+        need_space(run.path, 14 * sum(m.numel() for m in state.optimizer.masters.values()), "training")
         write_json(run.provenance, provenance)
 
-    store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
-    watch = Watch(recipe, run, prepared, state, plan, settings, screen, packed=packed, world=world)
+    history = found[1]["held_out"] if found is not None else []
+    watch = Watch(recipe, run, prepared, state, plan, settings, screen, history, packed=t.packed, world=world)
     watch.begin()
     with _signals() as asked:
 
         def stop(state: State, report: StepReport) -> bool:
-            return bool(_agreed(asked, world))
+            return bool(_agreed(asked, world)) or watch.has_stalled
 
-        run_loop(
-            state,
-            lambda step: rank_step(
-                [[store[i] for i in group] for group in plan.step(step)],
-                weights,
-                world.rank,
-                world.size,
-                within_tasks=recipe.data.loss_mean == "task",
-            ),
-            sft_loss,
-            [watch.on_step, stop],
-            _loop_config(recipe, plan, len(prepared.tasks)),
-            world=world,
-            say=say,
-        )
-        if state.step < plan.num_steps:
+        if not watch.has_stalled:  # as it may have when it was killed while it ended
+            run_loop(
+                state,
+                t.batches_of,
+                t.loss,
+                [watch.on_step, stop],
+                loop_config(recipe, prepared, plan.num_steps),
+                world=world,
+                rows_of=lambda step, micro: names_of(prepared, plan.step(step, world.rank, world.size), micro),
+                say=say,
+            )
+        if watch.has_stalled:
+            say(
+                f"no new low of the held-out loss in {recipe.train.patience} measurements: ending after step {state.step}"
+            )
+        elif state.step < plan.num_steps:
             say(f"stopping: saving after step {state.step} of {plan.num_steps}")
             watch.save(done=False)
             leave()
             raise Interrupted(asked[0], state.step)
-    watch.end()
+    watch.end(say)
     if world.leads:
-        provenance = finished(provenance, run)
+        provenance = finished(provenance, run, state.step, watch.weights_step)
         write_json(run.provenance, provenance)
         speed = provenance["tokens_per_s"] / world.size
         remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), speed)
-
-
-def _loop_config(recipe: Recipe, plan: PackPlan, num_tasks: int) -> LoopConfig:
-    return LoopConfig(
-        total_steps=plan.num_steps,
-        learning_rate=recipe.train.learning_rate,
-        warmup_share=recipe.train.warmup_share,
-        schedule=recipe.train.schedule,
-        clip_norm=recipe.train.clip_norm,
-        seed=recipe.train.seed,
-        num_tasks=num_tasks,
-    )
 
 
 def _device(recipe: Recipe, run: RunDir, world: World) -> Device:

@@ -1,8 +1,9 @@
-"""What happens beside the steps: metrics, held-out loss, the three sample answers, checkpoints."""
+"""What happens beside the steps: metrics, held-out loss and what follows from it, the three sample answers, checkpoints."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,18 +15,21 @@ from educe.files.atomic import told
 from educe.files.jsonl import read_jsonl, write_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.device import release_free_memory
+from educe.model.source import Say
 from educe.model.together import Together
 from educe.pack.batch import build_batch, even
 from educe.pack.plan import PackPlan, plan_once
 from educe.parallel.world import ALONE, World
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
-from educe.training.checkpoint import save_checkpoint
+from educe.training.checkpoint import load_weights, save_checkpoint
+from educe.training.patience import History, best_step, has_stalled
 from educe.training.sft import held_out_loss
 from educe.training.state import State, StepReport
 from educe.types import Batch
 
 NUM_SAMPLES = 3
+SAMPLES_AT = (0.34, 0.68)  # shares of the steps; and before the first and after the last
 TRIM_EVERY_STEPS = 2
 
 
@@ -42,6 +46,7 @@ class Screen(Protocol):
 class Watch:
     """The hook of an SFT run. Metrics of steps that a resumed run will repeat are cut off when it begins.
 
+    `history`: the held-out measurements up to the step that is gone on from, as its checkpoint has them.
     All ranks measure and answer together; rank 0 writes.
     """
 
@@ -54,6 +59,7 @@ class Watch:
         plan: PackPlan,
         settings: dict[str, Any],
         screen: Screen,
+        history: History,
         *,
         packed: bool,
         world: World = ALONE,
@@ -61,8 +67,12 @@ class Watch:
         self._recipe, self._run, self._state, self._plan, self._settings = recipe, run, state, plan, settings
         self._screen, self._packed, self._world = screen, packed, world
         self._dev, self._tasks = prepared.store("dev"), prepared.tasks
-        every = recipe.train.sample_every_share
-        self._looks = {round(plan.num_steps * every * k) for k in range(1, int(1 / every) + 1)}
+        self._history = [(int(step), float(loss)) for step, loss in history]
+        self._keeps_best = recipe.train.keep_weights == "best"
+        self.weights_step = 0
+        every = recipe.train.measure_every_share
+        self._measures = {round(plan.num_steps * every * k) for k in range(1, int(1 / every) + 1)}
+        self._looks = {round(plan.num_steps * share) for share in SAMPLES_AT}
         self._tokenizer = prepared.tokenizer
         rows = (prepared.conversations("dev") or prepared.conversations("test"))[:NUM_SAMPLES]
         self._questions = [(c, max(i for i, m in enumerate(c.messages) if m.role == "assistant")) for c in rows]
@@ -87,28 +97,67 @@ class Watch:
             release_free_memory()
         if report.step == self._plan.num_steps:
             return
-        if report.step in self._looks:
+        if report.step in self._measures:
             self._measure()
+        if self.has_stalled:
+            return
+        if report.step in self._looks:
             self._answer()
-        if report.step % self._recipe.train.checkpoint_every_steps == 0:
+        # A new best is a whole checkpoint: a killed run goes on from it or from a later one, never from before its best.
+        if report.step % self._recipe.train.checkpoint_every_steps == 0 or (self._keeps_best and self._is_best):
             self.save(done=False)
 
-    def end(self) -> None:
-        """After the last step: the final weights first, then held-out loss and answers."""
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the held-out loss has not fallen for as long as the recipe's patience."""
+        patience = self._recipe.train.patience
+        return patience is not None and has_stalled(self._history, patience)
+
+    @property
+    def _is_best(self) -> bool:
+        return best_step(self._history) == self._state.step
+
+    def end(self, say: Say) -> None:
+        """After the last step: the final weights as soon as they are known, then held-out loss and answers."""
+        self.weights_step = self._state.step
+        if self._keeps_best:
+            self._measure()
+            self._take_best(say)
         self.save(done=True)
         self._measure()
         self._answer()
 
+    def _take_best(self, say: Say) -> None:
+        """Put the weights of the lowest held-out loss into the model, where they are not its own."""
+        losses, best = dict(self._history), best_step(self._history)
+        if best is None or self._is_best:
+            say(f"the weights of the last step, {self._state.step}, are kept: their held-out loss is the lowest")
+        elif problem := load_weights(self._run.checkpoints, best, self._state):
+            say(
+                f"step {best} had the lowest held-out loss, but {problem} The weights of step {self._state.step} are kept"
+            )
+        else:
+            self.weights_step = best
+            say(f"the weights of step {best} are kept: their held-out loss, {losses[best]:.3f}, is the lowest")
+        if best is not None and losses[best] >= losses.get(0, math.inf):
+            say(f"it is not lower than the untouched model's, {losses[0]:.3f}: training did not help there")
+
     def save(self, *, done: bool) -> None:
         keep = 1 if done else self._recipe.train.keep_checkpoints
-        about = {"settings": self._settings, "plan": self._plan.hash}
-        save_checkpoint(self._run.checkpoints, self._state, about, finished=done, keep=keep, world=self._world)
+        about: dict[str, Any] = {"settings": self._settings, "plan": self._plan.hash, "held_out": self._history}
+        if done:
+            about["weights_step"] = self.weights_step
+        best = best_step(self._history) if self._keeps_best and not done else None
+        save_checkpoint(
+            self._run.checkpoints, self._state, about, finished=done, keep=keep, best=best, world=self._world
+        )
 
     def _measure(self) -> None:
-        if len(self._dev):
+        if len(self._dev) and not (self._history and self._history[-1][0] == self._state.step):
             means = held_out_loss(self._state.model, self._dev_batches())
             if self._world.size > 1:
                 means = means.over(self._world, len(self._tasks))
+            self._history.append((self._state.step, means.mean))
             line = {"kind": "dev", "step": self._state.step, "loss": means.mean, **self._of_tasks(means.by_task)}
             self._append(self._run.metrics, line)
             self._screen.dev(self._state.step, means.mean)

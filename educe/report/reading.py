@@ -121,6 +121,7 @@ def _provenance(loaded: Any) -> Provenance:
         licence=_text(model, "licence"),
         directory=_text(model, "directory"),
         planned_steps=_whole(row, "steps"),
+        weights_step=_whole(row, "weights_step"),
         started=_text(row, "started"),
         finished=_text(row, "finished"),
         training_s=_real(row, "training_s"),

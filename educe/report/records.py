@@ -29,7 +29,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where the run happened and what exactly it used. `hashes` and `packages` are tables."""
+    """Where the run happened and what exactly it used. `hashes` and `packages` are tables; the weights kept are those of
+    `weights_step`."""
 
     device: str
     device_why: str
@@ -41,6 +42,7 @@ class Provenance:
     licence: str
     directory: str
     planned_steps: int | None
+    weights_step: int | None
     started: str
     finished: str
     training_s: float | None

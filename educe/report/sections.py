@@ -252,6 +252,19 @@ def _steps_done(files: RunFiles) -> str:
     return wording.count(done) if planned in (None, done) else f"{done:,} of {planned:,}"
 
 
+def _kept(files: RunFiles) -> Point:
+    """The held-out measurement of the weights that the run keeps."""
+    step = files.provenance.weights_step if files.provenance else None
+    return next((p for p in files.dev if p.step == step), files.dev[-1])
+
+
+def _weights(files: RunFiles) -> str:
+    """Said only where the weights kept are not the last ones."""
+    step = files.provenance.weights_step if files.provenance else None
+    early = step is not None and bool(files.steps) and step < files.steps[-1].step
+    return f"those of step {step:,}, which had the lowest held-out loss" if early else wording.ABSENT
+
+
 def key_figures(files: RunFiles, ledger: Ledger | None) -> list[Figure]:
     """Three or four numbers for the top of the page: only what was measured."""
     made = []
@@ -263,8 +276,9 @@ def key_figures(files: RunFiles, ledger: Ledger | None) -> list[Figure]:
         note = f"95 % interval after tuning: {interval}. {files.scores.num_rows:,} test rows"
         made.append(Figure(label=f"Right answers ({graded_as(files.scores.metric)})", value=value, note=note))
     elif len(files.dev) > 1:
-        value = f"{wording.number(files.dev[0].loss)} → {wording.number(files.dev[-1].loss)}"
-        made.append(Figure(label="Held-out loss", value=value, note=f"step 0 → step {files.dev[-1].step:,}"))
+        kept = _kept(files)
+        value = f"{wording.number(files.dev[0].loss)} → {wording.number(kept.loss)}"
+        made.append(Figure(label="Held-out loss", value=value, note=f"step 0 → step {kept.step:,}"))
     if (seconds := _training_s(files)) is not None:
         made.append(Figure(label="Training time", value=wording.duration(seconds), note=f"{_steps_done(files)} steps"))
     if (peak := _peak(files)) is not None:
@@ -286,6 +300,7 @@ def cost(files: RunFiles) -> list[Field]:
         ("Speed", f"{wording.number(statistics.median(speeds))} tokens/s (median step)" if speeds else wording.ABSENT),
         ("Peak memory", wording.size(_peak(files))),
         ("Steps", _steps_done(files) if files.steps else wording.ABSENT),
+        ("Weights kept", _weights(files)),
         ("Tokens processed", f"{tokens:,}, {trained:,} of them with loss" if tokens else wording.ABSENT),
     ]
     return [Field(key=k, value=v) for k, v in rows if v != wording.ABSENT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from educe.chat.tokens import ChatTokenizer
 from educe.types import Answer
@@ -39,41 +41,66 @@ class LocalSampler:
         self, prompts: Sequence[list[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
     ) -> list[Answer]:
         made: dict[int, list[int]] = {}
-        shared = 0 if self._slides() else _shared_prefix(prompts)
+        shared = _shared_prefix(prompts) if self._holds_keys_alone() else 0
         with self._model.answering():
-            start = self._prefill(prompts[0][:shared]) if shared else None
+            if not self._caches():
+                made = {i: list(self._uncached(p, max_new_tokens)) for i, p in enumerate(prompts)}
+                prompts = []
+            start = self._prefill(prompts[0][:shared]) if shared and prompts else None
             for batch in _batches(prompts, shared, max_new_tokens):
                 made |= dict(
                     zip(batch, self._decode([prompts[i] for i in batch], shared, start, max_new_tokens), strict=True)
                 )
                 if progress is not None:
                     progress(len(made))
-        return [self._as_answer(made[i]) for i in range(len(prompts))]
+        return [self._as_answer(made[i]) for i in range(len(made))]
 
     def stream(self, prompt: list[int], max_new_tokens: int) -> Iterator[str]:
         """Text of one answer as it is made; joined it is the answer's text."""
         ids: list[int] = []
         shown = ""
         with self._model.answering():
-            cache: Any = DynamicCache(config=self._model.base.config)
-            step = torch.tensor([prompt], device=self._model.device_kind)
-            while len(ids) < max_new_tokens:
-                out = self._model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token = int(out.logits[0, -1].argmax())
+            for token in (self._cached if self._caches() else self._uncached)(prompt, max_new_tokens):
                 if token in self._tokenizer.stop:
                     break
                 ids.append(token)
-                step = torch.tensor([[token]], device=self._model.device_kind)
                 text = self._tokenizer.decode(ids)
                 if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
                     yield text[len(shown) :]
                     shown = text
         yield self._tokenizer.decode(ids)[len(shown) :]
 
-    def _slides(self) -> bool:
-        """A sliding window counts places in the cache: padding between a shared prefix and the rest would push tokens out."""
+    def _cached(self, prompt: list[int], max_new_tokens: int) -> Iterator[int]:
+        """New ids of one prompt, up to and including a stop token."""
+        cache: Any = DynamicCache(config=self._model.base.config)
+        step = torch.tensor([prompt], device=self._model.device_kind)
+        for _ in range(max_new_tokens):
+            out = self._model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = int(out.logits[0, -1].argmax())
+            yield token
+            if token in self._tokenizer.stop:
+                return
+            step = torch.tensor([[token]], device=self._model.device_kind)
+
+    def _uncached(self, prompt: list[int], max_new_tokens: int) -> Iterator[int]:
+        """The same, all of it computed again for each token."""
+        ids = list(prompt)
+        while len(ids) < len(prompt) + max_new_tokens:
+            step = torch.tensor([ids], device=self._model.device_kind)
+            ids.append(int(self._model.network(input_ids=step, use_cache=False).logits[0, -1].argmax()))
+            yield ids[-1]
+            if ids[-1] in self._tokenizer.stop:
+                return
+
+    def _caches(self) -> bool:
+        """Whether the model takes the cache that it is given; pure Mamba classes leave `past_key_values` unread."""
+        return "past_key_values" in inspect.signature(self._model.base.forward).parameters
+
+    def _holds_keys_alone(self) -> bool:
+        """Whether padding may stand between a shared prefix and the rest: not where a sliding window counts places in the cache,
+        nor where a state runs from token to token."""
         cache: DynamicCache = DynamicCache(config=self._model.base.config)
-        return any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+        return all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _prefill(self, ids: list[int]) -> DynamicCache:
         cache: DynamicCache = DynamicCache(config=self._model.base.config)
@@ -114,7 +141,7 @@ class LocalSampler:
                 break
             if len(going) < len(active):  # rows that are done leave the batch
                 kept = torch.tensor(going, device=device)
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)  # `batch_select_indices` forgets states
                 mask = mask[kept]
                 active = [active[k] for k in going]
             step = torch.tensor([[tokens[k]] for k in going], device=device)

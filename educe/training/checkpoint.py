@@ -17,10 +17,17 @@ MOMENTS = ("moment1", "moment2")  # of the shape of what they belong to
 
 
 def save_checkpoint(
-    place: Path, state: State, about: dict[str, Any], *, finished: bool, keep: int, world: World = ALONE
+    place: Path,
+    state: State,
+    about: dict[str, Any],
+    *,
+    finished: bool,
+    keep: int,
+    best: int | None = None,
+    world: World = ALONE,
 ) -> Path:
-    """Write `place/step-N` and delete all but the newest `keep`. All ranks call it, rank 0 writes: the same files whatever their
-    number.
+    """Write `place/step-N` and delete all but the newest `keep` and that of step `best`. All ranks call it, rank 0 writes: the same
+    files whatever their number.
 
     `about` (the settings' hashes) goes into the manifest. A finished run keeps its fp32 weights alone: there is nothing left
     to resume, and two thirds of the space is the optimizer's.
@@ -28,7 +35,7 @@ def save_checkpoint(
     files = {WEIGHTS: state.optimizer.masters}
     if not finished:
         files[OPTIMIZER] = state.optimizer.state_tensors()
-    target = place / f"step-{state.step:06d}"
+    target = _place_of(place, state.step)
     if world.leads:
         tensors = [t for group in files.values() for t in group.values()]
         need_space(place, sum(t.numel() * t.element_size() for t in tensors) + 2**20, "this checkpoint")
@@ -36,7 +43,8 @@ def save_checkpoint(
             for name, group in files.items():
                 write_safetensors(part / name, group)
         for old in _newest_first(place)[keep:]:
-            shutil.rmtree(old)
+            if best is None or old != _place_of(place, best):
+                shutil.rmtree(old)
     else:
         for group in files.values():
             for _ in gathered(group):  # each rank gives its rows
@@ -65,6 +73,20 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) ->
     moments = {f"{kind}.{name}": m for name, m in masters.items() for kind in MOMENTS}
     state.optimizer.load(read_like(checkpoint / WEIGHTS, masters), read_like(checkpoint / OPTIMIZER, moments))
     state.step = int(manifest["step"])
+
+
+def load_weights(place: Path, step: int, state: State) -> str | None:
+    """Put the weights of step `step` into `state`, which keeps its own count of steps; or a sentence why they cannot be."""
+    checkpoint = _place_of(place, step)
+    manifest = verify(checkpoint)
+    if isinstance(manifest, str):
+        return manifest
+    state.optimizer.load(read_like(checkpoint / WEIGHTS, state.optimizer.masters), {})
+    return None
+
+
+def _place_of(place: Path, step: int) -> Path:
+    return place / f"step-{step:06d}"
 
 
 def _newest_first(place: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from educe.seeds import derive
 from educe.training.ahead import ahead
 from educe.training.means import mean_of
 from educe.training.room import in_room
-from educe.training.schedule import learning_rate
+from educe.training.schedule import Kind, learning_rate
+from educe.training.spikes import Spikes
 from educe.training.state import State, StepReport
 from educe.types import Batch
 
@@ -43,10 +44,21 @@ class LoopConfig:
     total_steps: int
     learning_rate: float
     warmup_share: float
-    schedule: Literal["linear", "cosine", "constant"]
+    schedule: Kind
     clip_norm: float
     seed: int
+    decay_share: float = 0.0  # of the wsd schedule
     num_tasks: int = 1
+
+    def rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            self.total_steps,
+            peak=self.learning_rate,
+            warmup_share=self.warmup_share,
+            kind=self.schedule,
+            decay_share=self.decay_share,
+        )
 
 
 def no_rows(step: int, micro: int | None) -> str:
@@ -70,7 +82,7 @@ def train(
     A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks, however it is split. Raises
     `TrainError` before an update that would not be finite. The host waits for the device once a step, after the update.
     """
-    started = time.perf_counter()
+    started, spikes = time.perf_counter(), Spikes()
     for batches in ahead(batches_of, state.step, config.total_steps):
         began = time.perf_counter()
         counts = _Counts(*world.sum(_counts(batches)).tolist())
@@ -86,20 +98,15 @@ def train(
 
         batches, outs = in_room(state, batches, compute, say)
 
-        objectives = torch.stack(
-            [out.loss.detach() for out in outs]
-        ).tolist()  # the host waits for the device here, once a step
+        # The host waits for the device here, once a step.
+        objectives = torch.stack([out.loss.detach() for out in outs]).tolist()
         objective = float(world.sum(np.array([sum(objectives)]))[0])
         norm = float(state.optimizer.gradient_norm())
         if not (math.isfinite(objective) and math.isfinite(norm)):
             raise _not_finite(state, objectives, objective, norm, rows_of)
-        rate = learning_rate(
-            state.step,
-            config.total_steps,
-            peak=config.learning_rate,
-            warmup_share=config.warmup_share,
-            kind=config.schedule,
-        )
+        if spike := spikes.seen(objective):
+            say(f"step {state.step + 1}: {spike} before; made of {rows_of(state.step, None)}")
+        rate = config.rate(state.step)
         state.optimizer.step(rate, shrink=min(1.0, config.clip_norm / (norm + 1e-6)))
         state.step += 1
 

@@ -99,6 +99,13 @@ class Adam:
             self.masters[name].grad = None if s.fresh else s.total
         return [(key, key.grad) for key in self._keys().values() if key.grad is not None]
 
+    def reset(self, masters: dict[str, Tensor]) -> None:
+        """Begin again from these masters: no moments, no gradient left over."""
+        self._adam.state.clear()
+        for name, p in self._parameters.items():
+            p.grad = self.masters[name].grad = None
+        self.load(masters, {})
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments by name, as `moment1.NAME`, `moment2.NAME`, `step.NAME` (8-bit ones in parts); empty before the first step."""
         tensors = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from educe.loss.anchor import Anchor
 from educe.loss.cross_entropy import LossOut, chunk_positions, token_nll
 from educe.loss.reweigh import Reweigh, nll
+from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.training.means import Means
 from educe.types import Batch
@@ -36,9 +37,9 @@ class SftLoss:
         if self.beta:
             with torch.no_grad(), model.as_loaded():
                 anchor = Anchor(hidden_ND=model.hidden_states(batch)[predict_N], head=model.base_head, beta=self.beta)
-        hidden_PD = model.hidden_states(batch)
-        return token_nll(
-            hidden_PD[predict_N],
+        hidden = model.forward(batch)
+        out = token_nll(
+            hidden.states_PD[predict_N],
             model.head,
             model.tensor(batch.targets_N),
             model.tensor(batch.weights_N * batch.scales_N),
@@ -48,6 +49,9 @@ class SftLoss:
             reweigh=self.reweigh,
             anchor=anchor,
         )
+        if hidden.router_loss is not None:  # each micro-batch's own, by its share of the step's weight
+            out = replace(out, loss=out.loss + hidden.router_loss * (batch.total_weight / denominator))
+        return out
 
 
 sft_loss = SftLoss()
@@ -58,7 +62,7 @@ def held_out_loss(model: CausalLM, batches: Iterable[Batch]) -> Means:
     was_training = model.network.training
     model.network.eval()
     means = Means()
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         for batch in batches:
             means.add(batch, sft_loss(model, batch, 1.0))
     model.network.train(was_training)

@@ -1,0 +1,99 @@
+"""Low-rank adapters on a loaded network, through peft: on every linear layer of the language model, fused experts included."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from educe.config import Lora
+from educe.errors import ModelError
+from educe.model.mixers import mixers_of
+
+# Mamba's layers read these weights past the module (fused kernels on GPUs take `out_proj.weight`, Jamba multiplies with
+# `dt_proj.weight`): an adapter there would be left out of the forward without a word.
+_PAST_THE_MODULE = frozenset(("out_proj", "dt_proj"))
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call it
+
+
+def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
+    """The network with adapters, all else frozen but the embeddings' (and head's) rows of `new_ids`. Raises `ModelError`.
+
+    Towers for images and sound get none: they see no data here.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    names = {module: name for name, module in network.named_modules()}
+    holders = [names[embedding], *([] if tied else [names[head]]), *layer_embeddings(network)]
+    experts = expert_matrices(network)
+    if experts and tuning.dropout:
+        found = "has its experts' matrices fused, and adapters on those know no dropout."
+        raise ModelError(204, network.config.model_type, found, "Set tuning.dropout: 0.")
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        bias="none",
+        target_modules=linear_layers(network),
+        target_parameters=experts or None,
+        task_type="CAUSAL_LM",
+        trainable_token_indices=dict.fromkeys(holders, new_ids) if new_ids else None,
+    )
+    # Adapters in the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's advice on tied embeddings, experts and GPT-2's layers, heeded here
+        adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
+    if new_ids:
+        _check_rows(network, tied)
+    return adapted
+
+
+def linear_layers(network: Any) -> list[str]:
+    """Full names of the language model's linear layers, head left out, as are those whose weight is read past the module."""
+    decoder = network.get_decoder()
+    mamba = tuple(name + "." for name, mixer in mixers_of(decoder).items() if hasattr(mixer, "D"))
+    start = next(name for name, module in network.named_modules() if module is decoder)
+    return [
+        f"{start}.{name}" if start else name
+        for name, module in decoder.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and not (mamba and name.startswith(mamba) and name.rpartition(".")[2] in _PAST_THE_MODULE)
+    ]
+
+
+def expert_matrices(network: Any) -> list[str]:
+    """Full names of parameters that hold the matrices of all experts of a layer, shaped (experts, in, out) or (experts, out, in)."""
+    config, within = network.config.get_text_config(), {id(p) for p in network.get_decoder().parameters()}
+    counts = {getattr(config, name, None) for name in _NUM_EXPERTS} - {None, 1}
+    return [
+        f"{name}.{own}"
+        for name, module in network.named_modules()
+        if not isinstance(module, nn.Conv1d)
+        for own, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and p.shape[0] in counts and id(p) in within
+    ]
+
+
+def layer_embeddings(network: Any) -> dict[str, nn.Embedding]:
+    """Further embeddings of tokens, by full name: Gemma 4 has one that feeds every layer."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith("embed_tokens_per_layer")
+    }
+
+
+def _check_rows(network: Any, tied: bool) -> None:
+    """The head must use the trained rows: those of the embedding where the two are tied (peft goes by the config), else its own."""
+    head = network.get_output_embeddings()
+    rows = getattr(head, "token_adapter", None)
+    if rows is None or (rows.tied_adapter is not None) != tied:
+        found = "ties its head to its embedding in a way that adapters cannot follow: new control tokens would stay untrained."
+        fix = "Set tuning.kind: full, or a template whose control tokens the model has."
+        raise ModelError(202, network.config.model_type, found, fix)
+    if rows.base_layer.bias is not None:  # peft's layer leaves it out
+        head.register_forward_hook(lambda _module, _args, logits: logits + rows.base_layer.bias)

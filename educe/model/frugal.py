@@ -1,0 +1,63 @@
+"""What trades time for memory and back: layers that are computed again in the backward pass, activations kept on the host,
+layers that are compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_layers(layers: nn.ModuleList, count: int) -> None:
+    """The first `count` layers keep their input alone and are computed again in the backward pass, with the same dropout."""
+    for layer in list(layers)[:count]:
+        layer.forward = _again(layer.forward)
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputed
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Activations of a forward pass within are kept in the host's memory until the backward pass asks for them."""
+    kept: contextlib.AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu(pin_memory=True)
+    return kept
+
+
+def why_not_compiled(device_kind: str) -> str:
+    """What this machine lacks for compiling; empty where it can."""
+    if device_kind == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+        return ""
+    if device_kind == "cpu":
+        from torch._inductor import config
+
+        compilers = [c for c in (config.cpp.cxx or ()) if c] + ["g++", "clang++"]
+        return "" if any(shutil.which(c) for c in compilers) else "there is no C++ compiler (g++)"
+    return f"not done on {device_kind}"
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Each layer on its own: layers are alike, so one compilation serves them all. Shapes must be the same from call to call."""
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for layer in layers:
+        layer.compile(dynamic=False)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled layers run as they are written within: for shapes that vary."""
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

@@ -1,0 +1,183 @@
+"""How much memory a run needs, part by part, and what is done where there is less: fixed before the first step, and kept for all
+processes of the run, so that a resumed run is the same arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from educe.config import Full, Lora, Recipe
+from educe.model.describe import ModelFacts
+from educe.pack.plan import PackPlan
+from educe.recipes.machine import memory_of
+from educe.recipes.prepare import Prepared
+
+if TYPE_CHECKING:
+    from educe.model.device import Device
+
+_PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries
+# Share of the memory that a plan may fill: allocators round up and leave holes.
+_FILL = {"cpu": 0.9, "mps": 0.75, "cuda": 0.92}
+# Of what a layer keeps as it is written, what it keeps compiled: elementwise results are computed again (docs/performance.md).
+_COMPILED = 0.69
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of each part, and what follows: `logit_bytes` of a chunk of the loss, layers that are computed again in the backward
+    pass, whether activations wait on the host. `fits`: with that, the run needs no more than there is."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    process: float
+    logit_bytes: int
+    num_layers: int
+    recomputed_layers: int
+    offloads: bool
+    fits: bool
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.process
+
+    def said(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.activations,
+            "logits": self.logits,
+            "process": self.process,
+        }
+        shown = ", ".join(f"{n} {b / 1e9:.1f}" for n, b in parts.items() if b >= 5e7)
+        how = f"; {self.recomputed_layers} of {self.num_layers} layers are computed again in the backward pass"
+        host = "; activations wait on the host"
+        return f"memory: {self.total / 1e9:.1f} GB ({shown}){how if self.recomputed_layers else ''}{host if self.offloads else ''}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def memory_plan_of(kept: Mapping[str, Any]) -> MemoryPlan:
+    """What `as_json` gave."""
+    return MemoryPlan(**kept)
+
+
+def trained_share(prepared: Prepared) -> float:
+    """Of the tokens."""
+    return float(prepared.summary["trained_tokens"] / prepared.summary["tokens"])
+
+
+def memory_of_run(
+    recipe: Recipe,
+    prepared: Prepared,
+    facts: ModelFacts,
+    plan: PackPlan,
+    device: Device,
+    *,
+    compiled: bool,
+    ranks: int = 1,
+) -> MemoryPlan:
+    """The plan for the memory that is there now; on a CPU `ranks` share it."""
+    reach = plan.mean_reach(prepared.store("train").lengths)
+    there = memory_of(device.kind) / (1 if device.kind == "cuda" else ranks)
+    return plan_memory(facts, recipe, plan, device, reach=reach, memory_bytes=there, compiled=compiled, ranks=ranks)
+
+
+def plan_memory(
+    facts: ModelFacts,
+    recipe: Recipe,
+    plan: PackPlan,
+    device: Device,
+    *,
+    reach: float,
+    memory_bytes: float,
+    compiled: bool,
+    ranks: int = 1,
+) -> MemoryPlan:
+    """Keep all activations where they fit; else compute as few layers again as will do. `reach`: the mean over tokens of the length
+    of their document."""
+    number = 2 if device.dtype == "bfloat16" else 4
+    trained = num_trained(facts, recipe.tuning)
+    low = recipe.train.optimizer == "adamw_8bit_bf16"
+    own = number == 4 or low  # such weights are their own masters
+    vocabulary_bytes = facts.vocab_size * facts.hidden_size
+    logit_bytes = (2**31 if memory_bytes > 40e9 else 2**29) if device.kind == "cuda" else 2**28
+    head_slope = vocabulary_bytes * (4 + number) if isinstance(recipe.tuning, Full) else 0
+    made = MemoryPlan(
+        weights=facts.num_parameters * number,
+        gradients=trained * (2 if low else 4),
+        optimizer=trained * ((0 if own else 4) + (8 if recipe.train.optimizer == "adamw" else 2.1)),
+        activations=0.0,
+        logits=min(logit_bytes, plan.capacity_tokens * facts.vocab_size * number) + head_slope,
+        process=_PROCESS_BYTES if device.kind == "cpu" else 0.0,
+        logit_bytes=logit_bytes,
+        num_layers=facts.num_layers,
+        recomputed_layers=0,
+        offloads=recipe.train.activations == "offload",
+        fits=False,
+    )
+    if ranks > 1:
+        made = _divided(made, facts, trained, number, ranks)
+    layer = _layer_bytes(facts, number, reach=reach, compiled=compiled, on_gpu=device.kind == "cuda")
+    kept = facts.hidden_size * number
+    tokens, room = plan.capacity_tokens, memory_bytes * _FILL[device.kind] - made.total
+
+    def activations(again: int) -> float:
+        live = layer if again else 0  # the one that is being computed again
+        return tokens * ((facts.num_layers - again) * layer + again * kept + live)
+
+    if made.offloads:
+        again, needed = 0, tokens * 2 * layer
+    else:
+        choices = {"keep": [0], "recompute": [facts.num_layers]}.get(
+            recipe.train.activations, list(range(facts.num_layers + 1))
+        )
+        again = next((k for k in choices if activations(k) <= room), choices[-1])
+        needed = activations(again)
+    return replace(made, activations=needed, recomputed_layers=again, fits=needed <= room)
+
+
+def _divided(made: MemoryPlan, facts: ModelFacts, trained: int, number: int, ranks: int) -> MemoryPlan:
+    """Over ranks (parallel/shard.py): fp32 masters, moments and added-up gradients in parts; whole are the embedding and head, two
+    layers, and what a rank adds up over its own micro-batches."""
+    frozen = max(0, facts.num_parameters - trained)
+    layer = facts.num_parameters / max(1, facts.num_layers)
+    return replace(
+        made,
+        weights=frozen * number / ranks + number * (2 * facts.vocab_size * facts.hidden_size + 2 * layer),
+        gradients=4 * trained * (1 + 1 / ranks),
+        optimizer=12 * trained / ranks,
+    )
+
+
+def _layer_bytes(facts: ModelFacts, number: int, *, reach: float, compiled: bool, on_gpu: bool) -> float:
+    """What a layer keeps of a token for the backward pass, as transformers writes Llama-like layers.
+
+    Counted with saved-tensor hooks on real classes (docs/performance.md): in bf16 16 bytes a hidden unit, 8 a unit between, 4 a unit
+    of queries, keys and values, 6 more where those are normalised; in fp32 24, 16, 8 and 12.
+    """
+    d = (16 if number == 2 else 24) * facts.hidden_size
+    inner = 4 * number * facts.active_intermediate
+    width = facts.head_dim * (facts.num_heads + facts.num_key_value_heads)
+    attention = (
+        0.0 if on_gpu else number * facts.num_heads * reach
+    )  # weights of plain attention; a GPU's kernel keeps none
+    normalised = 3 * number * width if facts.normalises_queries else 0
+    return (d + inner + 2 * number * width + normalised) * (_COMPILED if compiled else 1.0) + attention
+
+
+def num_trained(facts: ModelFacts, tuning: Full | Lora) -> int:
+    """Parameters that are trained."""
+    return num_adapter_parameters(facts, tuning.rank) if isinstance(tuning, Lora) else facts.num_parameters
+
+
+def num_adapter_parameters(facts: ModelFacts, rank: int) -> int:
+    """LoRA parameters on all linear layers of a Llama-like block: rank * (in + out) for each of seven matrices."""
+    d, m, k = facts.hidden_size, facts.intermediate_size, facts.head_dim
+    q, kv = facts.num_heads * k, facts.num_key_value_heads * k
+    return facts.num_layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + m))

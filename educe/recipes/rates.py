@@ -1,0 +1,91 @@
+"""Which learning rates are sensible for a model, a kind of tuning and a length of run, and the rank of adapters: with reasons."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from educe.model.describe import ModelFacts
+from educe.recipes.memory import num_adapter_parameters
+
+# Exponents of the width in tinker-cookbook's `get_lr`, fitted to sweeps of these families.
+_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+# Narrower and wider models than those sweeps had, a little beyond: the formula is not followed further.
+_WIDTHS = (512, 8192)
+_ROWS = 128  # rows a step of those sweeps
+_SHORT_FULL, _SHORT_LORA = 1000, 100  # steps
+_RANKS = (16, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateAdvice:
+    """A range of learning rates, the one to begin with, and where they come from; `guess`: the family was never fitted."""
+
+    low: float
+    high: float
+    value: float
+    why: str
+    guess: bool
+
+    @property
+    def span(self) -> str:
+        return f"{self.low:.2g} to {self.high:.2g}"
+
+
+def advise_rate(facts: ModelFacts, *, lora: bool, rows_per_step: float, num_steps: int) -> RateAdvice:
+    """The range and a rate in it.
+
+    Centre: 5e-5 (2000 / width)^p, p = 0.781 for Llama and 0.0775 for Qwen (tinker-cookbook `get_lr`), for other families their
+    geometric mean, with a range over both. LoRA: 10 times that, 15 times in runs of up to 100 steps (LoRA Without Regret,
+    thinkingmachines.ai/blog/lora). Full tuning in under 1,000 steps: twice that (docs/decisions/003). The range goes from a third
+    of the centre, or from the centre times sqrt(rows / 128) where that is less, to three times the rate: published advice
+    disagrees by as much. The rate itself is not scaled by the rows: on the data of decision 003, with 5 rows a step, that would
+    have been five times too low.
+    """
+    width = min(max(facts.hidden_size, _WIDTHS[0]), _WIDTHS[1])
+    family = next((f for f in _EXPONENTS if facts.model_type.startswith(f)), None)
+    exponents = [_EXPONENTS[family]] if family else list(_EXPONENTS.values())
+    fits = [5e-5 * (2000 / width) ** p for p in exponents]
+    centre = math.exp(sum(map(math.log, fits)) / len(fits))
+    usual = 10.0 if lora else 1.0
+    short = num_steps <= _SHORT_LORA if lora else num_steps < _SHORT_FULL
+    factor = (15.0 if lora else 2.0) if short else usual
+    lowest = usual * min(fits) * min(1 / 3, math.sqrt(rows_per_step / _ROWS))
+    value = centre * factor
+    return RateAdvice(
+        low=_two_digits(lowest),
+        high=_two_digits(3 * factor * max(fits)),
+        value=_two_digits(value),
+        why=_why(facts, family, width, factor, lora=lora, short=short),
+        guess=family is None,
+    )
+
+
+def _why(facts: ModelFacts, family: str | None, width: int, factor: float, *, lora: bool, short: bool) -> str:
+    power = f"^{_EXPONENTS[family]}" if family else "^p"
+    said = f"5e-5 x (2000 / {width}){power}"
+    if width != facts.hidden_size:
+        said += f" (the width is {facts.hidden_size}; not fitted so far out)"
+    for_what = [*(["LoRA"] if lora else []), *(["short run"] if short else [])]
+    if for_what:
+        said += f" x {factor:g}, {', '.join(for_what)}"
+    if family:
+        return f"{said} (tinker-cookbook's fit for {family.capitalize()})"
+    return f"{said}: a guess, p was fitted for Llama and Qwen only, not for {facts.model_type}"
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def advise_rank(facts: ModelFacts, trained_tokens: float) -> tuple[int, str]:
+    """A rank of adapters that can hold what the data says, and why.
+
+    About 1 bit a trained token to learn, 2 bits a parameter to hold them (LoRA Without Regret): the next power of two above the
+    rank that this needs, 16 to 256. More rank than needed costs little, less costs quality.
+    """
+    needed = trained_tokens / 2 / num_adapter_parameters(facts, 1)
+    rank = min(max(2 ** math.ceil(math.log2(max(needed, 1.0))), _RANKS[0]), _RANKS[1])
+    say = f"{trained_tokens:,.0f} trained tokens at 1 bit, 2 bits a parameter, need rank {math.ceil(needed)}"
+    bound = "; 16 is our least" if needed <= _RANKS[0] else "; 256 is our most" if needed > _RANKS[1] else ""
+    return rank, say + bound

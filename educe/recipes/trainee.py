@@ -1,0 +1,144 @@
+"""What `train` and `lr` begin with: the model ready to learn, its optimizer, its loss and its batches, as the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from educe.config import LayerWise, LoraPlus, Recipe, Wsd
+from educe.errors import RecipeError
+from educe.loss.reweigh import REWEIGH
+from educe.model.describe import ModelFacts
+from educe.model.device import Device
+from educe.model.load import CausalLM, load_model
+from educe.model.proof import packs_are_blind, prove_head
+from educe.model.source import Say
+from educe.pack.batch import rank_step
+from educe.pack.plan import PackPlan
+from educe.parallel.world import ALONE, World
+from educe.recipes.estimate import whether_to_compile
+from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, trained_share
+from educe.recipes.mixing import Mixed, loss_weights
+from educe.recipes.plan import plan_run
+from educe.recipes.prepare import Prepared
+from educe.seeds import derive
+from educe.training.loop import LoopConfig
+from educe.training.optim import Adam, AdamSettings, RateOf, even
+from educe.training.rates import layer_wise, lora_plus
+from educe.training.sft import SftLoss
+from educe.training.state import State
+from educe.types import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainee:
+    """All that a loop needs but its hooks. `packed`: documents share rows."""
+
+    state: State
+    plan: PackPlan
+    packed: bool
+    memory: MemoryPlan
+    loss: SftLoss
+    batches_of: Callable[[int], list[Batch]]
+
+
+def trainee(
+    recipe: Recipe,
+    prepared: Prepared,
+    facts: ModelFacts,
+    mixed: Mixed,
+    device: Device,
+    memory: MemoryPlan | None,
+    say: Say,
+    *,
+    world: World = ALONE,
+    planned_ranks: int = 1,
+) -> Trainee:
+    """Load, prove, plan. `memory` is what an earlier process of the run decided; None decides now. Packs are dealt for
+    `planned_ranks`; the ranks of `world` share the weights."""
+    if world.size > 1 and recipe.train.optimizer != "adamw":
+        found = f"{recipe.train.optimizer} does not go with several devices yet: its state is not divided."
+        raise RecipeError(201, "train.optimizer", found, "Set train.optimizer: adamw.")
+    torch.manual_seed(derive(recipe.train.seed, "adapters"))
+    new_ids = prepared.tokenizer.new_tokens.values()
+    model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids, router_loss=recipe.train.router_loss)
+    prove_head(model)
+    packed = bool(world.share(packs_are_blind(model)))
+    if not packed:
+        say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
+    plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=planned_ranks)
+    compiled, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
+    say(f"layers are {'compiled' if compiled else 'not compiled'}: {why}")
+    memory = memory or memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled, ranks=world.size)
+    memory, compiled = _same(world, memory, compiled)
+    say(memory.said())
+    if memory.recomputed_layers:
+        model.recompute(memory.recomputed_layers)
+    model.offloads = memory.offloads
+    if compiled:
+        model.compile(plan.capacity_tokens)
+    if world.size > 1:
+        model.shard(world)
+        say(f"{world.size} ranks: weights, gradients and the optimizer's state are divided among them")
+    return Trainee(
+        state=State(model=model, optimizer=Adam(model.trainable(), adam_settings(recipe), rate_of(recipe, model))),
+        plan=plan,
+        packed=packed,
+        memory=memory,
+        loss=SftLoss(reweigh=REWEIGH[recipe.train.loss], beta=recipe.train.kl_to_base, logit_bytes=memory.logit_bytes),
+        batches_of=batches_of(recipe, prepared, plan, world),
+    )
+
+
+def _same(world: World, memory: MemoryPlan, compiled: bool) -> tuple[MemoryPlan, bool]:
+    """As rank 0 decided: each sees other free memory."""
+    kept, compiled = world.share([memory.as_json(), compiled])
+    return memory_plan_of(kept), bool(compiled)
+
+
+def adam_settings(recipe: Recipe) -> AdamSettings:
+    train = recipe.train
+    return AdamSettings(
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        weights="bf16" if train.optimizer == "adamw_8bit_bf16" else "fp32",
+        moments="fp32" if train.optimizer == "adamw" else "8bit",
+    )
+
+
+def rate_of(recipe: Recipe, model: CausalLM) -> RateOf:
+    rates = recipe.train.rates
+    if isinstance(rates, LoraPlus):
+        return lora_plus(rates.ratio)
+    if isinstance(rates, LayerWise):
+        return layer_wise(rates.decay, model.trainable())
+    return even
+
+
+def batches_of(
+    recipe: Recipe, prepared: Prepared, plan: PackPlan, world: World = ALONE
+) -> Callable[[int], list[Batch]]:
+    """This rank's micro-batches of a step."""
+    store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
+    within = recipe.data.loss_mean == "task"
+    return lambda step: rank_step(
+        [[store[i] for i in group] for group in plan.step(step)], weights, world.rank, world.size, within_tasks=within
+    )
+
+
+def loop_config(recipe: Recipe, prepared: Prepared, steps: int, rate: float | None = None) -> LoopConfig:
+    """As the recipe says, over so many steps; at another peak rate where one is given."""
+    train, schedule = recipe.train, recipe.train.schedule
+    config = LoopConfig(
+        total_steps=steps,
+        learning_rate=train.learning_rate,
+        warmup_share=train.warmup_share,
+        schedule=schedule.kind,
+        decay_share=schedule.decay_share if isinstance(schedule, Wsd) else 0.0,
+        clip_norm=train.clip_norm,
+        seed=train.seed,
+        num_tasks=len(prepared.tasks),
+    )
+    return config if rate is None else replace(config, learning_rate=rate)

@@ -1,0 +1,24 @@
+"""What a history of held-out measurements says: which step was best, and whether waiting longer is worth it.
+
+Pure functions of the history: it is kept in every checkpoint, so a resumed run decides as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+History = Sequence[tuple[int, float]]
+"""(step, loss) in order of steps. Step 0 is the untouched model."""
+
+
+def best_step(history: History) -> int | None:
+    """The first step with the lowest loss; never step 0: the untouched model is measured, not kept."""
+    trained = [(loss, step) for step, loss in history if step > 0]
+    return min(trained)[1] if trained else None
+
+
+def has_stalled(history: History, patience: int) -> bool:
+    """Whether none of the last `patience` losses is lower than all before them (Prechelt 1998, Early stopping: but when?, UP)."""
+    losses = [loss for _, loss in history]
+    earlier, latest = losses[:-patience], losses[-patience:]
+    return bool(earlier) and min(latest) >= min(earlier)

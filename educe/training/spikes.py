@@ -1,0 +1,25 @@
+"""Steps whose loss is far above those before them: mostly a few odd rows, or a rate that is too high."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+WINDOW = 20
+LEAST = 10  # steps to know what is usual
+TIMES = 3.0
+
+
+class Spikes:
+    """Remembers the losses of this process's last steps."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def seen(self, loss: float) -> str:
+        """What is odd about this loss, in words; empty where nothing is. A spike is not remembered as usual."""
+        usual = median(self._recent) if len(self._recent) >= LEAST else None
+        if usual is not None and loss > TIMES * usual + 0.1:
+            return f"the loss is {loss:.3g} after a median of {usual:.3g} in the {len(self._recent)} steps"
+        self._recent.append(loss)
+        return ""

@@ -1,0 +1,153 @@
+"""The same properties on a GPU: loss and attention against float64, packs that stay apart, a compiled step that is the plain one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+import torch.nn.functional as F  # noqa: E402
+from educe.loss.cross_entropy import token_nll  # noqa: E402
+from educe.loss.reweigh import eaft  # noqa: E402
+from educe.model import attention  # noqa: E402
+from educe.model.attention_cuda import attend_edges  # noqa: E402
+from educe.model.device import Device  # noqa: E402
+from educe.model.documents import documents_of  # noqa: E402
+from educe.model.load import CausalLM  # noqa: E402
+from educe.pack.batch import build_batch  # noqa: E402
+from educe.training.optim import Adam, AdamSettings  # noqa: E402
+from educe.training.sft import sft_loss  # noqa: E402
+from educe.types import Example  # noqa: E402
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+
+def apart(a: Any, b: Any) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 151_936])
+@pytest.mark.parametrize("dtype,near", [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+def test_loss_is_autograds_in_float64(vocabulary: int, dtype: Any, near: float) -> None:
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    n, d = 300, 128
+    hidden = torch.randn(n, d, device="cuda").to(dtype).requires_grad_()
+    head = (torch.randn(vocabulary, d, device="cuda") / math.sqrt(d)).to(dtype).requires_grad_()
+    targets, weights = torch.randint(0, vocabulary, (n,), device="cuda"), torch.rand(n, device="cuda") + 0.1
+    for reweigh in (None, eaft):
+        given = {"reweigh": reweigh} if reweigh is not None else {}
+        out = token_nll(
+            hidden, lambda h: h @ head.T, targets, weights, parameters=[head], denominator=7.0, chunk=128, **given
+        )
+        out.loss.backward()
+        h64, w64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+        logits = (
+            h64 @ w64.T if dtype == torch.float32 else (hidden.detach() @ head.detach().T).double() + 0 * (h64 @ w64.T)
+        )
+        log_p = (h64 @ w64.T).log_softmax(1)
+        nll = -log_p.gather(1, targets[:, None])[:, 0]
+        factors = torch.ones_like(nll)
+        if reweigh is not None:
+            top = log_p.detach().topk(20, 1).values.log_softmax(1)
+            factors = -(top.exp() * top).sum(1) / math.log(20)
+        ((weights.double() * factors * nll).sum() / 7).backward()
+        del logits
+        assert apart(out.nll_N, nll.detach()) < near
+        assert apart(out.entropy_N, -(log_p.exp() * log_p).sum(1).detach()) < near
+        assert apart(hidden.grad, h64.grad) < 2 * near
+        assert apart(head.grad, w64.grad) < 2 * near
+        hidden.grad = head.grad = None
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("window", [None, 64])
+def test_attention_is_that_of_each_document(heads: tuple[int, int], window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = [100, 37, 200, 1, 62]
+    q, k, v = (
+        torch.randn(1, sum(lengths), h, 64, device="cuda").bfloat16().transpose(1, 2).requires_grad_()
+        for h in (heads[0], heads[1], heads[1])
+    )
+    found = attend_edges(q, k, v, documents_of(lengths, "cuda"), 0.125, window)
+    weight = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weight).sum(), (q, k, v))
+    q_, k_, v_ = (x.detach().double().requires_grad_() for x in (q, k, v))
+    parts = []
+    for a, b, c in zip(q_.split(lengths, 2), k_.split(lengths, 2), v_.split(lengths, 2), strict=True):
+        n = a.shape[2]
+        seen = torch.ones(n, n, dtype=torch.bool, device="cuda").tril()
+        if window is not None:
+            seen = seen.triu(1 - window)
+        r = heads[0] // heads[1]
+        parts.append(
+            F.scaled_dot_product_attention(
+                a, b.repeat_interleave(r, 1), c.repeat_interleave(r, 1), attn_mask=seen, scale=0.125
+            )
+        )
+    exact = torch.cat(parts, 2).transpose(1, 2)
+    theirs = torch.autograd.grad((exact * weight.double()).sum(), (q_, k_, v_))
+    assert apart(found, exact) < 8e-3
+    for a, b in zip(ours, theirs, strict=True):
+        assert apart(a, b) < 1.5e-2
+
+
+def model_of(compiled: bool) -> CausalLM:
+    attention.register()
+    config = Qwen3Config(
+        vocab_size=2048,
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=512,
+        head_dim=64,
+        tie_word_embeddings=True,
+        attn_implementation=attention.NAME,
+    )
+    torch.manual_seed(0)
+    network = Qwen3ForCausalLM(config).to("cuda", torch.bfloat16)
+    if compiled:
+        for layer in network.model.layers:
+            layer.compile(dynamic=False)
+    return CausalLM(network, Device(kind="cuda", dtype="bfloat16", name="", flops=1e12, why=""), adapted=False)
+
+
+def documents(lengths: list[int], seed: int, keep: int | None = None) -> list[Example]:
+    made = []
+    for k, n in enumerate(lengths):
+        rng = np.random.default_rng(5 if k == keep else 1000 * seed + k)
+        weights = np.ones(n, np.float32)
+        weights[0] = 0
+        made.append(Example(ids_T=rng.integers(0, 2048, n).astype(np.int32), weights_T=weights))
+    return made
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packs_are_blind_to_the_bit(compiled: bool) -> None:
+    model = model_of(compiled)
+    lengths = [300, 211, 513]
+    one, two = (model.hidden_states(build_batch(documents(lengths, seed, keep=1)))[300:511] for seed in (1, 2))
+    assert torch.equal(one, two)
+
+
+def test_a_compiled_step_is_the_plain_one_and_learns() -> None:
+    plain, compiled = model_of(False), model_of(True)
+    batch = build_batch(documents([300, 211, 513], 1))
+    losses: dict[str, list[float]] = {}
+    for name, model in (("plain", plain), ("compiled", compiled)):
+        optimizer = Adam(model.trainable(), AdamSettings())
+        losses[name] = []
+        for _ in range(5):
+            out = sft_loss(model, batch, batch.total_weight)
+            out.loss.backward()
+            losses[name].append(out.loss.item())
+            optimizer.gradient_norm()
+            optimizer.step(1e-3)
+    assert losses["plain"][-1] < losses["plain"][0] - 0.5
+    assert losses["plain"] == pytest.approx(losses["compiled"], rel=0.02)

@@ -1,0 +1,111 @@
+"""Advice on learning rates and ranks: what was published, a range around it, and that `init` and `check` agree."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from educe.config import parse_recipe
+from educe.model.describe import ModelFacts
+from educe.recipes.advise import Looked, advise, recipe_text
+from educe.recipes.memory import num_adapter_parameters
+from educe.recipes.rates import advise_rank, advise_rate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+some = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+def facts(width: int, family: str = "llama", layers: int = 32, parameters: int = 8_000_000_000) -> ModelFacts:
+    return ModelFacts(
+        name="m", directory=Path("m"), model_type=family, architecture="M", num_parameters=parameters,
+        num_embedding_parameters=0, hidden_size=width, intermediate_size=4 * width, num_layers=layers, vocab_size=32000,
+        max_positions=8192, licence="unknown",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family, width, full, lora",
+    [
+        ("llama", 2048, 4.9e-5, 4.9e-4),
+        ("llama", 3072, 3.6e-5, 3.6e-4),
+        ("llama", 4096, 2.9e-5, 2.9e-4),
+        ("qwen3", 1024, 5.3e-5, 5.3e-4),
+        ("qwen3_moe", 2560, 4.9e-5, 4.9e-4),
+        ("qwen2", 4096, 4.7e-5, 4.7e-4),
+    ],
+)
+def test_the_published_rates(family: str, width: int, full: float, lora: float) -> None:
+    """As tinker-cookbook's own function gives them."""
+    for adapters, rate in ((False, full), (True, lora)):
+        found = advise_rate(facts(width, family), lora=adapters, rows_per_step=128, num_steps=2000)
+        assert (found.value, found.guess) == (rate, False)
+        assert "tinker-cookbook" in found.why
+
+
+@some
+@given(
+    st.integers(8, 20_000), st.sampled_from(["llama", "qwen3", "mistral", "gemma3"]), st.booleans(),
+    st.floats(1, 4096), st.integers(1, 10_000),
+)  # fmt: skip
+def test_the_rate_lies_in_its_range(width: int, family: str, lora: bool, rows: float, steps: int) -> None:
+    def at(**changes: Any) -> Any:
+        given = {"lora": lora, "rows_per_step": rows, "num_steps": steps, "family": family, **changes}
+        return advise_rate(facts(width, given.pop("family")), **given)
+
+    found = at()
+    assert 1e-7 < found.low < found.value < found.high < 0.1
+    assert found.high / found.low >= 8.5
+    assert at(rows_per_step=2 * rows).low >= found.low  # small steps reach lower
+    assert at(num_steps=10_000).value <= found.value  # short runs go higher
+    assert at(lora=True).value >= 4.5 * at(lora=False).value
+    guess = at(family="mistral")
+    assert guess.low <= max(at(family="llama").low, at(family="qwen3").low)
+    assert guess.high >= max(at(family="llama").high, at(family="qwen3").high)
+    assert ("guess" in found.why) == found.guess == (family not in ("llama", "qwen3"))
+
+
+@some
+@given(st.integers(64, 8192), st.integers(1, 80), st.floats(1, 1e10))
+def test_the_rank_holds_the_data(width: int, layers: int, tokens: float) -> None:
+    rank, why = advise_rank(facts(width, layers=layers), tokens)
+    assert 16 <= rank <= 256
+    assert math.log2(rank).is_integer()
+    holds = 2 * num_adapter_parameters(facts(width, layers=layers), rank)
+    assert holds >= tokens or rank == 256
+    assert rank == 16 or holds < 2 * tokens * 1.01 + holds / 2 or rank == 256
+    assert "bit" in why
+    assert advise_rank(facts(width, layers=layers), 2 * tokens)[0] >= rank
+
+
+def looked(rows: int, answer: int = 20) -> Looked:
+    return Looked(
+        rows=rows, num_sampled=10, num_too_long=0, lengths=[60] * 10, answers=["a b"] * 10, answer_tokens=[answer] * 10
+    )
+
+
+def written(rows: int, about: ModelFacts, answer: int = 20) -> str:
+    text = recipe_text(
+        looked(rows, answer), about, 24e9, True, name="a", model=("m", "as asked"), train="t.jsonl", dev=None, test=None
+    )
+    parse_recipe(text, "r.yaml")
+    return text
+
+
+def test_the_recipe_says_the_range_and_its_source() -> None:
+    small = facts(576, parameters=135_000_000)
+    line = next(x for x in written(1400, small).splitlines() if "learning_rate" in x)
+    assert "learning_rate: 2.6e-4  #" in line  # what decision 003 measured as good
+    for word in ("5e-5 x (2000 / 576)^0.781 x 2, short run", "Llama", "to 7.9e-04", "educe lr"):
+        assert word in line.replace("0.00079", "7.9e-04"), line
+    assert "a guess" in written(1400, facts(576, "gemma3", parameters=135_000_000))
+
+
+def test_the_recipe_says_how_the_rank_was_found() -> None:
+    text = written(1000, facts(4096))
+    assert "tuning: {kind: lora, rank: 16, alpha: 32.0}  #" in text
+    assert "20,000 trained tokens at 1 bit, 2 bits a parameter, need rank 1; 16 is our least" in text
+    assert "rank: 128, alpha: 32.0" in written(1_000_000, facts(4096), answer=500)
+    assert advise(looked(1000), facts(576, parameters=135_000_000), 24e9, True).rank is None
