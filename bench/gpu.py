@@ -148,8 +148,7 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
     model = CausalLM(network, where, adapted=tuning == "lora")
     network.train()
     if options.get("compile", True):
-        for layer in model.base.model.layers:
-            layer.compile(dynamic=False)
+        model.compile(tokens)
     settings = AdamSettings(weights=options.get("weights", "fp32"), moments=options.get("moments", "fp32"))
     optimizer = Adam(model.trainable(), settings)
     loss = SftLoss(logit_bytes=options.get("logit_bytes", 2**30))
