@@ -133,7 +133,7 @@ def test_other_documents_compile_a_layer_once_more_and_no_more() -> None:
     for k, lengths in enumerate(([300, 211, 513], [700, 300], [10] * 40, [1000], [64, 900])):
         batch = build_batch(documents(lengths, k))
         sft_loss(model, batch, batch.total_weight).loss.backward()
-        if k == 1:
+        if k == 2:  # by then both the number of edges and the longest document have changed
             compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
