@@ -34,6 +34,7 @@ SIZES = {
 }
 TRAINED_SHARE = 0.6
 WARM_STEPS = 3
+STEP_TOKENS = 16_384  # of one optimizer step: several micro-batches where packs are shorter
 
 
 def network_of(size: str, device: str) -> Any:
@@ -140,16 +141,16 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
     attention.register()
     network = network_of(size, device)
     network.set_attn_implementation(attention.NAME)
+    micro = max(1, STEP_TOKENS // tokens)
     vocabulary = network.config.vocab_size
-    packs = packs_of(tokens, WARM_STEPS + steps, vocabulary)
+    packs = packs_of(tokens, (WARM_STEPS + steps) * micro, vocabulary)
     if tuning == "lora":
         network = with_adapters(network, Lora(kind="lora", rank=32, alpha=32.0), [])
     where = Device(kind=device, dtype="bfloat16", name="", flops=0.0, why="")
     model = CausalLM(network, where, adapted=tuning == "lora")
     network.train()
     if options.get("compile", True):
-        for layer in model.base.model.layers:
-            layer.compile(dynamic=False)
+        model.compile(tokens)
     settings = AdamSettings(weights=options.get("weights", "fp32"), moments=options.get("moments", "fp32"))
     optimizer = Adam(model.trainable(), settings)
     loss = SftLoss(logit_bytes=options.get("logit_bytes", 2**30))
@@ -162,12 +163,14 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
     batches = [build_batch([example(*row) for row in pack]) for pack in packs]
 
     def step(k: int) -> None:
-        out = loss(model, batches[k], batches[k].total_weight)
-        out.loss.backward()
+        parts = batches[k * micro : (k + 1) * micro]
+        weight = sum(b.total_weight for b in parts)
+        for batch in parts:
+            loss(model, batch, weight).loss.backward()
         norm = float(optimizer.gradient_norm())
         optimizer.step(1e-5, shrink=min(1.0, 1.0 / norm))
 
-    found = timed(step, steps, tokens, device)
+    found = timed(step, steps, tokens * micro, device)
     if options.get("profile"):
         from torch.profiler import ProfilerActivity, profile
 
@@ -188,8 +191,9 @@ def run_trl(size: str, tokens: int, tuning: str, steps: int, device: str, option
     datasets.disable_progress_bars()
     network = network_of(size, device)
     network.set_attn_implementation(options.get("attention", "sdpa"))
+    micro = max(1, STEP_TOKENS // tokens)
     vocabulary = network.config.vocab_size
-    packs = packs_of(tokens, WARM_STEPS + steps, vocabulary)
+    packs = packs_of(tokens, (WARM_STEPS + steps) * micro, vocabulary)
     rows = [
         {"input_ids": ids.tolist(), "completion_mask": [0] * start + [1] * (len(ids) - start)}
         for pack in packs
@@ -210,7 +214,7 @@ def run_trl(size: str, tokens: int, tuning: str, steps: int, device: str, option
             packing=True,
             max_length=tokens,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=1,
+            gradient_accumulation_steps=micro,
             gradient_checkpointing=options.get("checkpointing", False),
             use_liger_kernel=options.get("liger", False),
             torch_compile=options.get("compile", False),
@@ -246,7 +250,11 @@ def run_trl(size: str, tokens: int, tuning: str, steps: int, device: str, option
     times = [b - a for a, b in zip(marks[WARM_STEPS - 1 :], marks[WARM_STEPS:], strict=False)]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     fill = float(np.mean(real)) / tokens
-    return {"tokens_per_s": tokens * min(1.0, fill) / statistics.median(times), "peak_bytes": peak, "fill": fill}
+    return {
+        "tokens_per_s": tokens * micro * min(1.0, fill) / statistics.median(times),
+        "peak_bytes": peak,
+        "fill": fill,
+    }
 
 
 SIDES = {"educe": run_educe, "trl": run_trl}

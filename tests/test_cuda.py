@@ -112,10 +112,10 @@ def model_of(compiled: bool) -> CausalLM:
     )
     torch.manual_seed(0)
     network = Qwen3ForCausalLM(config).to("cuda", torch.bfloat16)
+    model = CausalLM(network, Device(kind="cuda", dtype="bfloat16", name="", flops=1e12, why=""), adapted=False)
     if compiled:
-        for layer in network.model.layers:
-            layer.compile(dynamic=False)
-    return CausalLM(network, Device(kind="cuda", dtype="bfloat16", name="", flops=1e12, why=""), adapted=False)
+        model.compile(1024)
+    return model
 
 
 def documents(lengths: list[int], seed: int, keep: int | None = None) -> list[Example]:
@@ -126,6 +126,16 @@ def documents(lengths: list[int], seed: int, keep: int | None = None) -> list[Ex
         weights[0] = 0
         made.append(Example(ids_T=rng.integers(0, 2048, n).astype(np.int32), weights_T=weights))
     return made
+
+
+def test_other_documents_compile_a_layer_once_more_and_no_more() -> None:
+    model = model_of(True)
+    for k, lengths in enumerate(([300, 211, 513], [700, 300], [10] * 40, [1000], [64, 900])):
+        batch = build_batch(documents(lengths, k))
+        sft_loss(model, batch, batch.total_weight).loss.backward()
+        if k == 2:  # by then both the number of edges and the longest document have changed
+            compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -18,7 +18,6 @@ _GROUPED = {"enable_gqa": True} if "enable_gqa" in _KNOWN else {}
 MOST_HEAD_SIZE = 256
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # `longest` differs from row to row
 def attend_edges(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
     """Causal attention per document: q (1, H, P, K), k and v (1, G, P, K) in bf16 to (1, P, H, K)."""
     q_PHK, k_PGK, v_PGK = (x[0].transpose(0, 1) for x in (q, k, v))

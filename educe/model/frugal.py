@@ -51,10 +51,11 @@ def why_not_compiled(device_kind: str) -> str:
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
-    """Each layer on its own: layers are alike, so one compilation serves them all. Shapes must be the same from call to call."""
+    """Each layer on its own: layers are alike, so one compilation serves them all. Rows must have the same length from call to call;
+    what else varies (the edges of documents) becomes a symbol when it changes first, so the second row is compiled once more."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for layer in layers:
-        layer.compile(dynamic=False)
+        layer.compile()
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
