@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from educe.config import Full, Lora
+from educe.model.device import Device
 from educe.model.load import load_model
 from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan, plan_packs
@@ -164,7 +166,24 @@ def resharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     return {"resharded": {n: everything(going_on(place / f"of-{n}", model_dir, world)) for n in (1, 4)}}
 
 
-JOBS = {"steps": steps, "resharded": resharded}
+def alone_sharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """A process that shards with itself, on the GPU where there is one: the losses of a run, sharded and not."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        for sharded in (False, True):
+            model = load_model(model_dir, Device(kind=kind, dtype=dtype, name="", flops=1e12, why=""), FULL)
+            if sharded:
+                model.shard(World())
+            state = State(model=model, optimizer=Adam(model.trainable(), AdamSettings()))
+            losses = [[r.loss, r.grad_norm] for r in run(state, world, STEPS)]
+            save_checkpoint(place / f"{dtype}-{sharded}", state, {}, finished=False, keep=1)
+            found[f"{dtype} {sharded}"] = losses
+    return found
+
+
+JOBS = {"steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
 
 if __name__ == "__main__":
     jobs, place, model_dir = sys.argv[1].split(", "), Path(sys.argv[2]), Path(sys.argv[3])

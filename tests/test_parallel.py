@@ -111,6 +111,13 @@ def test_a_checkpoint_is_the_same_files_whoever_wrote_it(found: dict[int, Any]) 
             assert all(apart(other[n], t) < 1e-5 for n, t in one.items() if t.norm() > 0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sharding_on_a_gpu_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    found = results("alone_sharded", tmp_path, tiny_model, 1)[0]
+    for dtype, within in (("float32", 1e-5), ("bfloat16", 2e-3)):
+        np.testing.assert_allclose(found[f"{dtype} True"], found[f"{dtype} False"], rtol=within)
+
+
 def test_another_number_of_ranks_goes_on_from_a_checkpoint(found: dict[int, Any]) -> None:
     for one in found[2]:
         for size in (1, 4):
