@@ -5,6 +5,8 @@ What the jobs find is in PLACE/SIZE.RANK.pt, for the tests to compare.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from educe.config import Full, Lora
+from educe.errors import TrainError
 from educe.model.device import Device
 from educe.model.load import load_model
 from educe.pack.batch import rank_step
@@ -122,7 +125,7 @@ def everything(state: State) -> dict[str, Tensor]:
 
 def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     """Gradients in many ways, then a run with a checkpoint in the middle, gone on with from the file."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"each": world.each("né" * world.rank)}
     cases: dict[str, tuple[Full | Lora, dict[str, Any]]] = {
         "full": (FULL, {}),
         "recomputed": (FULL, {"recomputed": 1}),
@@ -183,7 +186,28 @@ def alone_sharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     return found
 
 
-JOBS = {"steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
+def spoilt(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """The last rank's second micro-batch gives no number."""
+    state = fresh(model_dir, FULL, world)
+    seen: list[int] = []
+
+    def loss(model: Any, batch: Any, denominator: float) -> Any:
+        seen.append(0)
+        out = sft_loss(model, batch, denominator)
+        bad = world.rank == world.size - 1 and len(seen) == 2
+        return dataclasses.replace(out, loss=out.loss * math.nan) if bad else out
+
+    rows = examples(8)
+    mine = rank_step([[e] for e in rows], [1.0], world.rank, world.size)
+    config = LoopConfig(total_steps=2, learning_rate=1e-3, warmup_share=0.0, schedule="cosine", clip_norm=1.0, seed=1)
+    try:
+        train(state, lambda s: mine, loss, [], config, world=world, rows_of=lambda s, m: f"rows of {world.rank}, {m}")
+    except TrainError as e:
+        return {"spoilt": str(e)}
+    raise AssertionError
+
+
+JOBS = {"spoilt": spoilt, "steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
 
 if __name__ == "__main__":
     jobs, place, model_dir = sys.argv[1].split(", "), Path(sys.argv[2]), Path(sys.argv[3])

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from educe.pack.batch import build_step, rank_step  # noqa: E402
 from educe.parallel.world import ALONE  # noqa: E402
+from educe.training.streamed import write_safetensors  # noqa: E402
 
 import ranks  # noqa: E402
-from test_engine import EXACT, apart  # noqa: E402
+from test_engine import EXACT, apart, examples  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -53,7 +56,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     place = tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
     one, four = [ranks.steps(place, tiny_model, ALONE)], results("steps", place, tiny_model, 4)
-    return {0: place, 1: one, 2: results("steps, resharded", place, tiny_model, 2), 4: four}
+    return {0: place, 1: one, 2: results("steps, resharded, spoilt", place, tiny_model, 2), 4: four}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -98,6 +101,46 @@ def test_low_precision_is_the_same_but_for_rounding(found: dict[int, Any], size:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_going_on_gives_the_same_bits(found: dict[int, Any], size: int) -> None:
     assert [one["bits"] for one in found[size]] == [[]] * size
+
+
+def test_the_rank_whose_loss_is_no_number_is_named_by_all(found: dict[int, Any]) -> None:
+    assert [one["each"] for one in found[4]] == [["", "né", "néné", "nénéné"]] * 4
+    for one in found[2]:
+        assert "E-TRAIN-301 step 1 (rows of 1, 1)" in one["spoilt"]
+
+
+def test_a_streamed_file_is_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shapes = [
+        ((3, 5), torch.bfloat16),
+        ((), torch.float32),
+        ((0, 4), torch.float32),
+        ((7,), torch.uint8),
+        ((2,), torch.int64),
+    ]
+    tensors = {f"{k}.né": (100 * torch.rand(shape)).to(dtype) for k, (shape, dtype) in enumerate(shapes)}
+    write_safetensors(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs")
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() == tensors.keys()
+    assert all(t.dtype == ours[n].dtype and torch.equal(t, ours[n]) for n, t in theirs.items())
+
+
+@pytest.mark.parametrize("within_tasks", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_divide_a_step(size: int, within_tasks: bool) -> None:
+    groups = [[replace(e, task=k % 2)] for k, e in enumerate(examples(7))]
+    step = build_step(groups, [1.0, 0.5], within_tasks=within_tasks)
+    dealt = [rank_step(groups, [1.0, 0.5], r, size, within_tasks=within_tasks) for r in range(size)]
+    assert {len(mine) for mine in dealt} == {-(-7 // size)}
+    for r, mine in enumerate(dealt):
+        for k, batch in enumerate(mine):
+            if r + k * size < 7:
+                assert np.array_equal(batch.ids_P, step[r + k * size].ids_P)
+                assert np.array_equal(batch.scales_N, step[r + k * size].scales_N)
+            else:
+                assert batch.total_weight == 0
 
 
 def test_a_checkpoint_is_the_same_files_whoever_wrote_it(found: dict[int, Any]) -> None:

@@ -54,6 +54,19 @@ class World:
         dist.broadcast(text, 0, group=self.host)
         return json.loads(text.numpy().tobytes())
 
+    def each(self, text: str) -> list[str]:
+        """What every rank says, in order."""
+        if self.size == 1:
+            return [text]
+        said = np.frombuffer(text.encode(), np.uint8)
+        sizes = self.sum(np.eye(self.size)[self.rank] * said.size).astype(int)
+        everything = np.zeros(sizes.sum())
+        first = sizes[: self.rank].sum()
+        everything[first : first + said.size] = said
+        joined = self.sum(everything).astype(np.uint8).tobytes()
+        ends = np.cumsum(sizes).tolist()
+        return [joined[end - size : end].decode() for size, end in zip(sizes.tolist(), ends, strict=True)]
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

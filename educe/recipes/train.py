@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.device import Device
 from educe.model.source import Say
+from educe.pack.plan import PackPlan
 from educe.parallel.world import World, join, leave
 from educe.recipes.estimate import remember_speed, speed_key
 from educe.recipes.machine import chosen_device, device_of_run
@@ -112,7 +114,7 @@ def _train(
                 [watch.on_step, stop],
                 loop_config(recipe, prepared, plan.num_steps),
                 world=world,
-                rows_of=lambda step, micro: names_of(prepared, plan.step(step, world.rank, world.size), micro),
+                rows_of=partial(_names, prepared, plan, world),
                 say=say,
             )
         if watch.has_stalled:
@@ -130,6 +132,13 @@ def _train(
         write_json(run.provenance, provenance)
         speed = provenance["tokens_per_s"] / world.size
         remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), speed)
+
+
+def _names(prepared: Prepared, plan: PackPlan, world: World, step: int, micro: int | None) -> str:
+    """The rows of one of this rank's micro-batches; of all ranks' where none is named."""
+    if micro is None:
+        return names_of(prepared, plan.step(step), None)
+    return names_of(prepared, plan.step(step, world.rank, world.size), micro)
 
 
 def _device(recipe: Recipe, run: RunDir, world: World) -> Device:

@@ -103,7 +103,7 @@ def train(
         objective = float(world.sum(np.array([sum(objectives)]))[0])
         norm = float(state.optimizer.gradient_norm())
         if not (math.isfinite(objective) and math.isfinite(norm)):
-            raise _not_finite(state, objectives, objective, norm, rows_of)
+            raise _not_finite(state, objectives, objective, norm, rows_of, world)
         if spike := spikes.seen(objective):
             say(f"step {state.step + 1}: {spike} before; made of {rows_of(state.step, None)}")
         rate = config.rate(state.step)
@@ -149,11 +149,13 @@ def _counts(batches: Sequence[Batch]) -> np.ndarray:
 
 
 def _not_finite(
-    state: State, objectives: Sequence[float], objective: float, norm: float, rows_of: RowsOf
+    state: State, objectives: Sequence[float], objective: float, norm: float, rows_of: RowsOf, world: World
 ) -> TrainError:
-    """Names the rows of the first micro-batch whose loss is no number; of the whole step where only the gradient is none."""
+    """Names the rows of each rank's first micro-batch whose loss is no number; of the whole step where only the gradient is none."""
     bad = next((k for k, value in enumerate(objectives) if not math.isfinite(value)), None)
-    rows = rows_of(state.step, None if bad is None or state.halvings else bad)
+    elsewhere = bad is None and not math.isfinite(objective)  # another rank's
+    mine = "" if elsewhere else rows_of(state.step, None if bad is None or state.halvings else bad)
+    rows = "; ".join(dict.fromkeys(filter(None, world.each(mine))))
     found = f"loss {objective}, gradient norm {norm}; the weights are as after step {state.step}."
     fix = "Lower train.learning_rate, or look for odd rows with `educe check`."
     return TrainError(301, f"step {state.step + 1}{f' ({rows})' if rows else ''}", found, fix)
