@@ -212,7 +212,7 @@ def test_ranks_have_like_costs(seed: int, num_ranks: int) -> None:
     plan = plan_packs(lengths, permute(lengths.size, seed), **job)
     costs = [
         [
-            sum(float((lengths[p] ** 2).sum() / EVEN_TOKENS + lengths[p].sum()) for p in plan.step(s, r))
+            sum(float((lengths[p] ** 2).sum() / EVEN_TOKENS + lengths[p].sum()) for p in plan.step(s, r, num_ranks))
             for r in range(num_ranks)
         ]
         for s in range(plan.num_steps - 1)

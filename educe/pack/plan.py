@@ -45,6 +45,8 @@ class PackPlan:
     def step(self, s: int, rank: int = 0, of: int = 1) -> list[list[int]]:
         """The micro-batches of a rank `of` so many in step s: the examples packed together in each. Packs are dealt in turn; ranks
         compute about equally long where their number divides `num_ranks`."""
+        if not 0 <= rank < of:
+            raise ValueError(f"rank {rank} is none of {of}")
         packs = range(int(self.step_edges[s]) + rank, int(self.step_edges[s + 1]), of)
         return [self.examples_K[self.pack_edges[p] : self.pack_edges[p + 1]].tolist() for p in packs]
 
