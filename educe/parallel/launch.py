@@ -96,6 +96,10 @@ class _Rank:
         if self._process.poll() is None:
             self._process.send_signal(number)
 
+    def end(self, *, force: bool) -> None:
+        if self._process.poll() is None:
+            (self._process.kill if force else self._process.terminate)()
+
     def older(self) -> str:
         """New lines, but none since the last call: none that mourns a rank whose end is not noticed yet."""
         told, self._told, self._old = self._lines[self._told : self._old], self._old, len(self._lines)
@@ -137,9 +141,9 @@ def _blame(rank: _Rank, first: bool) -> tuple[int, int]:
 
 
 def _end(ranks: Sequence[_Rank]) -> None:
-    for number, patience_s in ((signal.SIGTERM, _LAST_S), (signal.SIGKILL, 60.0)):
+    for force, patience_s in ((False, _LAST_S), (True, 60.0)):
         for rank in ranks:
-            rank.send(number)
+            rank.end(force=force)
         until = time.monotonic() + patience_s
         while any(rank.code is None for rank in ranks) and time.monotonic() < until:
             time.sleep(_EVERY_S)
