@@ -373,23 +373,21 @@ OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
 def test_every_knob_is_read() -> None:
     read = reads()
     assert blocks() == set(OWNERS)
-    discriminators = {
-        (k, "kind")
-        for k in (
-            Full,
-            Lora,
-            FileSplit,
-            ShareSplit,
-            OwnTemplate,
-            FileTemplate,
-            Temperature,
-            Unimax,
-            Wsd,
-            Even,
-            LoraPlus,
-            LayerWise,
-        )
-    }  # read as the class
+    unions = (
+        Full,
+        Lora,
+        FileSplit,
+        ShareSplit,
+        OwnTemplate,
+        FileTemplate,
+        Temperature,
+        Unimax,
+        Wsd,
+        Even,
+        LoraPlus,
+        LayerWise,
+    )
+    discriminators = {(k, "kind") for k in unions}  # read as the class
     unread = [
         f"{block.__name__}.{knob}"
         for block, owners in OWNERS.items()
