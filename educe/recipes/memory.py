@@ -58,6 +58,12 @@ class MemoryPlan:
         host = "; activations wait on the host"
         return f"memory: {self.total / 1e9:.1f} GB ({shown}){how if self.recomputed_layers else ''}{host if self.offloads else ''}"
 
+    def compared(self, peak_bytes: float) -> str:
+        """What the first step really needed, beside what was planned."""
+        off = peak_bytes / self.total - 1
+        way = "above" if off > 0 else "below"
+        return f"memory: {peak_bytes / 1e9:.1f} GB at the peak of the first step, {abs(off):.0%} {way} the plan"
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -85,7 +91,17 @@ def memory_of_run(
     """The plan for the memory that is there now; on a CPU `ranks` share it."""
     reach = plan.mean_reach(prepared.store("train").lengths)
     there = memory_of(device.kind) / (1 if device.kind == "cuda" else ranks)
-    return plan_memory(facts, recipe, plan, device, reach=reach, memory_bytes=there, compiled=compiled, ranks=ranks)
+    return plan_memory(
+        facts,
+        recipe,
+        plan,
+        device,
+        reach=reach,
+        trained_share=trained_share(prepared),
+        memory_bytes=there,
+        compiled=compiled,
+        ranks=ranks,
+    )
 
 
 def plan_memory(
@@ -95,6 +111,7 @@ def plan_memory(
     device: Device,
     *,
     reach: float,
+    trained_share: float,
     memory_bytes: float,
     compiled: bool,
     ranks: int = 1,
@@ -105,15 +122,16 @@ def plan_memory(
     trained = num_trained(facts, recipe.tuning)
     low = recipe.train.optimizer == "adamw_8bit_bf16"
     own = number == 4 or low  # such weights are their own masters
-    vocabulary_bytes = facts.vocab_size * facts.hidden_size
     logit_bytes = (2**31 if memory_bytes > 40e9 else 2**29) if device.kind == "cuda" else 2**28
-    head_slope = vocabulary_bytes * (4 + number) if isinstance(recipe.tuning, Full) else 0
+    logits = plan.capacity_tokens * trained_share * facts.vocab_size * number
+    head = facts.vocab_size * facts.hidden_size if isinstance(recipe.tuning, Full) else 0
+    head_slope = head * (number if logits <= logit_bytes else 4 + number)  # of several chunks: added up in fp32
     made = MemoryPlan(
         weights=facts.num_parameters * number,
         gradients=trained * (2 if low else 4),
         optimizer=trained * ((0 if own else 4) + (8 if recipe.train.optimizer == "adamw" else 2.1)),
         activations=0.0,
-        logits=min(logit_bytes, plan.capacity_tokens * facts.vocab_size * number) + head_slope,
+        logits=min(logit_bytes, logits) + head_slope,
         process=_PROCESS_BYTES if device.kind == "cpu" else 0.0,
         logit_bytes=logit_bytes,
         num_layers=facts.num_layers,
@@ -123,7 +141,7 @@ def plan_memory(
     )
     if ranks > 1:
         made = _divided(made, facts, trained, number, ranks)
-    layer = _layer_bytes(facts, number, reach=reach, compiled=compiled, on_gpu=device.kind == "cuda")
+    layer = layer_bytes(facts, number, reach=reach, compiled=compiled, on_gpu=device.kind == "cuda")
     kept = facts.hidden_size * number
     tokens, room = plan.capacity_tokens, memory_bytes * _FILL[device.kind] - made.total
 
@@ -155,11 +173,11 @@ def _divided(made: MemoryPlan, facts: ModelFacts, trained: int, number: int, ran
     )
 
 
-def _layer_bytes(facts: ModelFacts, number: int, *, reach: float, compiled: bool, on_gpu: bool) -> float:
+def layer_bytes(facts: ModelFacts, number: int, *, reach: float, compiled: bool, on_gpu: bool) -> float:
     """What a layer keeps of a token for the backward pass, as transformers writes Llama-like layers.
 
     Counted with saved-tensor hooks on real classes (docs/performance.md): in bf16 16 bytes a hidden unit, 8 a unit between, 4 a unit
-    of queries, keys and values, 6 more where those are normalised; in fp32 24, 16, 8 and 12.
+    of queries, keys and values, 6 more where those are normalised; in fp32 24, 16, 8 and 8.
     """
     d = (16 if number == 2 else 24) * facts.hidden_size
     inner = 4 * number * facts.active_intermediate
@@ -167,7 +185,7 @@ def _layer_bytes(facts: ModelFacts, number: int, *, reach: float, compiled: bool
     attention = (
         0.0 if on_gpu else number * facts.num_heads * reach
     )  # weights of plain attention; a GPU's kernel keeps none
-    normalised = 3 * number * width if facts.normalises_queries else 0
+    normalised = (6 if number == 2 else 8) * width if facts.normalises_queries else 0
     return (d + inner + 2 * number * width + normalised) * (_COMPILED if compiled else 1.0) + attention
 
 

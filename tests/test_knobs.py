@@ -1,0 +1,110 @@
+"""Every knob of a recipe is read by something, says what it is, and there are few of them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import educe
+from educe.config import Full, Lora, Recipe
+from educe.config.data import Data, FileSplit, Rates, Replay, Rows, ShareSplit, Task, Temperature, Trees, Unimax
+from educe.config.knobs import Knobs
+from educe.config.recipe import (
+    Decay,
+    Evaluation,
+    Even,
+    FileTemplate,
+    LayerWise,
+    LoraPlus,
+    Metric,
+    NamedTemplate,
+    OwnTemplate,
+    Train,
+    Wsd,
+)
+from hypothesis import settings
+from pydantic import BaseModel
+
+PACKAGE = Path(educe.__file__).parent
+BASE = "name: a\nmodel: m\ndata:\n  train: t.jsonl\n"
+few = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+# knobs
+
+
+def blocks(of: type[BaseModel] = Recipe) -> set[type[BaseModel]]:
+    found: set[type[BaseModel]] = {of}
+    for field in of.model_fields.values():
+        inner = (field.annotation, *get_args(field.annotation))
+        for kind in (*inner, *(k for i in inner for k in get_args(i))):
+            if isinstance(kind, type) and issubclass(kind, Knobs):
+                found |= blocks(kind)
+    return found
+
+
+def reads() -> set[str]:
+    """`owner.name` of every attribute read in the package, the recipe's own validation aside."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path.parent.name == "config":
+            tree.body = [
+                n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("run_path", "sources")
+            ]  # type: ignore[misc]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                named = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+                found.add(f"{named.lstrip('_')}.{node.attr}")
+    return found
+
+
+OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
+    Recipe: ("recipe", "self"), Data: ("data", "self"), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
+    Full: ("tuning",), Metric: ("metric",), FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
+    Rows: ("rows",), Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
+    Decay: ("schedule",), Wsd: ("schedule",), Even: ("rates",), LoraPlus: ("rates",), LayerWise: ("rates",),
+    OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
+}  # fmt: skip
+
+
+def test_every_knob_is_read() -> None:
+    read = reads()
+    assert blocks() == set(OWNERS)
+    unions = (
+        Full,
+        Lora,
+        FileSplit,
+        ShareSplit,
+        OwnTemplate,
+        FileTemplate,
+        Temperature,
+        Unimax,
+        Wsd,
+        Even,
+        LoraPlus,
+        LayerWise,
+    )
+    discriminators = {(k, "kind") for k in unions}  # read as the class
+    unread = [
+        f"{block.__name__}.{knob}"
+        for block, owners in OWNERS.items()
+        for knob in block.model_fields
+        if (block, knob) not in discriminators and not any(f"{o}.{knob}" in read for o in owners)
+    ]
+    assert not unread
+
+
+def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
+    fields: list[tuple[str, Any]] = [
+        (n, f) for b in blocks() for n, f in b.model_fields.items() if n in b.__annotations__
+    ]
+    assert 20 < len([n for n, f in fields if not (n == "kind" and f.is_required())]) <= 80
+    assert len({block.__name__ for block in blocks()}) == 24
+    for name, field in fields:
+        if name != "data" and not (name == "kind" and field.is_required() and not field.description):
+            assert field.description, name
+            assert not re.search(r"\buse_|\bno_", name)

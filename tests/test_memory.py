@@ -1,0 +1,129 @@
+"""The memory plan: what a layer keeps is what its saved tensors weigh; what is planned fits, and little is done twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+from educe.config import Recipe  # noqa: E402
+from educe.model import attention  # noqa: E402
+from educe.model.describe import ModelFacts  # noqa: E402
+from educe.model.device import Device  # noqa: E402
+from educe.model.load import CausalLM  # noqa: E402
+from educe.pack.batch import build_batch  # noqa: E402
+from educe.pack.plan import PackPlan, plan_packs  # noqa: E402
+from educe.recipes.memory import MemoryPlan, layer_bytes, memory_plan_of, plan_memory  # noqa: E402
+from educe.types import Example  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+LENGTHS = [64, 100, 28]
+
+
+def device(kind: str = "cuda", dtype: str = "bfloat16") -> Device:
+    return Device(kind=kind, dtype=dtype, name="", flops=1e12, why="")
+
+
+def facts(
+    layers: int = 32, width: int = 4096, inner: int = 12288, heads: int = 32, groups: int = 8, **more: Any
+) -> ModelFacts:
+    body = layers * (width * 128 * (2 * heads + 2 * groups) + 3 * width * inner)
+    given: dict[str, Any] = {
+        "name": "m", "directory": Path("m"), "model_type": "llama", "architecture": "M", "num_parameters": body + 2 * 128_000 * width,
+        "num_embedding_parameters": 128_000 * width, "hidden_size": width, "intermediate_size": inner, "active_intermediate": inner,
+        "num_layers": layers, "num_heads": heads, "num_key_value_heads": groups, "head_dim": 128, "normalises_queries": False,
+        "vocab_size": 128_000, "max_positions": 8192, "licence": "unknown",
+    }  # fmt: skip
+    return ModelFacts(**{**given, **more})
+
+
+def recipe(tuning: str = "full", **train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"name": "a", "model": "m", "data": {"train": "t.jsonl"}, "tuning": {"kind": tuning}, "train": train}
+    )
+
+
+def pack_plan(capacity: int = 8192) -> PackPlan:
+    lengths = np.full(64, capacity // 8)
+    return plan_packs(lengths, np.arange(64), batch_tokens=capacity, capacity_tokens=capacity, seed=0)
+
+
+def planned(gigabytes: float, tuning: str = "full", **train: Any) -> MemoryPlan:
+    return plan_memory(
+        facts(), recipe(tuning, **train), pack_plan(), device(), reach=1024, trained_share=0.6, memory_bytes=gigabytes * 1e9,
+        compiled=False,
+    )  # fmt: skip
+
+
+def kept_by_a_layer(family: str, dtype: Any) -> float:
+    """Bytes a token that one more layer keeps for the backward pass, counted where autograd saves them."""
+    config, network_class = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[family]
+
+    def count(layers: int) -> float:
+        network = network_class(
+            config(
+                vocab_size=128, hidden_size=96, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32, attn_implementation=attention.NAME,
+            )
+        ).to(dtype)  # fmt: skip
+        model = CausalLM(network, device("cpu", str(dtype).removeprefix("torch.")), adapted=False)
+        weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        seen: dict[int, tuple[int, Any]] = {}
+
+        def note(t: Any) -> Any:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address comes twice
+            return t
+
+        rows = [Example(ids_T=np.ones(n, np.int32), weights_T=(np.arange(n) > 0).astype(np.float32)) for n in LENGTHS]
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model.hidden_states(build_batch(rows))
+        return sum(size for size, _ in seen.values()) / sum(LENGTHS)
+
+    attention.register()
+    return count(3) - count(2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype,number", [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_what_a_layer_keeps_is_what_autograd_saves(family: str, dtype: Any, number: int) -> None:
+    reach = sum(n * n for n in LENGTHS) / sum(LENGTHS)
+    small = facts(width=96, inner=160, heads=4, groups=2, head_dim=32, normalises_queries=family == "qwen3")
+    expected = layer_bytes(small, number, reach=reach, compiled=False, on_gpu=False)
+    assert expected == pytest.approx(kept_by_a_layer(family, dtype), rel=0.03)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.floats(20, 400), st.sampled_from(["full", "lora"]), st.sampled_from(["adamw", "adamw_8bit", "adamw_8bit_bf16"])
+)
+def test_as_few_layers_as_will_do_are_computed_again(gigabytes: float, tuning: str, optimizer: str) -> None:
+    found = planned(gigabytes, tuning, optimizer=optimizer)
+    room = 0.92 * gigabytes * 1e9
+    assert found.fits == (found.total <= room)
+    if not found.fits:
+        assert found.recomputed_layers == 32
+        return
+    kept = planned(gigabytes, tuning, optimizer=optimizer, activations="keep")
+    assert (found.recomputed_layers == 0) == kept.fits
+    more = planned(gigabytes + 30, tuning, optimizer=optimizer)
+    assert more.recomputed_layers <= found.recomputed_layers
+
+
+def test_each_part_is_what_it_says() -> None:
+    n = facts().num_parameters
+    full, low, lora = planned(200), planned(200, optimizer="adamw_8bit_bf16"), planned(200, "lora")
+    assert (full.weights, full.gradients, full.optimizer) == (2 * n, 4 * n, 12 * n)
+    assert (low.weights, low.gradients) == (2 * n, 2 * n)
+    assert low.optimizer < 2.2 * n
+    assert lora.gradients + lora.optimizer < 0.03 * full.total
+    assert memory_plan_of(full.as_json()) == full
+    assert "12% above the plan" in full.compared(1.12 * full.total)
+    assert "3% below the plan" in replace(full, process=0.0).compared(0.97 * full.total)
