@@ -17,14 +17,15 @@ test: $(VENV)/.dev check
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
-	$(BIN)/ruff check educe tests tools
-	$(BIN)/ruff format --check educe tests tools
+	$(BIN)/ruff check educe tests tools bench
+	$(BIN)/ruff format --check educe tests tools bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/house.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python bench/cpu.py
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)

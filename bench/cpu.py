@@ -1,6 +1,6 @@
 """educe beside TRL on one CPU: real tokens a second and peak memory of full fine-tuning, both sides in turn in one run.
 
-    python bench/cpu.py --model MODEL_DIR --data alpaca_5000.json [--rows 256] [--rounds 3] [--sweep-rows 64]
+    python bench/cpu.py [--model MODEL_DIR] [--data alpaca.json] [--rows 256] [--rounds 3] [--sweep-rows 64]
 
 Same model, same rows, same ids, assistant-only loss, AdamW (fused), about the same rows a step, no activation checkpointing.
 Only tokens of rows are counted, never padding; the first step (kernels are made in it) is left out on both sides. TRL runs
@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 ROWS_PER_STEP = 20  # 2,048 tokens: two packs of 1,024, four of 512
+DATA = Path(__file__).parents[2] / "shared" / "data" / "instruct" / "alpaca_5000.json"
 STEP_TOKENS = 2048
 LEARNING_RATE = 1e-5
 # TRL: packing length (0: padded), rows or packs a micro-batch, loss, arithmetic.
@@ -183,8 +184,8 @@ def _apart(args: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--model", type=Path, help="default: the quickstart's")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--sweep-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -192,6 +193,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--side", nargs="*")
     a = parser.parse_args()
+    if not a.data.is_file():
+        raise SystemExit(f"needs {a.data}: Alpaca rows as a JSON array; name another with --data")
+    if a.model is None:
+        from educe.model.source import DEFAULT_MODEL, find_model
+
+        a.model = find_model(DEFAULT_MODEL, print)
     if a.side and a.side[0] == "educe":
         print(json.dumps(run_educe(a.model, a.data, a.rows, a.capacity, a.dtype, a.side[1:] == ["compiled"])))
         return
