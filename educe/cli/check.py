@@ -130,6 +130,7 @@ def _about_run(c: Check) -> list[tuple[str, str]]:
         ("model", f"{c.facts.name}, {c.facts.num_parameters / 1e6:.0f}M parameters, {c.recipe.tuning.kind}"),
         ("device", f"{c.device}; {c.device_why}"),
         ("speed", f"{c.estimate.tokens_per_s:.0f} tokens/s, {how}"),
+        ("compiled", c.compiling),
         ("memory", f"{c.memory.said().removeprefix('memory: ')}; {gigabytes(c.memory_bytes)} available"),
         ("disk", f"{gigabytes(c.estimate.disk_bytes)} at most, {gigabytes(c.free_disk_bytes)} free"),
     ]

@@ -38,6 +38,7 @@ class Check:
     num_undrawn: int
     estimate: Estimate
     memory: MemoryPlan
+    compiling: str
     device: str
     device_why: str
     memory_bytes: int
@@ -65,7 +66,7 @@ def check(recipe: Recipe, say: Say) -> Check:
     share = trained_share(prepared)
     estimate = estimate_run(facts, recipe, plan, share, device)
     memory = memory_of(device.kind)
-    compiled, _ = whether_to_compile(recipe, facts, plan, device, share, packed=True)
+    compiled, why = whether_to_compile(recipe, facts, plan, device, share, packed=True)
     needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled)
     free = shutil.disk_usage(_existing(Path(recipe.runs))).free
     blockers = []
@@ -86,6 +87,7 @@ def check(recipe: Recipe, say: Say) -> Check:
         num_undrawn=num_undrawn(prepared, mixed),
         estimate=estimate,
         memory=needed,
+        compiling=f"{'yes' if compiled else 'no'}: {why}",
         device=f"{device.kind} ({device.name}), {device.dtype}",
         device_why=device.why,
         memory_bytes=memory,
