@@ -330,12 +330,14 @@ def _mean(rows: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars or advice from transformers on the terminal; errors still raise."""
-    level = logging.getLogger("transformers").level
+    """No progress bars or advice from transformers, nor torchao's on what it lacks, on the terminal; errors still raise."""
+    level, disabled = logging.getLogger("transformers").level, logging.root.manager.disable
+    logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        logging.disable(disabled)
         logging.getLogger("transformers").setLevel(level)
