@@ -27,7 +27,7 @@ from educe.model.adapters import layer_embeddings, with_adapters
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
 from educe.model.documents import documents_of
-from educe.model.frugal import compile_layers, on_host, recompute_layers, uncompiled
+from educe.model.frugal import as_written, compile_layers, on_host, recompute_layers, uncompiled
 from educe.model.loaded import prove_loaded
 from educe.model.mixers import run_apart
 from educe.model.router import balance_loss, router_coefficient
@@ -102,7 +102,7 @@ class CausalLM:
     def _filler(self, num_tokens: int) -> int:
         """Tokens of a filler document: up to the lengths that compiled layers know; else, on a CPU, up to a multiple of 16, since
         oneDNN compiles and keeps kernels for every shape it meets (docs/decisions/004)."""
-        if self._row_tokens:
+        if self._row_tokens and self.network.training:
             return -num_tokens % self._row_tokens
         return -num_tokens % 16 if self.device_kind == "cpu" and self.packable else 0
 
@@ -120,6 +120,11 @@ class CausalLM:
         """Compile the layers for rows of `row_tokens`; others are filled up to a multiple of it."""
         compile_layers(self.layers)
         self._row_tokens = row_tokens
+
+    def uncompile(self) -> None:
+        """Layers run as they are written from here on."""
+        as_written(self.layers)
+        self._row_tokens = 0
 
     def fill_less(self, row_tokens: int) -> None:
         """Compiled layers get rows of any multiple of `row_tokens` from here on, where those were longer."""
