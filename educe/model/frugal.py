@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_layers(layers: nn.ModuleList, count: int) -> None:
-    """The first `count` layers keep their input alone and are computed again in the backward pass, with the same dropout."""
+    """The first `count` layers keep their input alone and are computed again in the backward pass, with the same dropout; those that
+    are so already stay as they are."""
     for layer in list(layers)[:count]:
-        layer.forward = _again(layer.forward)
+        if not hasattr(layer.forward, "recomputes"):
+            layer.forward = _again(layer.forward)
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,6 +29,7 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
+    recomputed.recomputes = True  # type: ignore[attr-defined]
     return recomputed
 
 
@@ -35,7 +40,9 @@ def on_host() -> contextlib.AbstractContextManager[Any]:
 
 
 def why_not_compiled(device_kind: str) -> str:
-    """What this machine lacks for compiling; empty where it can."""
+    """What this machine lacks for compiling; empty where it can, as far as can be seen without trying."""
+    if device_kind in ("cuda", "cpu") and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers are not installed (python3-dev)"
     if device_kind == "cuda":
         try:
             import triton  # noqa: F401
@@ -56,6 +63,12 @@ def compile_layers(layers: nn.ModuleList) -> None:
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for layer in layers:
         layer.compile()
+
+
+def as_written(layers: nn.ModuleList) -> None:
+    """Undo `compile_layers`."""
+    for layer in layers:
+        layer._compiled_call_impl = None
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:

@@ -27,7 +27,7 @@ from educe.model.adapters import layer_embeddings, with_adapters
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
 from educe.model.documents import documents_of
-from educe.model.frugal import compile_layers, on_host, recompute_layers, uncompiled
+from educe.model.frugal import as_written, compile_layers, on_host, recompute_layers, uncompiled
 from educe.model.loaded import prove_loaded
 from educe.model.mixers import run_apart
 from educe.model.router import balance_loss, router_coefficient
@@ -62,7 +62,7 @@ class CausalLM:
         self._decoder: nn.Module = self.base.get_decoder()
         self.sharded: Sharded | None = None
         self.offloads = False
-        self._row_tokens = 0
+        self._row_tokens = 0  # of compiled layers
         with torch.no_grad():  # peft puts a matrix with trained rows together each time it is asked for one
             self.vocabulary = int(self.base.get_output_embeddings().weight.shape[0])
 
@@ -100,10 +100,10 @@ class CausalLM:
         return Hidden(states_PD=states[: batch.num_tokens], router_loss=loss)
 
     def _filler(self, num_tokens: int) -> int:
-        """Tokens of a filler document: up to the one length that compiled layers know; else, on a CPU, up to a multiple of 16, since
+        """Tokens of a filler document: up to the lengths that compiled layers know; else, on a CPU, up to a multiple of 16, since
         oneDNN compiles and keeps kernels for every shape it meets (docs/decisions/004)."""
-        if num_tokens <= self._row_tokens:
-            return self._row_tokens - num_tokens
+        if self._row_tokens and self.network.training:
+            return -num_tokens % self._row_tokens
         return -num_tokens % 16 if self.device_kind == "cpu" and self.packable else 0
 
     @property
@@ -117,9 +117,18 @@ class CausalLM:
         recompute_layers(self.layers, count)
 
     def compile(self, row_tokens: int) -> None:
-        """Compile the layers for rows of `row_tokens`; shorter ones are filled up to it."""
+        """Compile the layers for rows of `row_tokens`; others are filled up to a multiple of it."""
         compile_layers(self.layers)
         self._row_tokens = row_tokens
+
+    def uncompile(self) -> None:
+        """Layers run as they are written from here on."""
+        as_written(self.layers)
+        self._row_tokens = 0
+
+    def fill_less(self, row_tokens: int) -> None:
+        """Compiled layers get rows of any multiple of `row_tokens` from here on, where those were longer."""
+        self._row_tokens = min(self._row_tokens, row_tokens)
 
     def head(self, hidden_ND: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits as the model computes them: scale and soft cap of its config included."""
@@ -326,12 +335,14 @@ def _mean(rows: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars or advice from transformers on the terminal; errors still raise."""
-    level = logging.getLogger("transformers").level
+    """No progress bars or advice from transformers, nor torchao's on what it lacks, on the terminal; errors still raise."""
+    level, disabled = logging.getLogger("transformers").level, logging.root.manager.disable
+    logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        logging.disable(disabled)
         logging.getLogger("transformers").setLevel(level)

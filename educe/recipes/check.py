@@ -55,7 +55,7 @@ class Check:
 
 def check(recipe: Recipe, say: Say) -> Check:
     """Prepare the data, plan the run, estimate its cost, compare with the machine."""
-    from educe.recipes.machine import busy, device_of, memory_of
+    from educe.recipes.machine import busy, device_of, memory_of, refuse_offload
 
     prepared = prepare(recipe, say)
     inputs, names = inputs_of(recipe)
@@ -63,6 +63,7 @@ def check(recipe: Recipe, say: Say) -> Check:
     mixed = mix(recipe, prepared)
     plan = plan_run(recipe, prepared, facts, mixed)
     device = device_of(recipe)
+    refuse_offload(recipe, device.kind)
     share = trained_share(prepared)
     estimate = estimate_run(facts, recipe, plan, share, device)
     memory = memory_of(device.kind)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from educe.config import Recipe
-from educe.errors import MachineError
+from educe.errors import MachineError, RecipeError
 from educe.files.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ def device_of_run(recipe: Recipe, run: RunDir) -> Device:
     began = run.load(run.provenance)["device"]
     kind = began["kind"] if recipe.device == "auto" else recipe.device
     return chosen_device(kind, began["dtype"] if recipe.dtype == "auto" else recipe.dtype)
+
+
+def refuse_offload(recipe: Recipe, kind: str) -> None:
+    """Raise `RecipeError` where activations would be moved from the host's memory into the host's memory."""
+    if recipe.train.activations == "offload" and kind != "cuda":
+        found = f"is offload, and the device is {kind}: its memory is the host's, there is nothing to gain."
+        raise RecipeError(201, "train.activations", found, "Set it to auto or recompute, or use a GPU.")
 
 
 def busy(kind: str) -> list[str]:

@@ -139,6 +139,7 @@ def provenance_of(
         "prepared": prepared.key,
         "plan_sha256": t.plan.hash,
         "packed": t.packed,
+        "compiled": t.compiled,
         "ranks": ranks,
         "planned_ranks": t.plan.num_ranks,
         "memory": t.memory.as_json(),

@@ -88,7 +88,10 @@ def _train(
     earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
     decided = memory_plan_of(earlier["memory"]) if earlier else None
     ranks = settings["ranks"]
-    t = trainee(recipe, prepared, facts, mixed, device, decided, say, world=world, planned_ranks=ranks)
+    compiled = earlier["compiled"] if earlier else None
+    t = trainee(
+        recipe, prepared, facts, mixed, device, decided, say, compiled=compiled, world=world, planned_ranks=ranks
+    )
     state, plan = t.state, t.plan
     if found is not None:
         load_checkpoint(*found, state)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from educe.config import LayerWise, LoraPlus, Recipe, Wsd
-from educe.errors import RecipeError
+from educe.errors import MachineError, RecipeError
 from educe.loss.reweigh import REWEIGH
+from educe.model.compiled import why_not_trained
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model
@@ -19,6 +20,7 @@ from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan
 from educe.parallel.world import ALONE, World
 from educe.recipes.estimate import whether_to_compile
+from educe.recipes.machine import refuse_offload
 from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, trained_share
 from educe.recipes.mixing import Mixed, loss_weights
 from educe.recipes.plan import plan_run
@@ -34,11 +36,12 @@ from educe.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainee:
-    """All that a loop needs but its hooks. `packed`: documents share rows."""
+    """All that a loop needs but its hooks. `packed`: documents share rows; `compiled`: layers are."""
 
     state: State
     plan: PackPlan
     packed: bool
+    compiled: bool
     memory: MemoryPlan
     loss: SftLoss
     batches_of: Callable[[int], list[Batch]]
@@ -53,11 +56,13 @@ def trainee(
     memory: MemoryPlan | None,
     say: Say,
     *,
+    compiled: bool | None = None,
     world: World = ALONE,
     planned_ranks: int = 1,
 ) -> Trainee:
-    """Load, prove, plan. `memory` is what an earlier process of the run decided; None decides now. Packs are dealt for
-    `planned_ranks`; the ranks of `world` share the weights."""
+    """Load, prove, plan. `memory` and `compiled` are what an earlier process of the run decided; None decides now. Packs are dealt
+    for `planned_ranks`; the ranks of `world` share the weights."""
+    refuse_offload(recipe, device.kind)
     if world.size > 1 and recipe.train.optimizer != "adamw":
         found = f"{recipe.train.optimizer} does not go with several devices yet: its state is not divided."
         raise RecipeError(201, "train.optimizer", found, "Set train.optimizer: adamw.")
@@ -69,27 +74,44 @@ def trainee(
     if not packed:
         say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
     plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=planned_ranks)
-    compiled, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
-    say(f"layers are {'compiled' if compiled else 'not compiled'}: {why}")
-    memory = memory or memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled, ranks=world.size)
-    memory, compiled = _same(world, memory, compiled)
-    say(memory.said())
-    if memory.recomputed_layers:
-        model.recompute(memory.recomputed_layers)
-    model.offloads = memory.offloads
-    if compiled:
+    compiles, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
+    if compiled is not None and compiles != compiled:
+        compiles, why = compiled, "as the run began"
+    say(f"layers are {'compiled' if compiles else 'not compiled'}: {why}")
+    needed = memory or memory_of_run(recipe, prepared, facts, plan, device, compiled=compiles, ranks=world.size)
+    needed, compiles = _same(world, needed, compiles)
+    say(needed.said())
+    model.recompute(needed.recomputed_layers)
+    model.offloads = needed.offloads
+    if compiles:
         model.compile(plan.capacity_tokens)
     if world.size > 1:
         model.shard(world)
         say(f"{world.size} ranks: weights, gradients and the optimizer's state are divided among them")
+    if compiles and (fault := _fault(model, plan, world)):
+        if recipe.train.compile == "on" or world.size > 1:
+            raise MachineError(5, "train.compile", f"the layers were compiled, but {fault}.", "Set train.compile: off.")
+        say(f"layers are not compiled after all: {fault}")
+        model.uncompile()
+        compiles = False
+        if memory is None:
+            needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=False)
+            say(needed.said())
+            model.recompute(needed.recomputed_layers)
     return Trainee(
         state=State(model=model, optimizer=Adam(model.trainable(), adam_settings(recipe), rate_of(recipe, model))),
         plan=plan,
         packed=packed,
-        memory=memory,
-        loss=SftLoss(reweigh=REWEIGH[recipe.train.loss], beta=recipe.train.kl_to_base, logit_bytes=memory.logit_bytes),
+        compiled=compiles,
+        memory=needed,
+        loss=SftLoss(reweigh=REWEIGH[recipe.train.loss], beta=recipe.train.kl_to_base, logit_bytes=needed.logit_bytes),
         batches_of=batches_of(recipe, prepared, plan, world),
     )
+
+
+def _fault(model: CausalLM, plan: PackPlan, world: World) -> str:
+    """What is wrong with the compiled layers on any rank."""
+    return next(filter(None, world.each(why_not_trained(model, plan.capacity_tokens))), "")
 
 
 def _same(world: World, memory: MemoryPlan, compiled: bool) -> tuple[MemoryPlan, bool]:

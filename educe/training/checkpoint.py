@@ -39,7 +39,8 @@ def save_checkpoint(
     if world.leads:
         tensors = [t for group in files.values() for t in group.values()]
         need_space(place, sum(t.numel() * t.element_size() for t in tensors) + 2**20, "this checkpoint")
-        with directory(target, about={**about, "step": state.step, "finished": finished}) as part:
+        at = {"step": state.step, "finished": finished, "halvings": state.halvings}
+        with directory(target, about={**about, **at}) as part:
             for name, group in files.items():
                 write_safetensors(part / name, group)
         for old in _newest_first(place)[keep:]:
@@ -67,12 +68,12 @@ def newest_checkpoint(place: Path, say: Callable[[str], None]) -> tuple[Path, di
 
 
 def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) -> None:
-    """Put a verified, unfinished checkpoint into `state`: masters, moments, step. Each rank reads its own rows, however many
-    ranks wrote them."""
+    """Put a verified, unfinished checkpoint into `state`: masters, moments, step, and how finely micro-batches are cut. Each
+    rank reads its own rows, however many ranks wrote them."""
     masters = state.optimizer.masters
     moments = {f"{kind}.{name}": m for name, m in masters.items() for kind in MOMENTS}
     state.optimizer.load(read_like(checkpoint / WEIGHTS, masters), read_like(checkpoint / OPTIMIZER, moments))
-    state.step = int(manifest["step"])
+    state.step, state.halvings = int(manifest["step"]), int(manifest["halvings"])
 
 
 def load_weights(place: Path, step: int, state: State) -> str | None:

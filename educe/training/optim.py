@@ -8,6 +8,8 @@ down at random in proportion to what it is, right in the mean (torchao).
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from educe.errors import MachineError
+from educe.model.frugal import uncompiled, why_not_compiled
+from educe.model.load import quiet
 
 # A parameter's name to what its learning rate is multiplied with.
 RateOf = Callable[[str], float]
@@ -32,6 +36,10 @@ class AdamSettings:
     eps: float = 1e-8
     weights: Literal["fp32", "bf16"] = "fp32"
     moments: Literal["fp32", "8bit"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.weights == "bf16" and self.moments == "fp32":
+            raise ValueError("bf16 weights go with 8-bit moments: plain ones would be kept in bf16 too, which forgets")
 
 
 def even(name: str) -> float:
@@ -61,11 +69,16 @@ class Adam:
             key = (rate_of(name), settings.weight_decay if m.ndim >= 2 else 0.0)
             groups.setdefault(key, []).append(parameters[name] if name in self._own else m)
         self._adam = _adam([{"params": m, "times": t, "weight_decay": d} for (t, d), m in groups.items()], settings)
-        self._fused = settings.moments == "fp32" and settings.weights == "fp32"
+        self._fused = settings.moments == "fp32"
+        # torchao compiles a step for each shape of weight: seconds each, then a fourth of the time and of the memory
+        self._compiles = all(not why_not_compiled(kind) for kind in {p.device.type for p in parameters.values()})
 
     def gradient_norm(self) -> Tensor:
-        """Of all gradients together, over all ranks; on the device."""
-        norm = get_total_norm([g for _, g in self._gradients()], foreach=True)
+        """Of all gradients together, over all ranks, in fp32; on the device."""
+        gradients = [g for _, g in self._gradients()]
+        if any(g.dtype == torch.bfloat16 for g in gradients):  # three digits would not do to clip by
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        norm = get_total_norm(gradients, foreach=True)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
 
@@ -79,7 +92,8 @@ class Adam:
             self._adam.grad_scale = grads[0].new_full((), 1 / shrink, dtype=torch.float32)  # type: ignore[attr-defined]
         elif shrink < 1.0:
             torch._foreach_mul_(grads, shrink)
-        self._adam.step()
+        with contextlib.nullcontext() if self._fused or self._compiles else uncompiled():
+            self._adam.step()
         with torch.no_grad():
             rounded = [n for n in self.masters if n not in self._own]
             if rounded:
@@ -140,7 +154,7 @@ class Adam:
         if kind == "step":
             return torch.zeros((), dtype=torch.float32, device=key.device if self._fused else "cpu")
         make = getattr(self._adam, "_new_buffer", None)
-        fresh: Tensor = make(key, kind == "exp_avg") if make is not None else torch.zeros_like(key)
+        fresh: Tensor = torch.zeros_like(key) if make is None else make(key, kind == "exp_avg")
         return fresh
 
 
@@ -168,15 +182,23 @@ class _Sum:
 
 
 def _adam(groups: list[dict[str, Any]], settings: AdamSettings) -> torch.optim.Optimizer:
-    if settings.moments == "fp32" and settings.weights == "fp32":
+    if settings.moments == "fp32":
         return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
     try:
-        from torchao.optim import AdamW8bit, _AdamW
+        with quiet():
+            from torchao.optim import AdamW8bit
     except ImportError as e:
         found = "is not installed; 8-bit moments and bf16 weights need it."
         raise MachineError(1, "torchao", found, "pip install 'educe[lowbit]'.") from e
-    make = AdamW8bit if settings.moments == "8bit" else _AdamW
-    made: torch.optim.Optimizer = make(
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash_for_caching")
+
+    class Adam8bit(AdamW8bit):  # type: ignore[misc]
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            """fp32 where a tensor is too small for blocks; torchao would keep the moments of small bf16 weights in bf16."""
+            made: Tensor = super()._new_buffer(p, signed)
+            return made if hasattr(made, "tensor_attrs") else made.float()
+
+    made: torch.optim.Optimizer = Adam8bit(
         groups,
         lr=1e-3,
         betas=settings.betas,

@@ -13,6 +13,7 @@ from educe.training.state import State
 from educe.types import Batch
 
 Out = TypeVar("Out")
+FILLED_TO = 128  # tokens
 
 
 def in_room(
@@ -25,6 +26,8 @@ def in_room(
     """
     while True:
         fitting = cut(batches, state.halvings)
+        if state.halvings:  # compiled layers would fill what was cut up to the length that did not fit
+            state.model.fill_less(FILLED_TO)
         try:
             return fitting, compute(fitting)
         except torch.OutOfMemoryError as e:
