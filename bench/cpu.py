@@ -55,7 +55,7 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     from educe.chat.tokens import load_tokenizer
     from educe.config import Full
     from educe.errors import Refusal
-    from educe.model.device import choose_device, peak_memory_bytes
+    from educe.model.device import choose_device, peak_memory_bytes, release_free_memory
     from educe.model.load import load_model
     from educe.pack.batch import build_step
     from educe.pack.plan import plan_packs
@@ -83,6 +83,8 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
 
     def mark(state: State, report: Any) -> None:
+        if report.step % 2 == 0:  # as a run does
+            release_free_memory()
         marks.append((time.perf_counter(), report.tokens))
 
     config = LoopConfig(
