@@ -106,13 +106,14 @@ def compiled(tiny_model: Path) -> Iterator[tuple[CausalLM, str]]:
     if why_not_compiled("cpu"):
         pytest.skip(why_not_compiled("cpu"))
     from torch._inductor import config, cpu_vec_isa
+    from torch._inductor.utils import fresh_cache
 
     torch._dynamo.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = begun(tiny_model, FULL)
     model.compile(ROW)
-    with pytest.MonkeyPatch.context() as patch, config.patch(compile_threads=1):
+    with pytest.MonkeyPatch.context() as patch, config.patch(compile_threads=1), fresh_cache():
         patch.setattr(
             cpu_vec_isa, "valid_vec_isa_list", list
         )  # plain loops: finding out what the CPU has takes as long again

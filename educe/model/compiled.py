@@ -42,8 +42,8 @@ def why_not_trained(model: CausalLM, row_tokens: int) -> str:
     except torch.OutOfMemoryError:
         return ""  # nor will the first step fit: it halves its micro-batches
     except Exception as e:  # compilers raise what they like
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        return f"they cannot be compiled here ({type(e).__name__}: {lines[0][:200]})"
+        said = [line.strip() for line in str(e).splitlines() if line.strip() and not line.endswith("raised:")]
+        return f"they cannot be compiled here ({type(e).__name__}: {(said or ['no reason given'])[0][:200]})"
     finally:
         model.network.zero_grad()
     routed = any(type(m).__name__.endswith(("Router", "Gate")) for m in model.base.modules())
