@@ -184,3 +184,25 @@ def test_without_gradients_nothing_is_kept() -> None:
     full = ours(t, "nll", plain, 0.0, 1.0, 4)[0]
     assert torch.equal(out.nll_N, full.nll_N)
     assert torch.equal(out.loss, full.loss.detach())
+
+
+def test_the_anchor_is_right_where_the_model_is_surer_than_its_base() -> None:
+    """What all others share is summed: found as 1 - sum it would be rounding alone, and the slope divides by it."""
+    v, d = 4000, 8
+    torch.manual_seed(0)
+    t = {
+        "hidden": torch.eye(d)[:4],
+        "head": torch.randn(v, d) * 0.3,
+        "reference": torch.eye(d)[:4],
+        "targets": torch.tensor([7, 7, 9, 9]),
+        "weights": torch.ones(4),
+    }
+    t["reference_head"] = t["head"].clone()
+    t["reference_head"][7] += 12.0
+    for surer in (14.0, 18.0, 22.0, 26.0):
+        t["head"][7] = surer
+        expected = oracle(t, "nll", plain, 0.5, 4.0)
+        out, d_hidden, d_head = ours(t, "nll", plain, 0.5, 4.0, 100)
+        assert out.loss.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+        assert apart(d_hidden, expected["hidden"]) < 1e-4
+        assert apart(d_head, expected["head"]) < 1e-4

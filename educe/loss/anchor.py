@@ -9,14 +9,16 @@ Shape legend: N trained positions, C of a chunk, B of a block, D hidden size, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from educe.loss.kernels import softmax_facts
+
 TOP = 64
-_TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,47 +29,64 @@ class Anchor:
     head: Callable[[Tensor], Tensor]
     beta: float
 
-    def kept(self, chunk: int) -> Callable[[slice], Kept]:
-        """What the reference says about a chunk of at most `chunk` positions, when it is asked."""
+    def kept(self, piece: slice) -> Kept:
+        """What the reference says about these positions."""
+        with torch.no_grad():
+            logits_CV = self.head(self.hidden_ND[piece])
+            top_CK, ids_CK = logits_CV.topk(min(TOP, logits_CV.shape[1]), dim=1)
+            log_total_C = softmax_facts(logits_CV, ids_CK[:, 0]).log_total_B
+            log_rest_C = log_rest_(logits_CV, ids_CK, log_total_C)
+        return Kept(
+            ids_BK=ids_CK, log_p_BK=top_CK.float() - log_total_C[:, None], log_rest_B=log_rest_C, beta=self.beta
+        )
 
-        def of(piece: slice) -> Kept:
-            with torch.no_grad():
-                logits_CV = self.head(self.hidden_ND[piece]).float()
-                k = min(TOP, logits_CV.shape[1])
-                top_CK, ids_CK = logits_CV.topk(k, dim=1)
-                p_CK = torch.exp(top_CK - logits_CV.logsumexp(1, keepdim=True))
-            return Kept(ids_BK=ids_CK, p_BK=p_CK, beta=self.beta)
 
-        return of
+def log_rest_(logits_BV: Tensor, ids_BK: Tensor, log_total_B: Tensor) -> Tensor:
+    """log of the probability of all tokens but `ids_BK`; -inf where there are none. The logits come back as they were.
+
+    Summed, not found as 1 - sum(kept): where the model is sure, that difference is rounding alone, and the slope divides by it.
+    """
+    if ids_BK.shape[1] == logits_BV.shape[1]:
+        return torch.full_like(log_total_B, -math.inf)
+    kept_BK = logits_BV.gather(1, ids_BK)
+    logits_BV.scatter_(1, ids_BK, -math.inf)
+    log_rest_B = softmax_facts(logits_BV, ids_BK[:, 0]).log_total_B - log_total_B
+    logits_BV.scatter_(1, ids_BK, kept_BK)
+    return log_rest_B
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """The reference's likeliest tokens and their probabilities."""
+    """The reference's likeliest tokens, the logs of their probabilities and of that of all others together."""
 
     ids_BK: Tensor
-    p_BK: Tensor
+    log_p_BK: Tensor
+    log_rest_B: Tensor
     beta: float
 
     def rows(self, rows: slice) -> Kept:
-        return Kept(ids_BK=self.ids_BK[rows], p_BK=self.p_BK[rows], beta=self.beta)
+        return Kept(
+            ids_BK=self.ids_BK[rows],
+            log_p_BK=self.log_p_BK[rows],
+            log_rest_B=self.log_rest_B[rows],
+            beta=self.beta,
+        )
 
     def pull(self, logits_BV: Tensor, log_total_B: Tensor, shares_B: Tensor) -> Pull:
         """KL and its slope at these logits; each token counts `shares_B` times β."""
         log_q_BK = logits_BV.gather(1, self.ids_BK).float() - log_total_B[:, None]
-        q_BK = log_q_BK.exp()
-        rest_B = (1 - self.p_BK.sum(1)).clamp_min(0)
-        rest_q_B = (1 - q_BK.sum(1)).clamp_min(_TINY)
-        kl_B = (self.p_BK * (self.p_BK.clamp_min(_TINY).log() - log_q_BK)).sum(1)
-        kl_B = kl_B + rest_B * (rest_B.clamp_min(_TINY).log() - rest_q_B.log())
+        others = self.log_rest_B > -math.inf
+        log_ratio_B = torch.where(others, self.log_rest_B - log_rest_(logits_BV, self.ids_BK, log_total_B), 0.0)
+        p_BK, rest_B = self.log_p_BK.exp(), self.log_rest_B.exp()
+        kl_B = (p_BK * (self.log_p_BK - log_q_BK)).sum(1) + rest_B * log_ratio_B
         weight_B = self.beta * shares_B
         return Pull(
             kl_B=kl_B,
             objective_B=weight_B * kl_B,
-            scale_B=weight_B * (1 - rest_B / rest_q_B),
+            scale_B=weight_B * (1 - log_ratio_B.exp()),
             weight_B=weight_B,
             kept=self,
-            q_BK=q_BK,
+            q_BK=log_q_BK.exp(),
         )
 
 
@@ -85,10 +104,10 @@ class Pull:
     def slope_of(self, targets_B: Tensor, q_B: Tensor) -> Tensor:
         """The slope at one token of each row, whose probability is `q_B`."""
         is_kept_BK = self.kept.ids_BK == targets_B[:, None]
-        p_B = (self.kept.p_BK * is_kept_BK).sum(1)
+        p_B = (self.kept.log_p_BK.exp() * is_kept_BK).sum(1)
         return torch.where(is_kept_BK.any(1), self.weight_B * (q_B - p_B), self.scale_B * q_B)
 
     def correct_(self, slopes_BV: Tensor, factors_B: Tensor) -> None:
         """Put the slopes of the kept tokens where `scale_B` wrote those of the others; `factors_B` is what the nll adds for each."""
-        kept_BK = (factors_B + self.weight_B)[:, None] * self.q_BK - self.weight_B[:, None] * self.kept.p_BK
+        kept_BK = (factors_B + self.weight_B)[:, None] * self.q_BK - self.weight_B[:, None] * self.kept.log_p_BK.exp()
         slopes_BV.scatter_(1, self.kept.ids_BK, kept_BK.to(slopes_BV.dtype))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from educe.loss.anchor import Anchor, Kept
+from educe.loss.anchor import Anchor
 from educe.loss.kernels import scaled_softmax_, softmax_facts
 from educe.loss.reweigh import Reweigh, Tokens, nll
 
@@ -65,9 +65,8 @@ def token_nll(
     (scale, soft cap); `parameters` are those of its tensors that are trained. `chunk` positions have logits at once; the result
     does not depend on it beyond rounding.
     """
-    kept = anchor.kept(chunk) if anchor is not None else None
     shares_N = weights_N / denominator
-    work = _Work(head=head, targets_N=targets_N, shares_N=shares_N, chunk=chunk, reweigh=reweigh, kept=kept)
+    work = _Work(head=head, targets_N=targets_N, shares_N=shares_N, chunk=chunk, reweigh=reweigh, anchor=anchor)
     loss, nll_N, entropy_N, kl_N = _TokenNll.apply(work, hidden_ND, *parameters)
     return LossOut(loss=loss, nll_N=nll_N, entropy_N=entropy_N, kl_N=kl_N if anchor is not None else None)
 
@@ -79,7 +78,7 @@ class _Work:
     shares_N: Tensor
     chunk: int
     reweigh: Reweigh
-    kept: Callable[[slice], Kept] | None
+    anchor: Anchor | None
 
 
 class _TokenNll(torch.autograd.Function):  # type: ignore[misc]
@@ -153,7 +152,7 @@ def _chunk(logits_CV: Tensor, work: _Work, piece: slice, found: Sequence[Tensor]
     """The chunk's part of the loss. Fills nll, entropy and KL, and with `graded` writes dL/dlogits over `logits_CV`."""
     total = logits_CV.new_zeros((), dtype=torch.float32)
     num, vocabulary = logits_CV.shape
-    kept = work.kept(piece) if work.kept is not None else None
+    kept = work.anchor.kept(piece) if work.anchor is not None else None
     block = num if logits_CV.device.type != "cpu" else max(1, _BLOCK_BYTES // (4 * vocabulary))
     for start in range(0, num, block):
         rows = slice(start, min(num, start + block))

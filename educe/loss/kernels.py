@@ -5,11 +5,19 @@ Shape legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the CUDA kernels can be built; torch's own operations do the same in more passes."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +31,7 @@ class SoftmaxFacts:
 
 def softmax_facts(logits_BV: Float[Tensor, "b v"], targets_B: Int[Tensor, " b"]) -> SoftmaxFacts:
     """Read the logits once."""
-    if logits_BV.device.type == "cuda":
+    if logits_BV.device.type == "cuda" and has_triton():
         from educe.loss.triton_kernels import softmax_facts_cuda
 
         return SoftmaxFacts(**softmax_facts_cuda(logits_BV, targets_B))
@@ -44,7 +52,7 @@ def scaled_softmax_(
     logits_BV: Float[Tensor, "b v"], log_total_B: Float[Tensor, " b"], scale_B: Float[Tensor, " b"]
 ) -> None:
     """Write scale_b * softmax(logits_b) over the logits."""
-    if logits_BV.device.type == "cuda":
+    if logits_BV.device.type == "cuda" and has_triton():
         from educe.loss.triton_kernels import scaled_softmax_cuda_
 
         scaled_softmax_cuda_(logits_BV, log_total_B, scale_B)

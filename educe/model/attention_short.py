@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None) -> Tensor:
-    """Causal attention per document: q (1, H, P, K), k and v (1, G, P, K) to (1, P, H, K). Softmax in fp32.
+    """Causal attention per document: q (1, H, P, K), k and v (1, G, P, K) to (1, P, H, K). The softmax is added
+    up in fp32; scores and weights are in the model's arithmetic.
 
     On CPUs torch's fused backward is 5 to 20 times slower than this for short documents, and autograd over the same operations
     copies more than it computes (docs/decisions/004).
@@ -70,9 +71,17 @@ class _Short(torch.autograd.Function):  # type: ignore[misc]
         return d_q, d_k[None], d_v[None], None, None, None
 
 
-@functools.lru_cache(maxsize=1024)
 def _mask(num: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """-inf where a query must not see a key, 0 elsewhere: (N * R, N)."""
+    size = max(512, 1 << (num - 1).bit_length())
+    return _whole_mask(size, repeats, window if window is not None and window < num else None, dtype)[
+        : num * repeats, :num
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_mask(num: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """By position first, so that the mask of a shorter document is its corner."""
     at = torch.arange(num)
     back = at[:, None] - at[None, :]
     hidden = (back < 0) if window is None else (back < 0) | (back >= window)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from educe.model.frugal import uncompiled
-from educe.model.load import CausalLM
+from educe.model.load import CausalLM, documents_within
 from educe.pack.batch import build_batch
 from educe.types import Batch, Example
 
@@ -24,15 +24,17 @@ _ROUTED = 0.2
 def why_not_trained(model: CausalLM, row_tokens: int) -> str:
     """What is wrong with the model's compiled layers, in training, on rows of `row_tokens`; empty where nothing is.
 
-    Three rows, forward and backward, so that all that will be compiled is: one document; three, one of which is watched; and
-    those three again, the others of other tokens. The watched one's states must not change by a bit.
+    Three rows, forward and backward, so that all that will be compiled is: one document (as long as the model has positions for);
+    three, one of which is watched; and those three again, the others of other tokens. The watched one's states must not change by
+    a bit.
     """
-    third = row_tokens // 3
-    sizes, watched = (row_tokens - 2 * third, third, third), 1
+    most = int(getattr(model.base.config.get_text_config(), "max_position_embeddings", None) or row_tokens)
+    sizes, watched = documents_within(row_tokens, min(most, -(-row_tokens // 3))), 1
     rng = np.random.Generator(np.random.Philox(key=np.array([13, 0], dtype=np.uint64)))
     documents = [_document(rng, n, model.vocabulary) for n in sizes]
     others = [d if k == watched else _document(rng, d.ids_T.size, model.vocabulary) for k, d in enumerate(documents)]
-    alone, one, two = map(build_batch, ([_document(rng, row_tokens, model.vocabulary)], documents, others))
+    longest = [_document(rng, n, model.vocabulary) for n in documents_within(row_tokens, most)]
+    alone, one, two = map(build_batch, (longest, documents, others))
     span = slice(sizes[0], sizes[0] + sizes[1])
     try:
         _trained(model, alone)

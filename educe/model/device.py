@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,16 @@ def peak_memory_bytes(kind: str) -> int:
         import psutil
 
         return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))
+
+
+@contextlib.contextmanager
+def told_of_memory(doing: str) -> Iterator[None]:
+    """Where the device's memory ends within, `MachineError` says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        fix = "Close other programs on it, set tuning.kind: lora, or lower train.micro_batch_tokens."
+        raise MachineError(3, doing, f"{str(e).split('. ')[0]}.", fix) from e
 
 
 def release_free_memory() -> None:

@@ -6,16 +6,18 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_SMALL_BYTES = 2**20
 
-def recompute_layers(layers: nn.ModuleList, count: int) -> None:
+
+def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
     """The first `count` layers keep their input alone and are computed again in the backward pass, with the same dropout; those that
     are so already stay as they are."""
     for layer in list(layers)[:count]:
@@ -33,10 +35,22 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     return recomputed
 
 
-def on_host() -> contextlib.AbstractContextManager[Any]:
-    """Activations of a forward pass within are kept in the host's memory until the backward pass asks for them."""
-    kept: contextlib.AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu(pin_memory=True)
-    return kept
+def on_host(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """What a forward pass within keeps for the backward pass waits in the host's memory; weights and small tensors stay."""
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(t: Tensor) -> Any:
+        if t.numel() * t.element_size() < _SMALL_BYTES or t.untyped_storage().data_ptr() in weights:
+            return t
+        there = torch.empty(t.size(), dtype=t.dtype, layout=t.layout, pin_memory=True)
+        there.copy_(t)
+        return t.device, there
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True)
+
+    hooks: contextlib.AbstractContextManager[Any] = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return hooks
 
 
 def why_not_compiled(device_kind: str) -> str:
@@ -57,7 +71,7 @@ def why_not_compiled(device_kind: str) -> str:
     return f"not done on {device_kind}"
 
 
-def compile_layers(layers: nn.ModuleList) -> None:
+def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Each layer on its own: layers are alike, so one compilation serves them all. Rows must have the same length from call to call;
     what else varies (the edges of documents) becomes a symbol when it changes first, so the second row is compiled once more."""
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
@@ -65,7 +79,7 @@ def compile_layers(layers: nn.ModuleList) -> None:
         layer.compile()
 
 
-def as_written(layers: nn.ModuleList) -> None:
+def as_written(layers: Sequence[nn.Module]) -> None:
     """Undo `compile_layers`."""
     for layer in layers:
         layer._compiled_call_impl = None

@@ -31,7 +31,7 @@ from educe.model.frugal import as_written, compile_layers, on_host, recompute_la
 from educe.model.loaded import prove_loaded
 from educe.model.mixers import run_apart
 from educe.model.router import balance_loss, router_coefficient
-from educe.parallel.shard import Sharded
+from educe.parallel.shard import Sharded, layers_of
 from educe.parallel.world import World
 from educe.types import Batch
 
@@ -58,6 +58,7 @@ class CausalLM:
         self.device = device
         self.base = network.get_base_model() if adapted else network
         self.packable = True
+        self.why_unpacked = ""
         self.router_coefficient = router_coefficient(self.base, router_loss)
         self._decoder: nn.Module = self.base.get_decoder()
         self.sharded: Sharded | None = None
@@ -81,14 +82,16 @@ class CausalLM:
     def forward(self, batch: Batch) -> Hidden:
         """Last hidden states of a packed row, whose documents do not see each other, and the auxiliary loss of its routing.
 
-        A filler document brings rows to few lengths, see `_filler`; nothing of it is returned.
+        Filler documents, none longer than the longest of the row, bring rows to few lengths, see `_filler`; nothing of them is
+        returned. (Longer ones would have positions that the row has not, and some models turn all positions by the largest.)
         """
-        filler = self._filler(batch.num_tokens)
+        filler = documents_within(self._filler(batch.num_tokens), int(batch.lengths_D.max()))
+        filled = sum(filler)
         balancing = self.router_coefficient > 0 and self.network.training
         out = self._decoder(
-            input_ids=self.tensor(np.pad(batch.ids_P, (0, filler)))[None],
-            position_ids=self.tensor(np.concatenate([batch.positions_P, np.arange(filler)]))[None],
-            documents=documents_of([*batch.lengths_D.tolist(), *([filler] if filler else [])], self.device_kind),
+            input_ids=self.tensor(np.pad(batch.ids_P, (0, filled)))[None],
+            position_ids=self.tensor(np.concatenate([batch.positions_P, *map(np.arange, filler)]))[None],
+            documents=documents_of([*batch.lengths_D.tolist(), *filler], self.device_kind),
             use_cache=False,
             **({"output_router_logits": True} if balancing else {}),
         )
@@ -107,10 +110,9 @@ class CausalLM:
         return -num_tokens % 16 if self.device_kind == "cpu" and self.packable else 0
 
     @property
-    def layers(self) -> nn.ModuleList:
+    def layers(self) -> list[nn.Module]:
         """The decoder's layers, first to last."""
-        found: nn.ModuleList = self._decoder.layers
-        return found
+        return layers_of(self._decoder)
 
     def recompute(self, count: int) -> None:
         """The first `count` layers are computed again in the backward pass."""
@@ -159,15 +161,20 @@ class CausalLM:
         """The model as it was before training, for the time of the block: its adapters are off. Only with adapters."""
         if self.network is self.base:
             raise ValueError("a model without adapters does not keep what it was before training")
-        with self.network.disable_adapter():
-            yield
+        was_training = self.network.training
+        self.network.eval()  # no dropout: it is what answers would be like
+        try:
+            with self.network.disable_adapter():
+                yield
+        finally:
+            self.network.train(was_training)
 
     @contextlib.contextmanager
     def gradients(self, *, synchronised: bool) -> Iterator[None]:
         """A forward and backward pass; ranks add up their gradients only where it is `synchronised`."""
         if self.sharded is not None:
             self.sharded.synchronise(synchronised)
-        with on_host() if self.offloads else contextlib.nullcontext():
+        with on_host(self.network) if self.offloads else contextlib.nullcontext():
             yield
 
     def shard(self, world: World) -> None:
@@ -205,6 +212,12 @@ class CausalLM:
         finally:
             self.base.set_attn_implementation(before)
             self.network.train(was_training)
+
+
+def documents_within(num_tokens: int, longest: int) -> list[int]:
+    """`num_tokens` in documents of at most `longest`."""
+    whole, rest = divmod(num_tokens, longest)
+    return [longest] * whole + ([rest] if rest else [])
 
 
 def load_model(

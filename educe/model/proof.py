@@ -36,11 +36,31 @@ def packs_are_blind(model: CausalLM) -> bool:
         with _quietly(model), torch.no_grad(), _same_experts(model.base, span):
             one, two = (model.hidden_states(build_batch(d))[span] for d in (documents, others))
         model.packable = bool(torch.equal(one, two))
+        model.why_unpacked = "" if model.packable else "one example would see another in its pack"
     except torch.OutOfMemoryError:
         raise
-    except (NotImplementedError, RuntimeError):
-        model.packable = False
+    except (NotImplementedError, RuntimeError) as e:
+        model.packable, model.why_unpacked = False, f"packs cannot be computed: {str(e).splitlines()[0][:200]}"
     return model.packable
+
+
+def turns_with_length(model: CausalLM, longest: int) -> bool:
+    """Whether a document's neighbours would change how its positions are turned, with documents of up to `longest` tokens.
+
+    transformers takes the frequencies of longrope and dynamic RoPE for a whole row, by its largest position.
+    """
+    config = model.base.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    before = min(
+        (
+            int(k.get("original_max_position_embeddings") or config.max_position_embeddings)
+            for k in kinds
+            if k.get("rope_type", k.get("type")) in ("longrope", "dynamic")
+        ),
+        default=longest,
+    )
+    return longest > before
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Shape legend: P tokens of a packed row, E experts.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,10 @@ def router_coefficient(base: Any, asked: float | None) -> float:
     transformers: gpt-oss's config carries 0.9 and does not). Raises `ModelError` where it is asked for and cannot be.
     """
     config = base.config.get_text_config()
-    able = hasattr(config, "router_aux_loss_coef") and records_router(base.get_decoder())
+    balances = hasattr(
+        sys.modules[type(base).__module__], "load_balancing_loss_func"
+    )  # this model's own loss is that function
+    able = balances and hasattr(config, "router_aux_loss_coef") and records_router(base.get_decoder())
     if asked is None:
         return float(config.router_aux_loss_coef) if able and getattr(config, "output_router_logits", False) else 0.0
     if asked > 0 and not able:

@@ -51,7 +51,7 @@ class Sharded:
         mesh = init_device_mesh(kind, (world.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self._layers: list[Any] = []
-        for layer in _layers_of(decoder):
+        for layer in layers_of(decoder):
             self._layers.append(fully_shard(_masters(layer), mesh=mesh, mp_policy=policy))
         self._root: Any = fully_shard(_masters(Whole(network)), mesh=mesh, mp_policy=policy)
         for module in self._root.modules():
@@ -100,7 +100,7 @@ class Sharded:
         return float(psutil.virtual_memory().available) / self._world.size
 
 
-def _layers_of(decoder: nn.Module) -> list[nn.Module]:
+def layers_of(decoder: nn.Module) -> list[nn.Module]:
     """The longest chain of like modules: a decoder's layers."""
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:

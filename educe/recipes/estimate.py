@@ -74,7 +74,10 @@ def whether_to_compile(
             raise MachineError(5, "train.compile", f"is on, but {lack}.", "Install it, or set train.compile: auto.")
         return False, lack
     if not packed:
-        return False, "rows that are trained alone have ever other lengths"
+        lack = "rows that are trained alone have ever other lengths"
+        if asked == "on":
+            raise MachineError(5, "train.compile", f"is on, but {lack}.", "Set train.compile: auto.")
+        return False, lack
     if asked == "on":
         return True, "train.compile is on"
     cost, gain = _COMPILE_S[device.kind], _COMPILE_GAIN[device.kind]

@@ -21,7 +21,7 @@ from educe.errors import DataError, RecipeError, TrainError, UsageError
 from educe.evaluate.probe import STEP, Judgement, Outcome, Tried, judge_rates, outcomes_of
 from educe.files.atomic import directory, need_space, write_json, write_text
 from educe.model.describe import ModelFacts, describe_model
-from educe.model.device import Device, release_free_memory
+from educe.model.device import Device, release_free_memory, told_of_memory
 from educe.model.source import Say
 from educe.pack.batch import build_batch
 from educe.pack.plan import PackPlan, plan_once
@@ -116,7 +116,8 @@ def lr(
     device = device_of(recipe)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     need_space(Path(recipe.runs), 2**20, "a probe")
-    t = trainee(recipe, prepared, facts, mix(recipe, prepared), device, None, say)
+    with told_of_memory("the probe"):
+        t = trainee(recipe, prepared, facts, mix(recipe, prepared), device, None, say)
     state, plan = t.state, t.plan
     initial = {n: m.to("cpu", copy=True) for n, m in state.optimizer.masters.items()}
     speed = _tokens_per_s(recipe, prepared, t)

@@ -70,5 +70,6 @@ def memory_of(kind: str) -> int:
     if kind == "cuda":
         import torch
 
-        return int(torch.cuda.get_device_properties(0).total_memory)
+        free, _ = torch.cuda.mem_get_info()
+        return int(free + torch.cuda.memory_reserved())  # what others have taken is not ours
     return int(psutil.virtual_memory().available)

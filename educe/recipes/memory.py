@@ -39,6 +39,7 @@ class MemoryPlan:
     recomputed_layers: int
     offloads: bool
     fits: bool
+    asked: str  # train.activations that it was made for
 
     @property
     def total(self) -> float:
@@ -87,6 +88,7 @@ def memory_of_run(
     *,
     compiled: bool,
     ranks: int = 1,
+    trained: int | None = None,
 ) -> MemoryPlan:
     """The plan for the memory that is there now; on a CPU `ranks` share it."""
     reach = plan.mean_reach(prepared.store("train").lengths)
@@ -101,6 +103,7 @@ def memory_of_run(
         memory_bytes=there,
         compiled=compiled,
         ranks=ranks,
+        trained=trained,
     )
 
 
@@ -115,11 +118,12 @@ def plan_memory(
     memory_bytes: float,
     compiled: bool,
     ranks: int = 1,
+    trained: int | None = None,
 ) -> MemoryPlan:
     """Keep all activations where they fit; else compute as few layers again as will do. `reach`: the mean over tokens of the length
-    of their document."""
+    of their document; `trained`: how many numbers are, where the model is there to count them."""
     number = 2 if device.dtype == "bfloat16" else 4
-    trained = num_trained(facts, recipe.tuning)
+    trained = trained or num_trained(facts, recipe.tuning)
     low = recipe.train.optimizer == "adamw_8bit_bf16"
     own = number == 4 or low  # such weights are their own masters
     logit_bytes = (2**31 if memory_bytes > 40e9 else 2**29) if device.kind == "cuda" else 2**28
@@ -138,6 +142,7 @@ def plan_memory(
         recomputed_layers=0,
         offloads=recipe.train.activations == "offload",
         fits=False,
+        asked=recipe.train.activations,
     )
     if ranks > 1:
         made = _divided(made, facts, trained, number, ranks)

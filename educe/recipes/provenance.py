@@ -27,7 +27,7 @@ from educe.training.checkpoint import newest_checkpoint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 
 
 def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
     are dealt to."""
     template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
     tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump(mode="json").items()}
-    skipped = ["checkpoint_every_steps", "keep_checkpoints"]
+    skipped = ["checkpoint_every_steps", "keep_checkpoints", "activations"]  # what is computed again has the same bits
     if recipe.train.patience is None and recipe.train.keep_weights == "last":
         skipped.append("measure_every_share")  # nothing follows from the measurements
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump(mode="json").items() if k not in skipped}

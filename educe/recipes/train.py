@@ -17,13 +17,13 @@ from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
-from educe.model.device import Device
+from educe.model.device import Device, told_of_memory
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.parallel.world import World, join, leave
 from educe.recipes.estimate import remember_speed, speed_key
 from educe.recipes.machine import chosen_device, device_of_run
-from educe.recipes.memory import memory_plan_of
+from educe.recipes.memory import MemoryPlan, memory_plan_of
 from educe.recipes.mixing import Mixed, mix
 from educe.recipes.plan import refuse_idle_ranks, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
@@ -66,7 +66,8 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | No
             if world.leads and provenance["finished"] is None:  # killed between the last checkpoint and this
                 write_json(run.provenance, finished(provenance, run, found[1]["step"], found[1]["weights_step"]))
         else:
-            _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world)
+            with told_of_memory("training"):
+                _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world)
     leave()
     return run
 
@@ -86,7 +87,7 @@ def _train(
     device = _device(recipe, run, world)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
-    decided = memory_plan_of(earlier["memory"]) if earlier else None
+    decided = _decided(earlier, recipe, world)
     ranks = settings["ranks"]
     compiled = earlier["compiled"] if earlier else None
     t = trainee(
@@ -138,6 +139,13 @@ def _train(
         write_json(run.provenance, provenance)
         speed = provenance["tokens_per_s"] / world.size
         remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), speed)
+
+
+def _decided(earlier: dict[str, Any], recipe: Recipe, world: World) -> MemoryPlan | None:
+    """The memory plan of an earlier process of the run, unless it was made for other ranks or another `train.activations`."""
+    if not earlier or earlier["ranks"] != world.size or earlier["memory"]["asked"] != recipe.train.activations:
+        return None
+    return memory_plan_of(earlier["memory"])
 
 
 def _names(prepared: Prepared, plan: PackPlan, world: World, step: int, micro: int | None) -> str:

@@ -14,7 +14,7 @@ from educe.model.compiled import why_not_trained
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model
-from educe.model.proof import packs_are_blind, prove_head
+from educe.model.proof import packs_are_blind, prove_head, turns_with_length
 from educe.model.source import Say
 from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan
@@ -70,15 +70,19 @@ def trainee(
     new_ids = prepared.tokenizer.new_tokens.values()
     model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids, router_loss=recipe.train.router_loss)
     prove_head(model)
-    packed = bool(world.share(packs_are_blind(model)))
+    packed = bool(world.share(packs_are_blind(model) and not turns_with_length(model, recipe.data.max_tokens)))
     if not packed:
-        say("packing would leak between examples in this model: every row is trained alone (slower, same result)")
+        why = model.why_unpacked or "how it turns positions depends on the longest example of a pack"
+        say(f"every row is trained alone (slower, same result): {why}")
     plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=planned_ranks)
     compiles, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
     if compiled is not None and compiles != compiled:
         compiles, why = compiled, "as the run began"
     say(f"layers are {'compiled' if compiles else 'not compiled'}: {why}")
-    needed = memory or memory_of_run(recipe, prepared, facts, plan, device, compiled=compiles, ranks=world.size)
+    trained = sum(p.numel() for p in model.trainable().values())
+    needed = memory or memory_of_run(
+        recipe, prepared, facts, plan, device, compiled=compiles, ranks=world.size, trained=trained
+    )
     needed, compiles = _same(world, needed, compiles)
     say(needed.said())
     model.recompute(needed.recomputed_layers)
@@ -95,7 +99,7 @@ def trainee(
         model.uncompile()
         compiles = False
         if memory is None:
-            needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=False)
+            needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=False, trained=trained)
             say(needed.said())
             model.recompute(needed.recomputed_layers)
     return Trainee(

@@ -82,9 +82,9 @@ def train(
     A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks, however it is split. Raises
     `TrainError` before an update that would not be finite. The host waits for the device once a step, after the update.
     """
-    started, spikes = time.perf_counter(), Spikes()
+    began = started = time.perf_counter()
+    spikes = Spikes()
     for batches in ahead(batches_of, state.step, config.total_steps):
-        began = time.perf_counter()
         counts = _Counts(*world.sum(_counts(batches)).tolist())
 
         def compute(micro: Sequence[Batch], weight: float = counts.weight) -> list[LossOut]:
@@ -129,6 +129,7 @@ def train(
             peak_memory_bytes=peak_memory_bytes(state.model.device.kind),
         )
         asked = [hook(state, report) for hook in hooks]  # every hook sees every step
+        began = time.perf_counter()  # a wait for the next batches counts as its step's time
         if any(asked):
             break
     return state

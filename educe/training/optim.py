@@ -78,7 +78,7 @@ class Adam:
         gradients = [g for _, g in self._gradients()]
         if any(g.dtype == torch.bfloat16 for g in gradients):  # three digits would not do to clip by
             return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
-        norm = get_total_norm(gradients, foreach=True)
+        norm = get_total_norm(gradients)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
 
@@ -88,7 +88,7 @@ class Adam:
             rate = learning_rate * group["times"]
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         grads = [g for key, g in self._gradients()]
-        if self._fused:  # the kernel divides by this while it reads them
+        if self._fused and grads[0].device.type in ("cpu", "cuda"):  # the kernel divides by this while it reads them
             self._adam.grad_scale = grads[0].new_full((), 1 / shrink, dtype=torch.float32)  # type: ignore[attr-defined]
         elif shrink < 1.0:
             torch._foreach_mul_(grads, shrink)
@@ -116,8 +116,7 @@ class Adam:
     def reset(self, masters: dict[str, Tensor]) -> None:
         """Begin again from these masters: no moments, no gradient left over."""
         self._adam.state.clear()
-        for name, p in self._parameters.items():
-            p.grad = self.masters[name].grad = None
+        self.forget_gradients()
         self.load(masters, {})
 
     def state_tensors(self) -> dict[str, Tensor]:

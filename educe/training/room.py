@@ -42,7 +42,7 @@ def in_room(
         longest = max(b.num_tokens for b in fitting)
         if len(cut(fitting, 1)) == len(fitting):
             found = f"{error}; one document of {longest} tokens does not fit."
-            fix = "Lower data.max_tokens, set train.memory: least, or tuning.kind: lora."
+            fix = "Lower data.max_tokens, set train.activations: recompute, or tuning.kind: lora."
             raise MachineError(3, f"step {state.step + 1}", found, fix)
         state.halvings += 1
         say(
