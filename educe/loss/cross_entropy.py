@@ -22,7 +22,7 @@ from educe.loss.reweigh import Reweigh, Tokens, nll
 
 Head = Callable[[Tensor], Tensor]
 # fp32 logits of one block on a CPU: what stays in its cache while it is read three times.
-_BLOCK_BYTES = 4 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

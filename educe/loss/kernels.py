@@ -44,7 +44,7 @@ def softmax_facts(logits_BV: Float[Tensor, "b v"], targets_B: Int[Tensor, " b"])
     exp_BV = shifted_BV.exp()
     total_B = exp_BV.sum(1)
     log_B = total_B.log()
-    mean_B = torch.bmm(exp_BV[:, None], shifted_BV[..., None])[:, 0, 0] / total_B
+    mean_B = exp_BV.mul_(shifted_BV).sum(1) / total_B  # a product of vectors by bmm takes ten times as long
     return SoftmaxFacts(log_total_B=top_B + log_B, nll_B=log_B - target_B, entropy_B=(log_B - mean_B).clamp_min(0))
 
 
