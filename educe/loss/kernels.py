@@ -9,7 +9,6 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
