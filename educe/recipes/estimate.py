@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 # Share of the probed matmul rate that a training step reaches where nothing was measured yet.
 _EFFICIENCY = {"cpu": 0.36, "mps": 0.3, "cuda": 0.4}
-# What compiling takes and gains, measured (docs/performance.md); None of it depends on the number of layers.
+# What compiling takes and gains, measured (docs/performance.md); neither depends on the number of layers.
 _COMPILE_S = {"cpu": 60.0, "cuda": 30.0}
-_COMPILE_GAIN = {"cpu": 1.2, "cuda": 1.4}
+_COMPILE_GAIN = {"cpu": 1.1, "cuda": 1.4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
