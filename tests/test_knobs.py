@@ -24,15 +24,9 @@ from educe.config.recipe import (
     Train,
     Wsd,
 )
-from hypothesis import settings
 from pydantic import BaseModel
 
 PACKAGE = Path(educe.__file__).parent
-BASE = "name: a\nmodel: m\ndata:\n  train: t.jsonl\n"
-few = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-# knobs
 
 
 def blocks(of: type[BaseModel] = Recipe) -> set[type[BaseModel]]:

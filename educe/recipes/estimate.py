@@ -82,9 +82,7 @@ def whether_to_compile(
         return True, "train.compile is on"
     cost, gain = _COMPILE_S[device.kind], _COMPILE_GAIN[device.kind]
     lora = isinstance(recipe.tuning, Lora)
-    alone_s = (
-        plan.num_tokens / roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share) * gain
-    )
+    alone_s = plan.num_tokens / roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share)
     saved = alone_s * (1 - 1 / gain) - cost
     said = f"{gain:g} times as fast over about {alone_s / 60:.1f} min saves "
     if saved <= 0:

@@ -9,6 +9,7 @@ import torch
 
 from educe.config import LayerWise, LoraPlus, Recipe, Wsd
 from educe.errors import MachineError, RecipeError
+from educe.loss.kernels import has_triton
 from educe.loss.reweigh import REWEIGH
 from educe.model.compiled import why_not_trained
 from educe.model.describe import ModelFacts
@@ -66,6 +67,8 @@ def trainee(
     if world.size > 1 and recipe.train.optimizer != "adamw":
         found = f"{recipe.train.optimizer} does not go with several devices yet: its state is not divided."
         raise RecipeError(201, "train.optimizer", found, "Set train.optimizer: adamw.")
+    if device.kind == "cuda" and not has_triton():
+        say("triton is not installed: the loss takes torch's own operations (slower, more memory, same result)")
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
     new_ids = prepared.tokenizer.new_tokens.values()
     model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids, router_loss=recipe.train.router_loss)

@@ -80,7 +80,7 @@ def train(
     """Run steps `state.step` .. `total_steps`. `batches_of(step)` gives this rank's micro-batches of a step.
 
     A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks, however it is split. Raises
-    `TrainError` before an update that would not be finite. The host waits for the device once a step, after the update.
+    `TrainError` before an update that would not be finite. The host waits for the device once a step, before the update.
     """
     began = started = time.perf_counter()
     spikes = Spikes()
