@@ -47,7 +47,7 @@ def conversations(file: Path, num_rows: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: str, compiled: bool) -> dict[str, Any]:
+def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: str, how: str) -> dict[str, Any]:
     import numpy as np
     from educe.chat.examples import build_examples
     from educe.chat.render import Renderer
@@ -77,9 +77,13 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     plan = plan_packs(lengths, np.arange(lengths.size), batch_tokens=batch, capacity_tokens=capacity, seed=0)
     device = choose_device("cpu", dtype)
     model = load_model(model_dir, device, Full(kind="full"))
-    if compiled:
+    if how == "compiled":
         model.compile(capacity)
-    state = State(model=model, optimizer=Adam(model.trainable(), AdamSettings(betas=(0.9, 0.999))))
+    small = how == "bf16"  # bf16 weights, rounded at random, 8-bit moments: TRL's bf16 weights and moments, without what they lose
+    settings = AdamSettings(
+        betas=(0.9, 0.999), weights="bf16" if small else "fp32", moments="8bit" if small else "fp32"
+    )
+    state = State(model=model, optimizer=Adam(model.trainable(), settings))
     marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
 
     def mark(state: State, report: Any) -> None:
@@ -202,7 +206,7 @@ def main() -> None:
 
         a.model = find_model(DEFAULT_MODEL, print)
     if a.side and a.side[0] == "educe":
-        print(json.dumps(run_educe(a.model, a.data, a.rows, a.capacity, a.dtype, a.side[1:] == ["compiled"])))
+        print(json.dumps(run_educe(a.model, a.data, a.rows, a.capacity, a.dtype, a.side[1])))
         return
     if a.side:
         _, packed, micro, loss, arithmetic = a.side
@@ -225,19 +229,17 @@ def main() -> None:
     swept = {s: side(a.sweep_rows, "trl", *s) for s in SWEEP}
     best = max(swept, key=lambda s: swept[s]["tokens_per_s"])
     padded = max((s for s in SWEEP if s[0] == 0), key=lambda s: swept[s]["tokens_per_s"])
-    ours, plain, theirs = [], [], []
+    sides = [("educe", "compiled"), ("educe", "plain"), ("educe", "bf16"), ("trl", *best), ("trl", *padded)]
+    found: dict[Any, list[dict[str, Any]]] = {s: [] for s in sides}
     for _ in range(a.rounds):
-        ours.append(side(a.rows, "educe", "compiled"))
-        plain.append(side(a.rows, "educe", "plain"))
-        theirs.append(side(a.rows, "trl", *best))
-    rate = {k: median(f["tokens_per_s"] for f in v) for k, v in (("educe", ours), ("plain", plain), ("trl", theirs))}
-    memory = {k: max(f["peak_memory_bytes"] for f in v) / 1e9 for k, v in (("educe", ours), ("trl", theirs))}
-    print(
-        f"educe {rate['educe']:.0f} tokens/s ({rate['plain']:.0f} without compiling), TRL's best {rate['trl']:.0f} {best}: "
-        f"{rate['educe'] / rate['trl']:.2f} times ({rate['plain'] / rate['trl']:.2f}); "
-        f"{rate['educe'] / swept[padded]['tokens_per_s']:.2f} times TRL padded; "
-        f"peak memory {memory['educe']:.2f} and {memory['trl']:.2f} GB"
-    )
+        for s, results in found.items():
+            results.append(side(a.rows, *s))
+    rate = {s: median(f["tokens_per_s"] for f in results) for s, results in found.items()}
+    for s, results in found.items():
+        print(
+            f"{' '.join(map(str, s)):36} {rate[s]:6.0f} tokens/s  {rate[s] / rate['trl', *best]:5.2f} x TRL's best"
+            f"  {rate[s] / rate['trl', *padded]:5.2f} x padded  {max(f['peak_memory_bytes'] for f in results) / 1e9:5.2f} GB"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from educe.loss.anchor import Anchor
 from educe.loss.kernels import scaled_softmax_, softmax_facts
@@ -23,6 +23,8 @@ from educe.loss.reweigh import Reweigh, Tokens, nll
 Head = Callable[[Tensor], Tensor]
 # fp32 logits of one block on a CPU: what stays in its cache while it is read three times.
 _BLOCK_BYTES = 2 * 2**20
+# Positions of a chunk on a CPU are filled up to a multiple of this: oneDNN makes a kernel for every shape that it meets.
+_FILLED_TO = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +98,18 @@ class _TokenNll(torch.autograd.Function):  # type: ignore[misc]
         for start in range(0, num, work.chunk):
             piece = slice(start, min(num, start + work.chunk))
             with torch.set_grad_enabled(bool(wanted)):
-                hidden_CD = hidden_ND[piece].detach().requires_grad_(hidden_wanted)
+                hidden_CD = _filled(hidden_ND[piece].detach(), work.chunk).requires_grad_(hidden_wanted)
                 logits_CV = work.head(hidden_CD)
             slope_CV = logits_CV.detach()  # shares its memory: the slope replaces the logits
-            loss += _chunk(slope_CV, work, piece, found, graded=bool(wanted))
+            count = piece.stop - piece.start
+            loss += _chunk(slope_CV[:count], work, piece, found, graded=bool(wanted))
             if not wanted:
                 continue
+            slope_CV[count:] = 0
             inputs = [hidden_CD, *wanted[1:]] if hidden_wanted else wanted
             grads = list(torch.autograd.grad(logits_CV, inputs, slope_CV, allow_unused=True))
             if d_hidden is not None:
-                d_hidden[piece] = grads.pop(0)
+                d_hidden[piece] = grads.pop(0)[:count]
             sums.add(grads)
         ctx.needed, ctx.d_hidden = ctx.needs_input_grad[2:], d_hidden
         ctx.d_parameters = sums.taken([p for p, needed in zip(parameters, ctx.needed, strict=True) if needed])
@@ -125,6 +129,12 @@ class _TokenNll(torch.autograd.Function):  # type: ignore[misc]
         d_parameters = [scaled(next(given)) if needed else None for needed in ctx.needed]
         d_hidden, ctx.d_hidden, ctx.d_parameters = scaled(ctx.d_hidden), None, None
         return None, d_hidden, *d_parameters
+
+
+def _filled(hidden_CD: Tensor, chunk: int) -> Tensor:
+    num = len(hidden_CD)
+    missing = min(-num % _FILLED_TO, max(0, chunk - num)) if hidden_CD.device.type == "cpu" else 0
+    return nn.functional.pad(hidden_CD, (0, 0, 0, missing)) if missing else hidden_CD
 
 
 class _Sums:

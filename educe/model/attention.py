@@ -7,6 +7,7 @@ values, N tokens of one document, M rows of a block of queries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -100,20 +101,26 @@ def attend_each(
     how: Scoring,
 ) -> Float[Tensor, "b p h w"]:
     """One document after the other: short ones spelled out, long ones fused or, where torch's kernel lacks a feature, in blocks."""
-    lengths = list(documents.lengths)
-    if how.plain and query.device.type == "cpu" and max(lengths) <= PLAIN_BELOW:
-        return attend_short(query, key, value, lengths, how.scale, how.window)
+    on_cpu = query.device.type == "cpu"
     special = how.softcap is not None or how.sinks_H is not None
-    parts = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        windowed = how.window is not None and q.shape[2] > how.window
-        if q.device.type == "cpu" and q.shape[2] <= PLAIN_BELOW:
-            parts.append(_attend_plain(q, k, v, how, 0))
-        elif special or windowed:
-            parts.append(_attend_in_blocks(q, k, v, how))
-        else:
-            parts.append(_attend_fused(q, k, v, how))
-    return torch.cat(parts, 2).transpose(1, 2).contiguous()
+    parts, at = [], 0
+    for short, run in groupby(documents.lengths, key=lambda n: on_cpu and n <= PLAIN_BELOW):
+        lengths = list(run)
+        q, k, v = (x.narrow(2, at, sum(lengths)) for x in (query, key, value))
+        at += sum(lengths)
+        if short and how.plain:
+            parts.append(attend_short(q, k, v, lengths, how.scale, how.window))
+            continue
+        for q_, k_, v_ in zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True):
+            windowed = how.window is not None and q_.shape[2] > how.window
+            if short:
+                out = _attend_plain(q_, k_, v_, how, 0)
+            elif special or windowed:
+                out = _attend_in_blocks(q_, k_, v_, how)
+            else:
+                out = _attend_fused(q_, k_, v_, how)
+            parts.append(out.transpose(1, 2))
+    return parts[0] if len(parts) == 1 and parts[0].is_contiguous() else torch.cat(parts, 1)
 
 
 def _attend_plain(q: Tensor, k: Tensor, v: Tensor, how: Scoring, skipped: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -92,14 +92,15 @@ def train(
             outs = []
             for k, batch in enumerate(micro):
                 with state.model.gradients(synchronised=k == len(micro) - 1):
-                    outs.append(loss_fn(state.model, batch, weight))
-                    outs[-1].loss.backward()  # type: ignore[no-untyped-call]
+                    out = loss_fn(state.model, batch, weight)
+                    out.loss.backward()  # type: ignore[no-untyped-call]
+                    outs.append(replace(out, loss=out.loss.detach()))  # what is left of the graph would break up the heap
             return outs
 
         batches, outs = in_room(state, batches, compute, say)
 
         # The host waits for the device here, once a step.
-        objectives = torch.stack([out.loss.detach() for out in outs]).tolist()
+        objectives = torch.stack([out.loss for out in outs]).tolist()
         objective = float(world.sum(np.array([sum(objectives)]))[0])
         norm = float(state.optimizer.gradient_norm())
         if not (math.isfinite(objective) and math.isfinite(norm)):
