@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from matrix import LARGE, differences, doubtful, fill, golden_cells, part_of
+from matrix import differences, doubtful, fill, golden_cells, part_of
 
 PART = "b"
 
 
-def test_every_cell(shared: Path, tmp_path: Path) -> None:
-    """Every shape before every template of this half with every tokenizer that fits it, but for the large ones."""
-    cells = fill(PART, tmp_path, large=False)
-    assert {k for k in golden_cells() if part_of(k[0]) == PART and k[1] != LARGE} == set(cells)
+def test_every_template(shared: Path, tmp_path: Path) -> None:
+    """Every shape before every template of this half with one of the tokenizers that fit it."""
+    cells = fill(PART, tmp_path, every=False)
+    assert {name for name, _ in cells} == {name for name, _ in golden_cells() if part_of(name) == PART}
     assert not (found := differences(cells)), f"\n{found}"
     assert not (wrong := doubtful(cells)), "\n".join(wrong)
 
 
 @pytest.mark.slow
-def test_large_tokenizers(shared: Path, tmp_path: Path) -> None:
-    """The same for Qwen2.5's tokenizer with a template's own control strings: turn ends are learned from the template."""
-    cells = fill(PART, tmp_path, large=True)
+def test_every_cell(shared: Path, tmp_path: Path) -> None:
+    """With every tokenizer that fits."""
+    cells = fill(PART, tmp_path, every=True)
+    assert {key for key in golden_cells() if part_of(key[0]) == PART} == set(cells)
     assert not (found := differences(cells)), f"\n{found}"
     assert not (wrong := doubtful(cells)), "\n".join(wrong)

@@ -182,7 +182,7 @@ def _chunk(logits_CV: Tensor, work: _Work, piece: slice, found: Sequence[Tensor]
             target_slope_B = factors_B * torch.expm1(-facts.nll_B)
             if pull is not None:
                 target_slope_B = target_slope_B + pull.slope_of(targets_B, torch.exp(-facts.nll_B))
-            scaled_softmax_(logits_BV, facts.log_total_B, factors_B if pull is None else factors_B + pull.scale_B)
+            scaled_softmax_(logits_BV, facts, factors_B if pull is None else factors_B + pull.scale_B)
             if pull is not None:
                 pull.correct_(logits_BV, factors_B)
             logits_BV.scatter_(1, targets_B[:, None], target_slope_B[:, None].to(logits_BV.dtype))

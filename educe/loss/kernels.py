@@ -21,11 +21,14 @@ def has_triton() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftmaxFacts:
-    """Of each row, in fp32 and nats: the log of the sum of exponentials, -log p of its target, and its entropy."""
+    """Of each row, in fp32 and nats: the log of the sum of exponentials, -log p of its target, and its entropy. On a CPU also the
+    exponentials, each over that of the largest logit, and their sum, for `scaled_softmax_`."""
 
     log_total_B: Float[Tensor, " b"]
     nll_B: Float[Tensor, " b"]
     entropy_B: Float[Tensor, " b"]
+    exp_BV: Float[Tensor, "b v"] | None = None
+    total_B: Float[Tensor, " b"] | None = None
 
 
 def softmax_facts(logits_BV: Float[Tensor, "b v"], targets_B: Int[Tensor, " b"]) -> SoftmaxFacts:
@@ -43,18 +46,21 @@ def softmax_facts(logits_BV: Float[Tensor, "b v"], targets_B: Int[Tensor, " b"])
     exp_BV = shifted_BV.exp()
     total_B = exp_BV.sum(1)
     log_B = total_B.log()
-    mean_B = exp_BV.mul_(shifted_BV).sum(1) / total_B  # a product of vectors by bmm takes ten times as long
-    return SoftmaxFacts(log_total_B=top_B + log_B, nll_B=log_B - target_B, entropy_B=(log_B - mean_B).clamp_min(0))
+    mean_B = shifted_BV.mul_(exp_BV).sum(1) / total_B  # a product of vectors by bmm takes ten times as long
+    return SoftmaxFacts(
+        log_total_B=top_B + log_B,
+        nll_B=log_B - target_B,
+        entropy_B=(log_B - mean_B).clamp_min(0),
+        exp_BV=exp_BV,
+        total_B=total_B,
+    )
 
 
-def scaled_softmax_(
-    logits_BV: Float[Tensor, "b v"], log_total_B: Float[Tensor, " b"], scale_B: Float[Tensor, " b"]
-) -> None:
-    """Write scale_b * softmax(logits_b) over the logits."""
-    if logits_BV.device.type == "cuda" and has_triton():
+def scaled_softmax_(logits_BV: Float[Tensor, "b v"], facts: SoftmaxFacts, scale_B: Float[Tensor, " b"]) -> None:
+    """Write scale_b * softmax(logits_b) over the logits; `facts` are theirs, and used up."""
+    if facts.exp_BV is not None:
+        logits_BV.copy_(facts.exp_BV.mul_((scale_B / facts.total_B)[:, None]))
+    else:
         from educe.loss.triton_kernels import scaled_softmax_cuda_
 
-        scaled_softmax_cuda_(logits_BV, log_total_B, scale_B)
-        return
-    exp_BV = (logits_BV.float() - log_total_B[:, None]).exp_()
-    logits_BV.copy_(exp_BV.mul_(scale_B[:, None]))
+        scaled_softmax_cuda_(logits_BV, facts.log_total_B, scale_B)

@@ -116,9 +116,7 @@ def _filled(num: int) -> int:
 
 class _Short(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float, window: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float, window: int | None) -> Tensor:
         heads, key_heads = q.shape[1], k.shape[1]
         rows = [layout.spread(x[0].transpose(0, 1)) for x in (q, k, v)]
         out = rows[2].new_empty(len(rows[0]), v.shape[-1])
