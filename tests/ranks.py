@@ -25,7 +25,7 @@ from educe.seeds import permute
 from educe.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from educe.training.loop import LoopConfig, train
 from educe.training.optim import Adam, AdamSettings
-from educe.training.sft import held_out_loss, sft_loss
+from educe.training.sft import SftLoss, held_out_loss, sft_loss
 from educe.training.state import State, StepReport
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -76,7 +76,7 @@ class Reductions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def gradients(state: State, world: World, size: int) -> tuple[dict[str, Tensor], int]:
+def gradients(state: State, world: World, size: int, loss: SftLoss = sft_loss) -> tuple[dict[str, Tensor], int]:
     """Of one step of twelve rows in packs of `size`, and how often they were added up over the ranks, which may have unlike numbers
     of packs."""
     rows = examples(12)
@@ -86,7 +86,7 @@ def gradients(state: State, world: World, size: int) -> tuple[dict[str, Tensor],
     with Reductions() as reductions:
         for k, batch in enumerate(mine):
             with state.model.gradients(synchronised=k == len(mine) - 1):
-                sft_loss(state.model, batch, total).loss.backward()
+                loss(state.model, batch, total).loss.backward()
     found = whole({n: p.grad for n, p in state.model.trainable().items() if p.grad is not None})
     state.optimizer.forget_gradients()
     return found, reductions.number
@@ -131,11 +131,13 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
         "recomputed": (FULL, {"recomputed": 1}),
         "lora": (LORA, {}),
         "new": (LORA, {"new_ids": (509, 511), "recomputed": 2}),
+        "anchored": (LORA, {"recomputed": 1}),
     }
     for name, (tuning, how) in cases.items():
         state = fresh(model_dir, tuning, world, **how)
+        loss = SftLoss(beta=0.5) if name == "anchored" else sft_loss
         for size in (12, 4, 1) if name == "full" else (4,):
-            found[f"{name} {size}"], found[f"{name} {size} reductions"] = gradients(state, world, size)
+            found[f"{name} {size}"], found[f"{name} {size} reductions"] = gradients(state, world, size, loss)
     state = fresh(model_dir, FULL, world)
     dev = rank_step([[e] for e in examples(5, seed=9)], [1.0], world.rank, world.size)
     found["dev"] = held_out_loss(state.model, dev).over(world, 1).mean

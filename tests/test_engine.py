@@ -22,7 +22,7 @@ from educe.model.documents import Documents  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
 from educe.model.proof import packs_are_blind, prove_head  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
-from educe.training.sft import held_out_loss, sft_loss  # noqa: E402
+from educe.training.sft import SftLoss, held_out_loss, sft_loss  # noqa: E402
 from educe.types import Batch, Example  # noqa: E402
 from transformers import AttentionInterface, LlamaForCausalLM  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
@@ -66,12 +66,12 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def gradients(model: CausalLM, batches: Sequence[Batch]) -> tuple[float, Tensors]:
+def gradients(model: CausalLM, batches: Sequence[Batch], loss_of: SftLoss = sft_loss) -> tuple[float, Tensors]:
     """Loss and gradients of one step made of these micro-batches."""
     denominator = sum(b.total_weight for b in batches)
     loss = 0.0
     for batch in batches:
-        out = sft_loss(model, batch, denominator)
+        out = loss_of(model, batch, denominator)
         out.loss.backward()
         loss += out.loss.item()
     found = {n: p.grad.clone() for n, p in model.trainable().items() if p.grad is not None}

@@ -23,7 +23,7 @@ from educe.model.load import CausalLM, load_model  # noqa: E402
 from educe.model.proof import packs_are_blind, random_batch  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
 from educe.recipes import estimate  # noqa: E402
-from educe.training.sft import held_out_loss  # noqa: E402
+from educe.training.sft import SftLoss, held_out_loss  # noqa: E402
 from educe.types import Batch  # noqa: E402
 
 from test_engine import EXACT, FULL, LORA, Tensors, _one_thread, apart, cpu, examples, gradients, groups  # noqa: E402, F401
@@ -65,6 +65,15 @@ def test_what_is_computed_again_has_the_same_gradients(tiny_model: Path, tuning:
     assert all(torch.equal(g, expected[n]) for n, g in found.items())
     if tuning is DROPPING:
         assert seeded(plain, batches)[0] == loss != gradients(plain, batches)[0]
+
+
+def test_what_is_computed_again_has_its_adapters_though_the_pull_to_the_base_turned_them_off(tiny_model: Path) -> None:
+    plain, again = begun(tiny_model, LORA), begun(tiny_model, LORA)
+    again.recompute(2)
+    batches, pulled = groups(examples(6), 3), SftLoss(beta=0.5)
+    (loss, expected), (found_loss, found) = (gradients(m, batches, pulled) for m in (plain, again))
+    assert found_loss == loss != gradients(plain, batches)[0]
+    assert all(torch.equal(g, expected[n]) for n, g in found.items())
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

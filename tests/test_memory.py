@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
+import educe  # noqa: E402
 from educe.config import Recipe  # noqa: E402
 from educe.model import attention  # noqa: E402
 from educe.model.describe import ModelFacts  # noqa: E402
@@ -19,9 +24,11 @@ from educe.model.device import Device  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
 from educe.pack.plan import PackPlan, plan_packs  # noqa: E402
-from educe.recipes.memory import MemoryPlan, layer_bytes, memory_plan_of, plan_memory  # noqa: E402
+from educe.recipes.memory import MemoryPlan, kept_attention, layer_bytes, memory_plan_of, plan_memory  # noqa: E402
 from educe.types import Example  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from conftest import write_tokenizer  # noqa: E402
 
 LENGTHS = [64, 100, 28]
 
@@ -56,7 +63,7 @@ def pack_plan(capacity: int = 8192) -> PackPlan:
 
 def planned(gigabytes: float, tuning: str = "full", **train: Any) -> MemoryPlan:
     return plan_memory(
-        facts(), recipe(tuning, **train), pack_plan(), device(), reach=1024, trained_share=0.6, memory_bytes=gigabytes * 1e9,
+        facts(), recipe(tuning, **train), pack_plan(), device(), reach=0.0, trained_share=0.6, memory_bytes=gigabytes * 1e9,
         compiled=False,
     )  # fmt: skip
 
@@ -94,9 +101,9 @@ def kept_by_a_layer(family: str, dtype: Any) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype,number", [(torch.bfloat16, 2), (torch.float32, 4)])
 def test_what_a_layer_keeps_is_what_autograd_saves(family: str, dtype: Any, number: int) -> None:
-    reach = sum(n * n for n in LENGTHS) / sum(LENGTHS)
+    reach, spread = kept_attention(np.array(LENGTHS), on_gpu=False)
     small = facts(width=96, inner=160, heads=4, groups=2, head_dim=32, normalises_queries=family == "qwen3")
-    expected = layer_bytes(small, number, reach=reach, compiled=False, on_gpu=False)
+    expected = layer_bytes(small, number, reach=reach, spread=spread, compiled=False)
     assert expected == pytest.approx(kept_by_a_layer(family, dtype), rel=0.03)
 
 
@@ -127,3 +134,44 @@ def test_each_part_is_what_it_says() -> None:
     assert memory_plan_of(full.as_json()) == full
     assert "12% above the plan" in full.compared(1.12 * full.total)
     assert "3% below the plan" in replace(full, process=0.0).compared(0.97 * full.total)
+
+
+RECIPE = """
+name: peak
+model: model
+device: cpu
+dtype: float32
+data: {train: rows.jsonl, max_tokens: 1024}
+train: {epochs: 1, batch_tokens: 2048, micro_batch_tokens: 2048, learning_rate: 1e-4, compile: off, activations: ACTIVATIONS}
+evaluation: {max_new_tokens: 8, few_shot: 0, metric: {kind: exact}}
+"""
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_the_peak_of_the_first_full_step_is_near_the_plan(tmp_path: Path, activations: str) -> None:
+    """A whole run in a process of its own: 44 million weights in fp32, documents of 60 to 900 tokens."""
+    write_tokenizer(tmp_path / "model")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=768, intermediate_size=2304, num_hidden_layers=6, num_attention_heads=12,
+        num_key_value_heads=4, max_position_embeddings=1024, eos_token_id=2, bos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for i in range(60):
+            print(
+                json.dumps({"prompt": f"order {i} " * (3 + i % 40), "completion": f"item {i * 7} " * (3 + i % 11)}),
+                file=file,
+            )
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("ACTIVATIONS", activations))
+    home = {"PYTHONPATH": str(Path(educe.__file__).parents[1]), "EDUCE_CACHE": str(tmp_path / "cache")}
+    words = [sys.executable, "-m", "educe", "train", "r.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, **home}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "peak"
+    plan = memory_plan_of(json.loads((run / "provenance.json").read_text())["memory"])
+    steps = [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if x["kind"] == "step"]
+    assert plan.recomputed_layers == (6 if activations == "recompute" else 0)
+    full = next(x for x in steps if x["tokens"] > 1900)
+    assert full["peak_memory_bytes"] == pytest.approx(plan.total, rel=0.15), plan.said()
+    off = abs(full["peak_memory_bytes"] / plan.total - 1)
+    assert f"GB at the peak of the first full step, {off:.0%}" in done.stdout

@@ -60,13 +60,19 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("case", ["full 12", "full 4", "full 1", "recomputed 4", "lora 4", "new 4"])
+@pytest.mark.parametrize("case", ["full 12", "full 4", "full 1", "recomputed 4", "lora 4", "new 4", "anchored 4"])
 def test_gradients_do_not_depend_on_the_number_of_ranks(found: dict[int, Any], size: int, case: str) -> None:
-    """A tied head, adapters, new tokens; more packs than ranks, as many, fewer (one rank has nothing of its own)."""
+    """A tied head, adapters, new tokens, a pull to the base; more packs than ranks, as many, fewer."""
     alone = found[1][0][case]
     for one in found[size]:
         assert one[case].keys() == alone.keys()
         assert max(apart(one[case][n], g) for n, g in alone.items() if g.norm() > 0) < EXACT
+
+
+def test_a_pull_to_the_base_pulls(found: dict[int, Any]) -> None:
+    """And a layer computed again in the backward pass is computed with adapters, though the pull turned them off meanwhile."""
+    plain, pulled = found[1][0]["lora 4"], found[1][0]["anchored 4"]
+    assert max(apart(pulled[n], g) for n, g in plain.items()) > 0.01
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -54,8 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         yield place
 
 
-def begun(recipe: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "educe", "train", recipe, "--devices", "2"]
+def begun(recipe: str, devices: int = 2) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "educe", "train", recipe, "--devices", str(devices)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -132,6 +132,8 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(place: Path, straight: 
     with pytest.raises(RunError, match=r"begun on 2 devices.*--devices 2 goes on"):
         educe.train("broken.yaml")
 
+    shutil.copytree(run, place / "fewer" / "broken")
+
     out = begun("broken.yaml").communicate(timeout=200)[0]
     assert f"going on after step {saved}" in out
     ends = [next((r / "checkpoints").iterdir()) for r in (run, straight)]
@@ -139,6 +141,23 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(place: Path, straight: 
     assert ends[0].name == ends[1].name
     assert all(torch.equal(broken[n], t) for n, t in whole.items())
     assert [{**line, **timing(line)} for line in lines(run, "step")] == lines(straight, "step")
+
+
+def test_one_device_goes_on_where_two_were_broken_off(place: Path, straight: Path) -> None:
+    """On the same rows to the same weights but for rounding, where somebody says so."""
+    run = place / "fewer" / "broken"
+    (place / "fewer.yaml").write_text(RECIPE.replace("NAME", "broken") + "runs: fewer\n")
+    saved = max(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
+    process = begun("fewer.yaml", devices=1)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "begun on 2 devices, going on with 1" in out + err
+    assert f"going on after step {saved}" in out
+    ours, theirs = lines(run, "step"), lines(straight, "step")
+    assert [(x["step"], x["tokens"], x["trained_tokens"]) for x in ours] == [
+        (x["step"], x["tokens"], x["trained_tokens"]) for x in theirs
+    ]
+    assert [x["loss"] for x in ours] == pytest.approx([x["loss"] for x in theirs], rel=1e-4)
 
 
 def timing(line: dict[str, Any]) -> dict[str, Any]:

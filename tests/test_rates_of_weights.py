@@ -226,6 +226,21 @@ def test_the_pull_to_the_base_keeps_the_model_near_it(tiny_model: Path) -> None:
     assert far[0] > 4 * far[1] > 40 * far[2] > 0
 
 
+def test_a_second_model_pulls_as_the_same_without_adapters_does(tiny_model: Path) -> None:
+    """Adapters make the trained model; what it is pulled to is the same either way, to the bit. Nothing of it is trained."""
+    model, other, row = fresh(tiny_model, LORA).model, load_model(tiny_model, cpu(), FULL), batch(3)[0]
+    other.network.requires_grad_(False).eval()
+    with torch.no_grad():
+        for p in model.trainable().values():
+            p.normal_(0, 0.1)
+    (loss, expected), (found_loss, found) = (
+        gradients(model, SftLoss(beta=0.7, reference=reference), row) for reference in (None, other)
+    )
+    assert found_loss == loss != gradients(model, SftLoss(), row)[0]
+    assert all(torch.equal(g, expected[n]) for n, g in found.items())
+    assert all(p.grad is None for p in other.network.parameters())
+
+
 def test_at_the_start_there_is_no_pull(tiny_model: Path) -> None:
     """Adapters begin at zero: value and gradient are those of plain nll."""
     model, row = fresh(tiny_model, LORA).model, batch(3)[0]

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SIZES = (32, 64, 96, 128, 192, 256, 384, 512)
+from educe.model.sizes import filled
+
 _SCORE_BYTES = 4 * 2**20  # of a batch: what stays in a core's cache between two products
 
 
@@ -50,8 +51,8 @@ class _Layout:
     def __init__(self, lengths: tuple[int, ...], limit: int) -> None:
         starts = np.cumsum([0, *lengths]).tolist()
         by_size: dict[int, list[int]] = {}
-        for d, n in enumerate(lengths):
-            by_size.setdefault(_filled(n), []).append(d)
+        for d, size in enumerate(filled(np.array(lengths)).tolist()):
+            by_size.setdefault(size, []).append(d)
         self.num_tokens = sum(lengths)
         self.batches: list[_Batch] = []
         for size, documents in sorted(by_size.items()):
@@ -108,10 +109,6 @@ class _Layout:
 
 
 _layout = functools.lru_cache(maxsize=8)(_Layout)  # a step's micro-batches, each asked for by every layer
-
-
-def _filled(num: int) -> int:
-    return next((size for size in _SIZES if size >= num), -(-num // 128) * 128)
 
 
 class _Short(torch.autograd.Function):  # type: ignore[misc]

@@ -50,10 +50,17 @@ class PackPlan:
         packs = range(int(self.step_edges[s]) + rank, int(self.step_edges[s + 1]), of)
         return [self.examples_K[self.pack_edges[p] : self.pack_edges[p + 1]].tolist() for p in packs]
 
-    def mean_reach(self, lengths_N: Int64[np.ndarray, " n"]) -> float:
-        """The mean over tokens of how long their example is: what attention costs and keeps follows it."""
-        drawn = lengths_N[self.examples_K].astype(np.float64)
-        return float((drawn**2).sum() / drawn.sum())
+    def drawn(self, lengths_N: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " k"]:
+        """The lengths of the examples, as often as they are drawn."""
+        drawn_K: np.ndarray = lengths_N[self.examples_K]
+        return drawn_K
+
+    def first_full_step(self, lengths_N: Int64[np.ndarray, " n"], start: int = 0) -> int:
+        """From `start` on, the first step with a pack that is nine tenths full: it needs the memory that the run does. `start` where
+        there is none."""
+        room = 0.9 * self.capacity_tokens
+        fullest = (max(int(lengths_N[g].sum()) for g in self.step(s)) for s in range(start, self.num_steps))
+        return next((start + k for k, tokens in enumerate(fullest) if tokens >= room), start)
 
     @property
     def fill(self) -> float:

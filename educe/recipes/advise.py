@@ -92,9 +92,8 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
     # A step holds enough rows for a steady gradient, few enough for 300 steps where there are the rows, and at most 128 rows.
     rows_per_step = max(4, min(128, round(looked.rows * epochs / 300)))
     batch = max(max_tokens, 64 * math.ceil(rows_per_step * mean / 64))
-    # One micro-batch a step where that is small: two short ones would take a third longer on a CPU.
-    micro = batch if batch <= 1024 else max(max_tokens, 512 if memory_bytes < 64e9 else 8192)
-    micro = min(batch, micro)
+    # Few long micro-batches rather than many short ones (docs/performance.md); where one does not fit, layers are computed again.
+    micro = min(batch, max(max_tokens, 2048 if on_cpu else 4096 if memory_bytes < 64e9 else 8192))
     batch = micro * math.ceil(batch / micro)
     num_steps = math.ceil(looked.rows * epochs / rows_per_step)
     return Advice(

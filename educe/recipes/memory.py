@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from educe.config import Full, Lora, Recipe
 from educe.model.describe import ModelFacts
+from educe.model.sizes import filled
 from educe.pack.plan import PackPlan
 from educe.recipes.machine import memory_of
 from educe.recipes.prepare import Prepared
@@ -60,10 +64,10 @@ class MemoryPlan:
         return f"memory: {self.total / 1e9:.1f} GB ({shown}){how if self.recomputed_layers else ''}{host if self.offloads else ''}"
 
     def compared(self, peak_bytes: float) -> str:
-        """What the first step really needed, beside what was planned."""
+        """What the first full step really needed, beside what was planned."""
         off = peak_bytes / self.total - 1
         way = "above" if off > 0 else "below"
-        return f"memory: {peak_bytes / 1e9:.1f} GB at the peak of the first step, {abs(off):.0%} {way} the plan"
+        return f"memory: {peak_bytes / 1e9:.1f} GB at the peak of the first full step, {abs(off):.0%} {way} the plan"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +95,7 @@ def memory_of_run(
     trained: int | None = None,
 ) -> MemoryPlan:
     """The plan for the memory that is there now; on a CPU `ranks` share it."""
-    reach = plan.mean_reach(prepared.store("train").lengths)
+    reach, spread = kept_attention(plan.drawn(prepared.store("train").lengths), on_gpu=device.kind == "cuda")
     there = memory_of(device.kind) / (1 if device.kind == "cuda" else ranks)
     return plan_memory(
         facts,
@@ -99,6 +103,7 @@ def memory_of_run(
         plan,
         device,
         reach=reach,
+        spread=spread,
         trained_share=trained_share(prepared),
         memory_bytes=there,
         compiled=compiled,
@@ -117,11 +122,12 @@ def plan_memory(
     trained_share: float,
     memory_bytes: float,
     compiled: bool,
+    spread: float = 1.0,
     ranks: int = 1,
     trained: int | None = None,
 ) -> MemoryPlan:
-    """Keep all activations where they fit; else compute as few layers again as will do. `reach`: the mean over tokens of the length
-    of their document; `trained`: how many numbers are, where the model is there to count them."""
+    """Keep all activations where they fit; else compute as few layers again as will do. `reach` and `spread`: see `kept_attention`;
+    `trained`: how many numbers are, where the model is there to count them."""
     number = 2 if device.dtype == "bfloat16" else 4
     trained = trained or num_trained(facts, recipe.tuning)
     low = recipe.train.optimizer == "adamw_8bit_bf16"
@@ -146,7 +152,9 @@ def plan_memory(
     )
     if ranks > 1:
         made = _divided(made, facts, trained, number, ranks)
-    layer = layer_bytes(facts, number, reach=reach, compiled=compiled, on_gpu=device.kind == "cuda")
+    if needs_reference(recipe):
+        made = replace(made, weights=made.weights + facts.num_parameters * number)
+    layer = layer_bytes(facts, number, reach=reach, spread=spread, compiled=compiled)
     kept = facts.hidden_size * number
     tokens, room = plan.capacity_tokens, memory_bytes * _FILL[device.kind] - made.total
 
@@ -178,20 +186,32 @@ def _divided(made: MemoryPlan, facts: ModelFacts, trained: int, number: int, ran
     )
 
 
-def layer_bytes(facts: ModelFacts, number: int, *, reach: float, compiled: bool, on_gpu: bool) -> float:
+def needs_reference(recipe: Recipe) -> bool:
+    """Whether the model as it was is in memory a second time; with adapters it is the same one without them."""
+    return recipe.train.kl_to_base > 0 and not isinstance(recipe.tuning, Lora)
+
+
+def kept_attention(lengths_K: Int64[np.ndarray, " k"], *, on_gpu: bool) -> tuple[float, float]:
+    """What attention keeps of a token: weights of so many keys a head, and queries, keys and values of so many tokens. On a CPU
+    documents are filled up to few lengths; a GPU's kernel keeps no weights."""
+    if on_gpu:
+        return 0.0, 1.0
+    filled_K = filled(lengths_K).astype(np.float64)
+    return float((filled_K**2).sum() / lengths_K.sum()), float(filled_K.sum() / lengths_K.sum())
+
+
+def layer_bytes(facts: ModelFacts, number: int, *, reach: float, spread: float = 1.0, compiled: bool) -> float:
     """What a layer keeps of a token for the backward pass, as transformers writes Llama-like layers.
 
-    Counted with saved-tensor hooks on real classes (docs/performance.md): in bf16 16 bytes a hidden unit, 8 a unit between, 4 a unit
-    of queries, keys and values, 6 more where those are normalised; in fp32 24, 16, 8 and 8.
+    Counted with saved-tensor hooks on real classes (docs/performance.md): in bf16 16 bytes a hidden unit, 8 a unit between, 2 a unit
+    of queries, keys, values and what attention gives, 6 more where those are normalised; in fp32 24, 16, 4 and 8.
     """
     d = (16 if number == 2 else 24) * facts.hidden_size
     inner = 4 * number * facts.active_intermediate
-    width = facts.head_dim * (facts.num_heads + facts.num_key_value_heads)
-    attention = (
-        0.0 if on_gpu else number * facts.num_heads * reach
-    )  # weights of plain attention; a GPU's kernel keeps none
-    normalised = (6 if number == 2 else 8) * width if facts.normalises_queries else 0
-    return (d + inner + 2 * number * width + normalised) * (_COMPILED if compiled else 1.0) + attention
+    heads, key_heads, size = facts.num_heads, facts.num_key_value_heads, facts.head_dim
+    attended = number * size * (spread * (heads + 2 * key_heads) + heads)
+    normalised = (6 if number == 2 else 8) * size * (heads + key_heads) if facts.normalises_queries else 0
+    return (d + inner + attended + normalised) * (_COMPILED if compiled else 1.0) + number * heads * reach
 
 
 def num_trained(facts: ModelFacts, tuning: Full | Lora) -> int:

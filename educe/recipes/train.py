@@ -105,11 +105,11 @@ def _train(
     history = found[1]["held_out"] if found is not None else []
     watch = Watch(recipe, run, prepared, state, plan, settings, screen, history, packed=t.packed, world=world)
     watch.begin()
-    first = state.step + 1
+    full = plan.first_full_step(prepared.store("train").lengths, state.step) + 1
     with _signals() as asked:
 
         def stop(state: State, report: StepReport) -> bool:
-            if report.step == first:
+            if report.step == full:
                 say(t.memory.compared(report.peak_memory_bytes))
             return bool(_agreed(asked, world)) or watch.has_stalled
 

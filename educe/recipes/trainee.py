@@ -22,7 +22,7 @@ from educe.pack.plan import PackPlan
 from educe.parallel.world import ALONE, World
 from educe.recipes.estimate import whether_to_compile
 from educe.recipes.machine import refuse_offload
-from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, trained_share
+from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, needs_reference, trained_share
 from educe.recipes.mixing import Mixed, loss_weights
 from educe.recipes.plan import plan_run
 from educe.recipes.prepare import Prepared
@@ -111,9 +111,25 @@ def trainee(
         packed=packed,
         compiled=compiles,
         memory=needed,
-        loss=SftLoss(reweigh=REWEIGH[recipe.train.loss], beta=recipe.train.kl_to_base, logit_bytes=needed.logit_bytes),
+        loss=SftLoss(
+            reweigh=REWEIGH[recipe.train.loss],
+            beta=recipe.train.kl_to_base,
+            logit_bytes=needed.logit_bytes,
+            reference=_reference(recipe, prepared, device, model, say),
+        ),
         batches_of=batches_of(recipe, prepared, plan, world),
     )
+
+
+def _reference(recipe: Recipe, prepared: Prepared, device: Device, model: CausalLM, say: Say) -> CausalLM | None:
+    """The model as it was before training, a second time in memory; None where it is the first one with its adapters off."""
+    if not needs_reference(recipe):
+        return None
+    made = load_model(prepared.model_dir, device, recipe.tuning, new_ids=prepared.tokenizer.new_tokens.values())
+    made.network.requires_grad_(False).eval()
+    made.packable = model.packable
+    say("train.kl_to_base: the model as it was is in memory a second time, whole")
+    return made
 
 
 def _fault(model: CausalLM, plan: PackPlan, world: World) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from educe.loss.anchor import Anchor
 from educe.loss.cross_entropy import LossOut, chunk_positions, token_nll
@@ -22,21 +23,19 @@ LOGIT_BYTES = 256 * 2**20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftLoss:
     """Weighted loss of the trained tokens of a packed row, each times its task's λ, over `denominator`; the head sees trained
-    positions alone. `beta` > 0 adds β times the KL from the model as it was before training, found with its adapters off."""
+    positions alone. `beta` > 0 adds β times the KL from `reference`; None is the model with its adapters off."""
 
     reweigh: Reweigh = nll
     beta: float = 0.0
     logit_bytes: int = LOGIT_BYTES
+    reference: CausalLM | None = None
 
     def __call__(self, model: CausalLM, batch: Batch, denominator: float) -> LossOut:
         return model.whole(lambda: self._of(model, batch, denominator))
 
     def _of(self, model: CausalLM, batch: Batch, denominator: float) -> LossOut:
         predict_N = model.tensor(batch.predict_N)
-        anchor = None
-        if self.beta:
-            with torch.no_grad(), model.as_loaded():
-                anchor = Anchor(hidden_ND=model.hidden_states(batch)[predict_N], head=model.base_head, beta=self.beta)
+        anchor = self._anchor(model, batch, predict_N) if self.beta else None
         hidden = model.forward(batch)
         out = token_nll(
             hidden.states_PD[predict_N],
@@ -52,6 +51,15 @@ class SftLoss:
         if hidden.router_loss is not None:  # each micro-batch's own, by its share of the step's weight
             out = replace(out, loss=out.loss + hidden.router_loss * (batch.total_weight / denominator))
         return out
+
+    def _anchor(self, model: CausalLM, batch: Batch, predict_N: Tensor) -> Anchor:
+        if self.reference is not None:
+            with torch.no_grad():
+                hidden_PD = self.reference.hidden_states(batch)
+            return Anchor(hidden_ND=hidden_PD[predict_N], head=self.reference.head, beta=self.beta)
+        with torch.no_grad(), model.as_loaded():
+            hidden_PD = model.hidden_states(batch)
+        return Anchor(hidden_ND=hidden_PD[predict_N], head=model.base_head, beta=self.beta)
 
 
 sft_loss = SftLoss()
