@@ -100,7 +100,8 @@ def attend_each(
     documents: Documents,
     how: Scoring,
 ) -> Float[Tensor, "b p h w"]:
-    """One document after the other: short ones spelled out, long ones fused or, where torch's kernel lacks a feature, in blocks."""
+    """Short documents that lie side by side in few products, spelled out; the others one after the other: fused or, where torch's
+    kernel lacks a feature, in blocks."""
     on_cpu = query.device.type == "cpu"
     special = how.softcap is not None or how.sinks_H is not None
     parts, at = [], 0
