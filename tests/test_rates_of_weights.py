@@ -113,6 +113,14 @@ def test_nothing_is_odd_before_what_is_usual_is_known() -> None:
     assert all(spikes.seen(x) == "" for x in [1.0, 50.0] * (LEAST // 2))
 
 
+def test_small_losses_that_scatter_are_no_spike() -> None:
+    """As the last steps of a small run have them: most near zero, one in ten six times as large."""
+    spikes = Spikes()
+    assert all(spikes.seen(x) == "" for x in [0.02, 0.03, 0.01, 0.04, 0.17, 0.03, 0.02, 0.05, 0.01, 0.03] * 3)
+    assert spikes.seen(0.27) == ""
+    assert "median of 0.03" in spikes.seen(0.8)
+
+
 def test_a_spike_is_said_with_the_rows_it_is_made_of(tiny_model: Path) -> None:
     def loss(model: CausalLM, batch: Batch, denominator: float) -> Any:
         out = SftLoss()(model, batch, denominator)

@@ -11,7 +11,8 @@ TIMES = 3.0
 
 
 class Spikes:
-    """Remembers the losses of this process's last steps."""
+    """Remembers the losses of this process's last steps. Small losses of small steps scatter widely, so a spike is also twice their
+    largest."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -19,7 +20,7 @@ class Spikes:
     def seen(self, loss: float) -> str:
         """What is odd about this loss, in words; empty where nothing is. A spike is not remembered as usual."""
         usual = median(self._recent) if len(self._recent) >= LEAST else None
-        if usual is not None and loss > TIMES * usual + 0.1:
+        if usual is not None and loss > max(TIMES * usual, 2 * max(self._recent)) + 0.1:
             return f"the loss is {loss:.3g} after a median of {usual:.3g} in the {len(self._recent)} steps"
         self._recent.append(loss)
         return ""
