@@ -118,16 +118,16 @@ def test_loaded_as_the_checkpoints_class_and_proved(saved: Saved, tuning: Full |
 
 @tunings
 def test_gradients_are_those_of_one_row_at_a_time(saved: Saved, tuning: Full | Lora) -> None:
-    """With and without checkpointing, in fp32, to 1e-6 of each tensor's norm, or to what fp32 itself is off: transformers' own
-    gradients in fp32 differ from those in float64 by up to 2.5e-5 (Gemma 4, whose scores are not scaled), those of a pack from
-    transformers' by a sixth of that."""
+    """With and without checkpointing, in fp32, to 1e-6 of each tensor's norm, or to three times what transformers' own are off float64: those in
+    fp32 are up to 2.5e-5 off (Gemma 4, whose scores are not scaled)."""
     found = gradients(stirred(saved.load(tuning)), batches(saved.family))[1]
     theirs = one_at_a_time(stirred(saved.load(tuning)), torch.float32)
     assert found.keys() == theirs.keys()
     far = {n: d for n, g in theirs.items() if (d := apart(found[n], g)) > CLOSE}
     if far:
         exact = one_at_a_time(stirred(saved.load(tuning)), torch.float64)
-        assert {n: d for n, d in far.items() if d > apart(theirs[n], exact[n])} == {}
+        off = {n: (apart(found[n], exact[n]), apart(theirs[n], exact[n])) for n in far}
+        assert {n: both for n, both in off.items() if both[0] > 3 * both[1]} == {}
 
     again = gradients(stirred(saved.load(tuning, checkpointing=True)), batches(saved.family))[1]
     assert again.keys() == found.keys()

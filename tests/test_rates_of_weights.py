@@ -103,8 +103,8 @@ def test_usual_losses_are_not_odd_and_one_far_above_is(losses: list[float], scal
     spikes = Spikes()
     assert [spikes.seen(1.0 + x / 1e3) for x in losses] == [""] * len(losses)
     assert spikes.seen(2.9) == ""
-    assert "median of 1 in" in spikes.seen(4 * scale)
-    assert "median of 1 in" in spikes.seen(4 * scale)  # the first is not remembered as usual
+    assert "median of 1 in" in spikes.seen(8 * scale)
+    assert "median of 1 in" in spikes.seen(8 * scale)  # the first is not remembered as usual
     assert spikes.seen(1.0) == ""
 
 
