@@ -118,8 +118,8 @@ def test_loaded_as_the_checkpoints_class_and_proved(saved: Saved, tuning: Full |
 
 @tunings
 def test_gradients_are_those_of_one_row_at_a_time(saved: Saved, tuning: Full | Lora) -> None:
-    """With and without checkpointing, in fp32, to 1e-6 of each tensor's norm, or to three times what transformers' own are off float64: those in
-    fp32 are up to 2.5e-5 off (Gemma 4, whose scores are not scaled)."""
+    """With and without checkpointing, in fp32, to 1e-6 of each tensor's norm, or to three times what transformers' own are off
+    float64: those in fp32 are up to 2.5e-5 off (Gemma 4, whose scores are not scaled)."""
     found = gradients(stirred(saved.load(tuning)), batches(saved.family))[1]
     theirs = one_at_a_time(stirred(saved.load(tuning)), torch.float32)
     assert found.keys() == theirs.keys()
