@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Share of the probed matmul rate that a training step reaches where nothing was measured yet.
 _EFFICIENCY = {"cpu": 0.36, "mps": 0.3, "cuda": 0.4}
+# Seconds an optimizer step takes for each trained number, whatever the number of tokens: gradients added up, norm, update, rounding.
+_UPDATE_S = {"cpu": 2e-9, "mps": 2e-10, "cuda": 2e-11}
 # What compiling takes and gains, measured (docs/performance.md); neither depends on the number of layers.
 _COMPILE_S = {"cpu": 60.0, "cuda": 30.0}
 _COMPILE_GAIN = {"cpu": 1.1, "cuda": 1.4}
@@ -37,18 +39,23 @@ class Estimate:
 
 def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, device: Device) -> Estimate:
     """Time from the speed, space from what is written."""
-    lora = isinstance(recipe.tuning, Lora)
     speed = _known_speeds().get(speed_key(facts.name, recipe, device.kind, device.dtype))
-    rate = speed or roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share)
-    if recipe.train.kl_to_base and not speed:  # one more forward pass
-        rate *= 2 / 3 if lora else 3 / 4
+    seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share, device)
     trained = num_trained(facts, recipe.tuning)
     return Estimate(
-        tokens_per_s=rate,
+        tokens_per_s=plan.num_tokens / seconds,
         measured=speed is not None,
-        training_s=plan.num_tokens / rate,
+        training_s=seconds,
         disk_bytes=trained * 4 * (3 * recipe.train.keep_checkpoints + 1) + facts.num_parameters * 2,
     )
+
+
+def _unmeasured_s(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, device: Device) -> float:
+    lora = isinstance(recipe.tuning, Lora)
+    rate = roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share)
+    if recipe.train.kl_to_base:  # one more forward pass
+        rate *= 2 / 3 if lora else 3 / 4
+    return plan.num_tokens / rate + plan.num_steps * num_trained(facts, recipe.tuning) * _UPDATE_S[device.kind]
 
 
 def roofline(facts: ModelFacts, flops: float, device: str, *, lora: bool = False, trained_share: float = 0.3) -> float:
@@ -83,8 +90,7 @@ def whether_to_compile(
     if asked == "on":
         return True, "train.compile is on"
     cost, gain = _COMPILE_S[device.kind], _COMPILE_GAIN[device.kind]
-    lora = isinstance(recipe.tuning, Lora)
-    alone_s = plan.num_tokens / roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share)
+    alone_s = _unmeasured_s(facts, recipe, plan, trained_share, device)
     saved = alone_s * (1 - 1 / gain) - cost
     said = f"{gain:g} times as fast over about {alone_s / 60:.1f} min saves "
     if saved <= 0:
