@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--sweep-rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--capacity", type=int, default=1024)
+    parser.add_argument("--capacity", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--side", nargs="*")
     a = parser.parse_args()

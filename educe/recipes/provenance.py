@@ -27,7 +27,7 @@ from educe.training.checkpoint import newest_checkpoint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
-TRAIN_VERSION = 3
+TRAIN_VERSION = 4
 
 
 def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: int) -> dict[str, Any]:
