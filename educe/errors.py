@@ -83,6 +83,7 @@ CODES: dict[str, str] = {
     "E-MODEL-202": "tokenizer and model do not fit",
     "E-MODEL-203": "weights and config do not fit",
     "E-MODEL-204": "model cannot be tuned in the way asked for",
+    "E-MODEL-205": "model gives no finite numbers",
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",

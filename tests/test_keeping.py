@@ -23,7 +23,7 @@ from educe.pack.batch import build_batch  # noqa: E402
 from educe.recipes.eval import data_of, recipe_of  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
 from educe.recipes.run import Run, Silent  # noqa: E402
-from educe.training.patience import best_step, has_stalled  # noqa: E402
+from educe.training.patience import best_step, far_above, has_stalled  # noqa: E402
 from educe.training.sft import held_out_loss  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -264,3 +264,12 @@ def test_how_often_is_measured_may_change_where_nothing_follows_from_it(place: P
     assert educe.train(recipe(place, "last", measure_every_share=0.5)).finished
     with pytest.raises(RunError, match="measure_every_share"):
         educe.train(recipe(place, "best", keep_weights="best", keep_checkpoints=1, measure_every_share=0.5))
+
+
+def test_a_run_that_blows_up_is_said_once() -> None:
+    """When the held-out loss is first far above the untouched model's, and not again."""
+    losses = [2.0, 1.5, 2.9, 3.2, 9.0, 1.0]
+    history = list(enumerate(losses))
+    said = [far_above(history[: k + 1]) for k in range(len(history))]
+    assert [bool(line) for line in said] == [False, False, False, True, False, False]
+    assert "1.6 times the untouched model's" in said[3]

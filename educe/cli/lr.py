@@ -79,8 +79,10 @@ def show_probe(probe: Probe) -> None:
         )
         table.add_row(f"{r['rate']:.2g}{own}", *cells, style="bold green" if best else "")
     console.print(table)
+    tried = any(abs(r["rate"] / found["own_rate"] - 1) < 1e-9 for r in found["rates"])
+    asked = "* the recipe's rate; " if tried else f"the recipe's rate, {found['own_rate']:.2g}, was not tried; "
     start = f"untouched: {found['start_loss']:.4f}; +- is a 95 % interval over {found['held_out_rows']} held-out rows"
-    console.print(f"[dim]* the recipe's rate; {start}, of one seed[/dim]", soft_wrap=True)
+    console.print(f"[dim]{asked}{start}, of one seed[/dim]", soft_wrap=True)
     console.print(f"\nPlot: {escape(shown(probe.path / 'lr.html'))}", soft_wrap=True)
 
 

@@ -73,6 +73,7 @@ class TrainScreen:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last = 0.0
+        self._first: int | None = None  # what is compiled in the first step says nothing of the others
 
     def __enter__(self) -> TrainScreen:
         return self
@@ -82,11 +83,11 @@ class TrainScreen:
             self._bar.stop()
 
     def step(self, report: StepReport) -> None:
+        self._first = report.step if self._first is None else self._first
         left = (report.total_steps - report.step) * report.tokens / report.tokens_per_s
-        shown = (
-            f"loss {report.loss:.3f}  {report.tokens_per_s:.0f} tokens/s  {minutes(left)} left  "
-            f"{gigabytes(report.peak_memory_bytes)}"
-        )
+        said = "" if report.step == self._first else f"{minutes(left)} left  "
+        speed = f"{report.tokens_per_s:.0f} tokens/s"
+        shown = f"loss {report.loss:.3f}  {speed}  {said}{gigabytes(report.peak_memory_bytes)}"
         if console.is_terminal:
             if self._bar is None:
                 columns = (
@@ -103,8 +104,10 @@ class TrainScreen:
             self._last = time.monotonic()
             console.print(f"step {report.step}/{report.total_steps}  {shown}", soft_wrap=True)
 
-    def dev(self, step: int, loss: float) -> None:
+    def dev(self, step: int, loss: float, warning: str) -> None:
         console.print(f"held-out loss after step {step}: [bold]{loss:.3f}[/bold] nats per token")
+        if warning:
+            console.print(f"[yellow]! {warning}[/yellow]", soft_wrap=True)
 
     def samples(self, step: int, lines: list[dict[str, Any]]) -> None:
         when = "the untouched model answers" if step == 0 else f"the same questions after step {step}"

@@ -240,7 +240,7 @@ def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
         missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
         return RecipeError(104, where, f"{missing} is missing.", "Add it, or start from `educe init --data FILE`.")
     if first["type"] == "value_error":
-        return RecipeError(201, where, first["msg"].removeprefix("Value error, ") + ".", "Change one of the two.")
+        return RecipeError(201, where, first["msg"].removeprefix("Value error, ") + ".", "Change what it names.")
     found = _found(tree, written)
     if kinds and found:
         return _no_kind(written, found[-1][0], _names(kinds), tree, shown)

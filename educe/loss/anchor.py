@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from educe.loss.kernels import softmax_facts
+from educe.loss.kernels import log_totals
 
 TOP = 64
 
@@ -34,7 +34,7 @@ class Anchor:
         with torch.no_grad():
             logits_CV = self.head(self.hidden_ND[piece])
             top_CK, ids_CK = logits_CV.topk(min(TOP, logits_CV.shape[1]), dim=1)
-            log_total_C = softmax_facts(logits_CV, ids_CK[:, 0]).log_total_B
+            log_total_C = log_totals(logits_CV)
             log_rest_C = log_rest_(logits_CV, ids_CK, log_total_C)
         return Kept(
             ids_BK=ids_CK, log_p_BK=top_CK.float() - log_total_C[:, None], log_rest_B=log_rest_C, beta=self.beta
@@ -50,7 +50,7 @@ def log_rest_(logits_BV: Tensor, ids_BK: Tensor, log_total_B: Tensor) -> Tensor:
         return torch.full_like(log_total_B, -math.inf)
     kept_BK = logits_BV.gather(1, ids_BK)
     logits_BV.scatter_(1, ids_BK, -math.inf)
-    log_rest_B = softmax_facts(logits_BV, ids_BK[:, 0]).log_total_B - log_total_B
+    log_rest_B = log_totals(logits_BV) - log_total_B
     logits_BV.scatter_(1, ids_BK, kept_BK)
     return log_rest_B
 

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -54,6 +55,13 @@ def softmax_facts(logits_BV: Float[Tensor, "b v"], targets_B: Int[Tensor, " b"])
         exp_BV=exp_BV,
         total_B=total_B,
     )
+
+
+def log_totals(logits_BV: Float[Tensor, "b v"]) -> Float[Tensor, " b"]:
+    """The log of the sum of exponentials of each row, in fp32; on a CPU a few rows at a time, so that no fp32 copy of all exists."""
+    if logits_BV.device.type == "cuda":
+        return softmax_facts(logits_BV, torch.zeros(len(logits_BV), dtype=torch.long, device="cuda")).log_total_B
+    return torch.cat([rows.float().logsumexp(1) for rows in logits_BV.split(16)])
 
 
 def scaled_softmax_(logits_BV: Float[Tensor, "b v"], facts: SoftmaxFacts, scale_B: Float[Tensor, " b"]) -> None:

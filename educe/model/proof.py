@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,6 +128,10 @@ def prove_head(model: CausalLM) -> None:
         found = f"is put together in a way that is not known here ({type(e).__name__}: {e})."
         raise ModelError(204, model.base.config.model_type, found, _UNSUPPORTED) from e
     apart = float((ours - theirs.float()).norm() / theirs.float().norm())
+    if not math.isfinite(apart):
+        found = f"gives logits that are no finite numbers for ordinary tokens, in {model.device.dtype}."
+        fix = "Look for broken weights, or set another dtype: bfloat16 and float32 hold larger numbers than float16."
+        raise ModelError(205, model.base.config.model_type, found, fix)
     if not apart < (1e-3 if model.device.dtype == "float32" else 5e-2):
         found = f"the loss would use other logits than the model's (off by {apart:.2g} of their norm)."
         raise ModelError(204, model.base.config.model_type, found, _UNSUPPORTED)

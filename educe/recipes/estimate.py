@@ -99,8 +99,11 @@ def whether_to_compile(
 
 
 def speed_key(model: str, recipe: Recipe, device: str, dtype: str) -> str:
-    pulled = ["kl_to_base"] if recipe.train.kl_to_base else []
-    return "|".join([model, device, dtype, recipe.tuning.kind, str(recipe.train.micro_batch_tokens), *pulled])
+    """What a speed depends on, as far as a recipe says it."""
+    t = recipe.train
+    pulled = ["kl_to_base"] if t.kl_to_base else []
+    how = [str(t.batch_tokens), str(t.micro_batch_tokens), t.optimizer, t.activations, t.compile]
+    return "|".join([model, recipe.model, device, dtype, recipe.tuning.kind, *how, *pulled])
 
 
 def remember_speed(key: str, tokens_per_s: float) -> None:

@@ -141,7 +141,7 @@ def plan_memory(
         gradients=trained * (2 if low else 4),
         optimizer=trained * ((0 if own else 4) + (8 if recipe.train.optimizer == "adamw" else 2.1)),
         activations=0.0,
-        logits=min(logit_bytes, logits) + head_slope,
+        logits=min(logit_bytes, logits) * (2 if recipe.train.kl_to_base else 1) + head_slope,
         process=_PROCESS_BYTES if device.kind == "cpu" else 0.0,
         logit_bytes=logit_bytes,
         num_layers=facts.num_layers,

@@ -105,6 +105,8 @@ def trainee(
             needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=False, trained=trained)
             say(needed.said())
             model.recompute(needed.recomputed_layers)
+    if recipe.train.optimizer != "adamw":
+        say("the optimizer's step is compiled while the first step runs: up to a minute")
     return Trainee(
         state=State(model=model, optimizer=Adam(model.trainable(), adam_settings(recipe), rate_of(recipe, model))),
         plan=plan,

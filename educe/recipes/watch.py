@@ -23,7 +23,7 @@ from educe.parallel.world import ALONE, World
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
 from educe.training.checkpoint import load_weights, save_checkpoint
-from educe.training.patience import History, best_step, has_stalled
+from educe.training.patience import History, best_step, far_above, has_stalled
 from educe.training.sft import held_out_loss
 from educe.training.state import State, StepReport
 from educe.types import Batch
@@ -38,7 +38,7 @@ class Screen(Protocol):
 
     def step(self, report: StepReport) -> None: ...
 
-    def dev(self, step: int, loss: float) -> None: ...
+    def dev(self, step: int, loss: float, warning: str) -> None: ...
 
     def samples(self, step: int, lines: list[dict[str, Any]]) -> None: ...
 
@@ -131,16 +131,22 @@ class Watch:
         """Put the weights of the lowest held-out loss into the model, where they are not its own."""
         losses, best = dict(self._history), best_step(self._history)
         if best is None or self._is_best:
-            say(f"the weights of the last step, {self._state.step}, are kept: their held-out loss is the lowest")
+            say(
+                f"the weights of the last step, {self._state.step}, are kept: their held-out loss is the lowest of the trained ones"
+            )
         elif problem := load_weights(self._run.checkpoints, best, self._state):
             say(
                 f"step {best} had the lowest held-out loss, but {problem} The weights of step {self._state.step} are kept"
             )
         else:
             self.weights_step = best
-            say(f"the weights of step {best} are kept: their held-out loss, {losses[best]:.3f}, is the lowest")
+            say(
+                f"the weights of step {best} are kept: their held-out loss, {losses[best]:.3f}, is the lowest of the trained ones"
+            )
         if best is not None and losses[best] >= losses.get(0, math.inf):
-            say(f"it is not lower than the untouched model's, {losses[0]:.3f}: training did not help there")
+            say(
+                f"warning: the untouched model's was lower, {losses[0]:.3f}: training did harm, at every step that was measured"
+            )
 
     def save(self, *, done: bool) -> None:
         keep = 1 if done else self._recipe.train.keep_checkpoints
@@ -160,7 +166,7 @@ class Watch:
             self._history.append((self._state.step, means.mean))
             line = {"kind": "dev", "step": self._state.step, "loss": means.mean, **self._of_tasks(means.by_task)}
             self._append(self._run.metrics, line)
-            self._screen.dev(self._state.step, means.mean)
+            self._screen.dev(self._state.step, means.mean, far_above(self._history))
 
     def _of_tasks(self, losses: Mapping[int, float]) -> dict[str, dict[str, float]]:
         """Each task's own loss by name; nothing where there is one task."""

@@ -17,6 +17,15 @@ def best_step(history: History) -> int | None:
     return min(trained)[1] if trained else None
 
 
+def far_above(history: History) -> str:
+    """What to say, once, when the held-out loss is first far above the untouched model's; empty otherwise."""
+    (_, start), *later = history
+    far = [step for step, loss in later if loss > 1.5 * start]
+    if not far or far != [later[-1][0]]:
+        return ""
+    return f"the held-out loss is {later[-1][1] / start:.1f} times the untouched model's: the learning rate may be far too high"
+
+
 def has_stalled(history: History, patience: int) -> bool:
     """Whether none of the last `patience` losses is lower than all before them (Prechelt 1998, Early stopping: but when?, UP)."""
     losses = [loss for _, loss in history]
