@@ -135,7 +135,7 @@ class Dying(Silent):
         if report.step == self._step:
             raise MemoryError
 
-    def dev(self, step: int, loss: float) -> None:
+    def dev(self, step: int, loss: float, warning: str) -> None:
         if step == self._dev:
             raise MemoryError
 
