@@ -79,9 +79,8 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     model = load_model(model_dir, device, Full(kind="full"))
     if how == "compiled":
         model.compile(capacity)
-    small = (
-        how == "bf16"
-    )  # bf16 weights, rounded at random, 8-bit moments: TRL's bf16 weights and moments, without what they lose
+    # bf16 weights, rounded at random, and 8-bit moments: TRL's bf16 weights and moments without what they lose
+    small = how == "bf16"
     settings = AdamSettings(
         betas=(0.9, 0.999), weights="bf16" if small else "fp32", moments="8bit" if small else "fp32"
     )

@@ -39,7 +39,7 @@ class Estimate:
 
 def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, device: Device) -> Estimate:
     """Time from the speed, space from what is written."""
-    speed = _known_speeds().get(speed_key(facts.name, recipe, device.kind, device.dtype))
+    speed = _known_speeds().get(speed_key(recipe, device.kind, device.dtype))
     seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share, device)
     trained = num_trained(facts, recipe.tuning)
     return Estimate(
@@ -98,12 +98,12 @@ def whether_to_compile(
     return True, f"{said}{(saved + cost) / 60:.1f} min and takes about {cost:.0f} s once"
 
 
-def speed_key(model: str, recipe: Recipe, device: str, dtype: str) -> str:
+def speed_key(recipe: Recipe, device: str, dtype: str) -> str:
     """What a speed depends on, as far as a recipe says it."""
     t = recipe.train
     pulled = ["kl_to_base"] if t.kl_to_base else []
     how = [str(t.batch_tokens), str(t.micro_batch_tokens), t.optimizer, t.activations, t.compile]
-    return "|".join([model, recipe.model, device, dtype, recipe.tuning.kind, *how, *pulled])
+    return "|".join([recipe.model, device, dtype, recipe.tuning.kind, *how, *pulled])
 
 
 def remember_speed(key: str, tokens_per_s: float) -> None:

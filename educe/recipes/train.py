@@ -138,7 +138,7 @@ def _train(
         provenance = finished(provenance, run, state.step, watch.weights_step)
         write_json(run.provenance, provenance)
         speed = provenance["tokens_per_s"] / world.size
-        remember_speed(speed_key(facts.name, recipe, device.kind, device.dtype), speed)
+        remember_speed(speed_key(recipe, device.kind, device.dtype), speed)
 
 
 def _decided(earlier: dict[str, Any], recipe: Recipe, world: World) -> MemoryPlan | None:

@@ -94,9 +94,8 @@ def train(
                 with state.model.gradients(synchronised=k == len(micro) - 1):
                     out = loss_fn(state.model, batch, weight)
                     out.loss.backward()  # type: ignore[no-untyped-call]
-                    outs.append(
-                        replace(out, loss=out.loss.detach())
-                    )  # what is left of the graph would break up the heap
+                    # what is left of the graph would break up the heap
+                    outs.append(replace(out, loss=out.loss.detach()))
             return outs
 
         batches, outs = in_room(state, batches, compute, say)
