@@ -160,7 +160,8 @@ def plan_memory(
 
     def activations(again: int) -> float:
         live = layer if again else 0  # the one that is being computed again
-        return tokens * ((facts.num_layers - again) * layer + again * kept + live)
+        slopes = number * (3 * facts.active_intermediate + 4 * facts.hidden_size)  # within the layer that goes backward
+        return tokens * ((facts.num_layers - again) * layer + again * kept + live + slopes)
 
     if made.offloads:
         again, needed = 0, tokens * 2 * layer
