@@ -22,7 +22,7 @@ from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan, plan_packs
 from educe.parallel.world import World, join
 from educe.seeds import permute
-from educe.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from educe.training.checkpoint import load_checkpoint, newest_checkpoint
 from educe.training.loop import LoopConfig, train
 from educe.training.optim import Adam, AdamSettings
 from educe.training.sft import SftLoss, held_out_loss, sft_loss
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saving import saved
 from test_engine import LORA, cpu, examples
 
 FULL = Full(kind="full")
@@ -142,7 +143,7 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     dev = rank_step([[e] for e in examples(5, seed=9)], [1.0], world.rank, world.size)
     found["dev"] = held_out_loss(state.model, dev).over(world, 1).mean
     reports = run(state, world, 2)
-    save_checkpoint(place / f"of-{world.size}", state, {}, finished=False, keep=2, world=world)
+    saved(place / f"of-{world.size}", state, {}, finished=False, keep=2, world=world)
     reports += run(state, world, STEPS)
     found["reports"] = [[r.step, r.loss, r.objective, r.grad_norm, r.tokens, r.trained_tokens] for r in reports]
     found["end"] = everything(state)
@@ -183,7 +184,7 @@ def alone_sharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
                 model.shard(World())
             state = State(model=model, optimizer=Adam(model.trainable(), AdamSettings()))
             losses = [[r.loss, r.grad_norm] for r in run(state, world, STEPS)]
-            save_checkpoint(place / f"{dtype}-{sharded}", state, {}, finished=False, keep=1)
+            saved(place / f"{dtype}-{sharded}", state, {}, finished=False, keep=1)
             found[f"{dtype} {sharded}"] = losses
     return found
 

@@ -14,13 +14,14 @@ torch = pytest.importorskip("torch")
 from educe.config import Full, Lora  # noqa: E402
 from educe.errors import TrainError  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
-from educe.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
+from educe.training.checkpoint import load_checkpoint, newest_checkpoint  # noqa: E402
 from educe.training.loop import LoopConfig, train  # noqa: E402
 from educe.training.optim import Adam, AdamSettings  # noqa: E402
 from educe.training.sft import held_out_loss, sft_loss  # noqa: E402
 from educe.training.state import State, StepReport  # noqa: E402
 from educe.types import Batch  # noqa: E402
 
+from saving import saved  # noqa: E402
 from test_engine import FULL, LORA, Tensors, _one_thread, cpu, examples, groups  # noqa: E402, F401
 
 DROPPING = Lora(kind="lora", rank=4, alpha=8.0, dropout=0.1)
@@ -147,7 +148,7 @@ def test_resumed_equals_straight_to_the_bit(
     all_at_once = run(straight)
     first = fresh(tiny_model, tuning, dtype)
     reports = run(first, until=3)
-    save_checkpoint(tmp_path, first, {"plan": "x"}, finished=False, keep=2)
+    saved(tmp_path, first, {"plan": "x"}, finished=False, keep=2)
     torch.manual_seed(77)
     second = fresh(tiny_model, tuning, dtype)
     found = newest_checkpoint(tmp_path, pytest.fail)
@@ -233,9 +234,9 @@ def test_a_damaged_checkpoint_is_moved_aside(
 ) -> None:
     state = fresh(tiny_model, LORA)
     run(state, until=1)
-    older = save_checkpoint(tmp_path, state, {}, finished=False, keep=2)
+    older = saved(tmp_path, state, {}, finished=False, keep=2)
     state.step = 2
-    newer = save_checkpoint(tmp_path, state, {}, finished=False, keep=2)
+    newer = saved(tmp_path, state, {}, finished=False, keep=2)
     damage(newer / name)
     said: list[str] = []
     found = newest_checkpoint(tmp_path, said.append)
@@ -254,8 +255,8 @@ def test_old_checkpoints_go_and_a_finished_one_is_weights_alone(tiny_model: Path
     run(state, until=1)
     for step in (1, 2, 10):
         state.step = step
-        save_checkpoint(tmp_path, state, {}, finished=False, keep=2)
+        saved(tmp_path, state, {}, finished=False, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000010"]
-    last = save_checkpoint(tmp_path, state, {}, finished=True, keep=1)
+    last = saved(tmp_path, state, {}, finished=True, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == [last.name]
     assert sorted(p.name for p in last.iterdir()) == ["manifest.json", "weights.safetensors"]

@@ -147,7 +147,7 @@ def last(place: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def best(place: Path) -> Run:
-    return educe.train(recipe(place, "best", keep_weights="best", keep_checkpoints=1))
+    return educe.train(recipe(place, "best", keep_weights="best", keep_checkpoints=2))
 
 
 def held_out(run: Path) -> float:
@@ -198,7 +198,7 @@ def test_killed_anywhere_it_keeps_the_same_weights(place: Path, best: Run, every
     end = max(found)
     deaths = [Dying(dev=step), Dying(step=step + 1), Dying(step=end), Dying(dev=end)]
     name = f"killed-{every}"
-    path = recipe(place, name, keep_weights="best", keep_checkpoints=1, checkpoint_every_steps=every)
+    path = recipe(place, name, keep_weights="best", keep_checkpoints=2, checkpoint_every_steps=every)
     for death in deaths:
         with pytest.raises(MemoryError):
             educe.train(path, screen=death)
@@ -263,7 +263,7 @@ def test_what_goes_by_the_held_out_loss_needs_held_out_rows(place: Path) -> None
 def test_how_often_is_measured_may_change_where_nothing_follows_from_it(place: Path, last: Run, best: Run) -> None:
     assert educe.train(recipe(place, "last", measure_every_share=0.5)).finished
     with pytest.raises(RunError, match="measure_every_share"):
-        educe.train(recipe(place, "best", keep_weights="best", keep_checkpoints=1, measure_every_share=0.5))
+        educe.train(recipe(place, "best", keep_weights="best", keep_checkpoints=2, measure_every_share=0.5))
 
 
 def test_a_run_that_blows_up_is_said_once() -> None:

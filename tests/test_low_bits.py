@@ -17,13 +17,14 @@ from educe.config import Full, Lora  # noqa: E402
 from educe.errors import MachineError  # noqa: E402
 from educe.model.frugal import uncompiled, why_not_compiled  # noqa: E402
 from educe.model.load import load_model  # noqa: E402
-from educe.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
+from educe.training.checkpoint import load_checkpoint, newest_checkpoint  # noqa: E402
 from educe.training.loop import LoopConfig, train  # noqa: E402
 from educe.training.optim import Adam, AdamSettings  # noqa: E402
 from educe.training.sft import held_out_loss, sft_loss  # noqa: E402
 from educe.training.state import State, StepReport  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from saving import saved  # noqa: E402
 from test_engine import FULL, LORA, Tensors, _one_thread, apart, cpu, examples, groups  # noqa: E402, F401
 from test_engine_state import everything, parameters, push, same  # noqa: E402
 
@@ -138,7 +139,7 @@ def test_resumed_equals_straight_to_the_bit(
     straight, first, second = (fresh(model_dir, how, dtype, tuning) for _ in range(3))
     all_at_once = run(straight, 5)
     reports = run(first, 5, until=2)
-    save_checkpoint(tmp_path, first, {}, finished=False, keep=1)
+    saved(tmp_path, first, {}, finished=False, keep=1)
     found = newest_checkpoint(tmp_path, pytest.fail)
     assert found is not None
     load_checkpoint(*found, second)

@@ -23,7 +23,7 @@ from educe.model.export import check_tokenizer, merged, write_model  # noqa: E40
 from educe.model.load import CausalLM, load_model  # noqa: E402
 from educe.model.proof import packs_are_blind, prove_head, random_batch  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
-from educe.training.checkpoint import WEIGHTS, load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
+from educe.training.checkpoint import WEIGHTS, load_checkpoint, newest_checkpoint  # noqa: E402
 from educe.training.loop import LoopConfig, train  # noqa: E402
 from educe.training.optim import Adam, AdamSettings  # noqa: E402
 from educe.training.sft import sft_loss  # noqa: E402
@@ -42,6 +42,7 @@ from transformers import (  # noqa: E402
 )
 
 from conftest import write_tokenizer  # noqa: E402
+from saving import saved  # noqa: E402
 from test_engine import FULL, LORA, Tensors, _one_thread, cpu  # noqa: E402, F401
 
 PLAIN = NamedTemplate(kind="plain")
@@ -257,7 +258,7 @@ def test_training_moves_new_rows_and_saved_weights_answer_the_same(
     before = hashes(base.place)
     start = load(base, None)
     state = trained(load(base, tuning))
-    save_checkpoint(tmp_path / "steps", state, {}, finished=True, keep=1)
+    saved(tmp_path / "steps", state, {}, finished=True, keep=1)
     weights = tmp_path / "steps" / "step-000006" / WEIGHTS
     kept = load_file(weights)
     assert sum("lora_" not in n for n in kept) == (2 - base.tied if tuning is LORA else len(kept))
@@ -287,7 +288,7 @@ def test_resumed_equals_straight_to_the_bit(
 ) -> None:
     straight = trained(load(bases[name], tuning, dtype))
     first = trained(load(bases[name], tuning, dtype), until=3)
-    save_checkpoint(tmp_path, first, {}, finished=False, keep=1)
+    saved(tmp_path, first, {}, finished=False, keep=1)
     torch.manual_seed(77)
     model = load_model(bases[name].place, cpu(dtype), tuning, new_ids=NEW)
     optimizer = Adam(model.trainable(), AdamSettings(weight_decay=0.01))
@@ -319,7 +320,7 @@ def test_an_export_serves_what_was_trained(
     base: Base, tuning: Full | Lora, dtype: Literal["float32", "bfloat16"], tmp_path: Path
 ) -> None:
     state = trained(load(base, tuning, dtype))
-    save_checkpoint(tmp_path / "steps", state, {}, finished=True, keep=1)
+    saved(tmp_path / "steps", state, {}, finished=True, keep=1)
     tuned = merged(base.place, tmp_path / "steps" / "step-000006" / WEIGHTS, tuning, cpu(dtype), new_ids=NEW)
     target = tmp_path / "served"
     target.mkdir()

@@ -15,13 +15,14 @@ from educe.errors import MachineError  # noqa: E402
 from educe.loss.cross_entropy import LossOut  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
 from educe.pack.batch import build_batch, build_step, halved  # noqa: E402
-from educe.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint  # noqa: E402
+from educe.training.checkpoint import load_checkpoint, newest_checkpoint  # noqa: E402
 from educe.training.loop import LoopConfig, train  # noqa: E402
 from educe.training.room import cut, in_room  # noqa: E402
 from educe.training.sft import sft_loss  # noqa: E402
 from educe.training.state import State, StepReport  # noqa: E402
 from educe.types import Batch, Example  # noqa: E402
 
+from saving import saved  # noqa: E402
 from test_engine import EXACT, FULL, _one_thread, apart, examples, groups  # noqa: E402, F401
 from test_engine_state import DROPPING, everything, fresh, same  # noqa: E402
 
@@ -142,7 +143,7 @@ def test_how_finely_batches_are_cut_survives_a_resume(tiny_model: Path, tmp_path
     straight, first, second = (fresh(tiny_model, DROPPING) for _ in range(3))
     all_at_once = run(straight, room_for(90)[0])
     reports = run(first, room_for(90)[0], until=2)
-    save_checkpoint(tmp_path, first, {}, finished=False, keep=1)
+    saved(tmp_path, first, {}, finished=False, keep=1)
     found = newest_checkpoint(tmp_path, pytest.fail)
     assert found is not None
     load_checkpoint(*found, second)

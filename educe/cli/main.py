@@ -6,14 +6,14 @@ import contextlib
 import io
 import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from educe import __version__
+from educe.cli.ending import ended_by, saved, tell
+from educe.cli.train import train
 from educe.errors import EduceError, UsageError
 
 if TYPE_CHECKING:
@@ -100,35 +100,7 @@ def inspect(recipe: Path, row: str, diff: str | None, tokens: bool, html: Path |
     sys.exit(0 if found.refusal is None else 2)
 
 
-@cli.command()
-@click.argument("recipe", type=RECIPE)
-@click.option(
-    "--devices", type=click.IntRange(1), help="GPUs of this machine that share the model; processes on a CPU."
-)
-def train(recipe: Path, devices: int | None) -> None:
-    """Train. Ctrl-C saves; the same command goes on."""
-    import os
-
-    from educe.config import load_recipe
-    from educe.parallel.launch import launch, leads, stay_with_parent
-
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1 and devices not in (None, size):
-        found = f"is {devices}, and the environment names {size} ranks."
-        raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
-    if size == 1 and devices is not None and devices > 1:
-        load_recipe(recipe)  # a mistake in it is told once
-        words = ["train", str(recipe), "--devices", str(devices)]
-        sys.exit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
-    stay_with_parent()
-    from educe.cli.screens import TrainScreen, say, shown
-    from educe.recipes.run import train as run_train
-
-    with TrainScreen() as screen:
-        run = run_train(recipe, say=say, screen=screen, devices=devices)
-    if not leads():
-        return
-    click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")
+cli.add_command(train)
 
 
 @cli.command("eval")
@@ -324,7 +296,7 @@ def main(args: list[str] | None = None) -> Any:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows fewer characters shows the others escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with _terminable():
+    with ended_by(signal.SIGTERM):
         try:
             code = _run_cli(args)
             sys.stdout.flush()
@@ -348,7 +320,7 @@ def _run_cli(args: list[str] | None) -> int:
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 0
     except EduceError as e:
-        _tell(e)
+        tell(e)
         return 2
     except click.ClickException as e:
         e.show()
@@ -357,40 +329,7 @@ def _run_cli(args: list[str] | None) -> int:
         click.echo("Interrupted.", err=True)
         return 130
     except Exception as e:
-        stopped = _stopped(e)
-        if stopped is None:
+        code = saved(e)
+        if code is None:
             raise
-        click.echo(f"Saved after step {stopped[1]}. The same command goes on from there.", err=True)
-        return 128 + stopped[0]
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the process like an error does, so that nothing half made stays behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        click.echo("Ended by a signal.", err=True)
-        raise SystemExit(128 + number)
-
-    old = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-def _stopped(e: Exception) -> tuple[int, int] | None:
-    """(signal, step) of a training run that was asked to stop; anything else is a defect and keeps its traceback."""
-    module = sys.modules.get("educe.recipes.train")
-    if module is not None and isinstance(e, module.Interrupted):
-        return int(e.args[0]), int(e.args[1])
-    return None
-
-
-def _tell(e: EduceError) -> None:
-    click.echo(click.style(f"{e.code} ", fg="red", bold=True, reset=True) + f"{e.where}", err=True)
-    click.echo(f"  {e.found}", err=True)
-    click.echo(click.style("  → ", fg="green") + e.fix, err=True)
+        return code

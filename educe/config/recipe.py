@@ -141,10 +141,16 @@ class Train(Knobs):
         default=None, ge=0, le=10, description="of a mixture of experts: weight of the loss that balances its router"
     )
     checkpoint_every_steps: int = Field(default=500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(default=2, ge=1, le=1000, description="checkpoints kept while training")
+    keep_checkpoints: int = Field(default=2, ge=2, le=1000, description="checkpoints kept while training")
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="checkpoints of every so many steps stay for good (default: none)"
+    )
     measure_every_share: Share = Field(default=0.2, description="share of the steps between measurements of dev loss")
     patience: int | None = Field(
         default=None, ge=1, description="end when so many measurements in a row brought no new low (default: never)"
+    )
+    deterministic: bool = Field(
+        default=False, description="the same bits on every run on a GPU too, somewhat slower; a CPU gives them anyway"
     )
     keep_weights: Literal["last", "best"] = Field(
         default="last", description="the run's weights: those of the last step, or of the lowest dev loss measured"

@@ -54,19 +54,26 @@ def _full(path: Path) -> MachineError:
     return MachineError(2, str(path), "the disk is full.", "Free some space and run the same command again.")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file's new content to; it takes the file's name when the block ends well, flushed before and after."""
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = _beside(path, "part")
         try:
-            part.write_bytes(text.encode("utf-8"))
+            yield part
             sync(part)
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically."""
+    with replacing(path) as part:
+        part.write_bytes(text.encode("utf-8"))
 
 
 def write_new(path: Path, text: str, *, over: str = "") -> None:
@@ -91,42 +98,88 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
-    """Build a directory in a temporary place beside `path`, then move it there whole, manifest last.
+    """Build a directory in a temporary place beside `path`, then move it there whole, manifest last (`begin`, `finish`). On any
+    error nothing is left and an older `path` stays as it was."""
+    part = begin(path)
+    try:
+        yield part
+        finish(part, path, about)
+    except BaseException as e:
+        abandon(part, path)
+        with told(path):
+            raise e
 
-    The manifest holds `about`, each file's size and SHA-256, and a hash of itself; every file and both directories are flushed
-    before and after the rename. On any error nothing is left and an older `path` stays as it was: it is moved aside, and
-    deleted only when the new one is in place.
-    """
+
+def begin(path: Path) -> Path:
+    """An empty temporary place beside `path`, for what will be moved there."""
     with told(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-        shutil.rmtree(part, ignore_errors=True)
         _remove_left_over(path)
+        part = _beside(path, "part")
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        try:
-            yield part
-            files = sorted(p for p in part.rglob("*") if p.is_file())
-            listed = {
-                p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files
-            }
-            manifest = part / MANIFEST
-            held = {**about, "files": listed}
-            manifest.write_text(json.dumps({**held, _SELF: hash_json(held)}, indent=2) + "\n", encoding="utf-8")
-            for p in [*files, manifest, *[d for d in part.rglob("*") if d.is_dir()], part]:
-                sync(p)
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                path.replace(old)
-            part.replace(path)
-            sync(path.parent)
+        return part
+
+
+def finish(part: Path, path: Path, about: dict[str, Any]) -> None:
+    """Give what lies in `part` its manifest and its name.
+
+    The manifest holds `about`, each file's size and SHA-256, and a hash of itself; every file and both directories are flushed
+    before and after the rename. An older `path` is moved aside, and deleted only when the new one is in place.
+    """
+    with told(path):
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        listed = {p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files}
+        manifest = part / MANIFEST
+        held = {**about, "files": listed}
+        manifest.write_text(json.dumps({**held, _SELF: hash_json(held)}, indent=2) + "\n", encoding="utf-8")
+        for p in [*files, manifest, *[d for d in part.rglob("*") if d.is_dir()], part]:
+            sync(p)
+        old = _beside(path, "old")
+        if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            if old.exists() and not path.exists():
-                old.replace(path)
-            raise
+            path.replace(old)
+        part.replace(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def abandon(part: Path, path: Path) -> None:
+    """Leave nothing of `part`; an older `path` that was moved aside gets its name back."""
+    shutil.rmtree(part, ignore_errors=True)
+    old = _beside(path, "old")
+    if old.exists() and not path.exists():
+        old.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a directory: it loses its name first, so that half of it never passes for the whole."""
+    gone = _beside(path, "part")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.replace(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def recover(place: Path) -> None:
+    """What processes that were killed left in `place`, where no other may write now: unfinished files and directories are deleted,
+    one that had been moved aside for a new one that never came gets its name back."""
+    for left in sorted(place.glob(".*.*.old")):
+        path = left.with_name(left.name[1:].rsplit(".", 2)[0])
+        if path.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.replace(path)
+    for left in place.glob(".*.*.part"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
 
 
 def _remove_left_over(path: Path) -> None:

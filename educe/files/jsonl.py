@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from educe.errors import DataError, Refusal
+from educe.files.atomic import replacing
 
 MAX_DEPTH = 100
 MAX_LINE_BYTES = 10**9
@@ -187,11 +187,9 @@ def _raw_lines(stream: BinaryIO, shown: str, first: int, num_bytes: int | None) 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
     """One compact object per line, in place of what was there, at once; NaN is refused (a reader could not read it)."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as f:
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    part.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -115,6 +115,25 @@ def told_of_memory(doing: str) -> Iterator[None]:
         raise MachineError(3, doing, f"{str(e).split('. ')[0]}.", fix) from e
 
 
+@contextlib.contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """With `on`, a GPU gives the same bits on every run within; what it has no such way of computing is a `MachineError`. Before
+    anything has run on it: cuBLAS takes its workspace once (docs.nvidia.com/cuda/cublas, "Results reproducibility")."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    except RuntimeError as e:
+        if "deterministic" not in str(e):
+            raise
+        found = f"is true, and on this device there is no such way: {str(e).splitlines()[0][:200]}"
+        raise MachineError(5, "train.deterministic", found, "Set it to false, or train on another device.") from e
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def release_free_memory() -> None:
     """Give freed heap back to the system, where the C library can (glibc): it fragments, and resident memory would creep up."""
     trim = _malloc_trim()

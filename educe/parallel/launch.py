@@ -171,9 +171,9 @@ def _environment(num_ranks: int) -> dict[str, str]:
 
 @contextmanager
 def _noted() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM as a list."""
+    """Ctrl-C, SIGTERM and SIGUSR1 as a list."""
     asked: list[int] = []
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

@@ -46,8 +46,14 @@ def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_shar
         tokens_per_s=plan.num_tokens / seconds,
         measured=speed is not None,
         training_s=seconds,
-        disk_bytes=trained * 4 * (3 * recipe.train.keep_checkpoints + 1) + facts.num_parameters * 2,
+        disk_bytes=trained * 12 * _most_checkpoints(recipe, plan.num_steps) + facts.num_parameters * 2,
     )
+
+
+def _most_checkpoints(recipe: Recipe, num_steps: int) -> int:
+    """At one time: those that are kept, and the one that is being written. At the end the weights are one more."""
+    every = recipe.train.keep_every_steps
+    return recipe.train.keep_checkpoints + 1 + (num_steps // every if every else 0)
 
 
 def _unmeasured_s(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, device: Device) -> float:

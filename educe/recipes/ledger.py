@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from educe.errors import RunError, UsageError
+from educe.files.atomic import replacing
 from educe.files.run_dir import RunDir
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
@@ -65,15 +66,13 @@ def write_ledger(path: Path, prepared: Prepared, mixed: Mixed) -> None:
     # A row of several examples is trained if one of them is; it is drawn as often as the one drawn most.
     draws_R = np.zeros(last, np.int64)
     np.maximum.at(draws_R, np.asarray(store.rows), mixed.draws_N)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as out, (prepared.path / "ledger.jsonl").open("rb") as lines:
+    with replacing(path) as part, part.open("wb") as out, (prepared.path / "ledger.jsonl").open("rb") as lines:
         for n, raw in enumerate(lines):
             line = orjson.loads(raw)
             drawn = int(draws_R[n]) if n < last and line["status"] == "train" else 0
             if line["status"] == "train" and not drawn:
                 line["status"] = "not drawn"
             out.write(orjson.dumps({**line, "draws": drawn}, option=orjson.OPT_APPEND_NEWLINE))
-    part.replace(path)
 
 
 def ledger_lines(run: RunDir, wanted: Wanted | None = None) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -40,13 +41,17 @@ def device_of(recipe: Recipe) -> Device:
     return chosen_device(recipe.device, recipe.dtype)
 
 
-def device_of_run(recipe: Recipe, run: RunDir) -> Device:
+def device_as_begun(recipe: Recipe, began: Mapping[str, Any] | None) -> Device:
     """The device that a run began on, where the recipe leaves it open: noise in the timing must not change the arithmetic."""
-    if not run.provenance.is_file():
+    if began is None:
         return device_of(recipe)
-    began = run.load(run.provenance)["device"]
     kind = began["kind"] if recipe.device == "auto" else recipe.device
     return chosen_device(kind, began["dtype"] if recipe.dtype == "auto" else recipe.dtype)
+
+
+def device_of_run(recipe: Recipe, run: RunDir) -> Device:
+    """The same of a run as it lies there."""
+    return device_as_begun(recipe, run.load(run.provenance)["device"] if run.provenance.is_file() else None)
 
 
 def refuse_offload(recipe: Recipe, kind: str) -> None:

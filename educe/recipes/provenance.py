@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,19 +10,14 @@ from typing import Any
 
 from educe.config import Recipe
 from educe.errors import RunError
-from educe.files.atomic import told, write_json, write_text
 from educe.files.hashes import hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
-from educe.model.source import Say
 from educe.pack.plan import PLAN_VERSION
-from educe.recipes.ledger import write_ledger
-from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.trainee import Trainee
-from educe.training.checkpoint import newest_checkpoint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
@@ -35,11 +29,16 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
     are dealt to."""
     template = {f"template.{k}": v for k, v in recipe.template.model_dump(mode="json", exclude={"file"}).items()}
     tuning = {f"tuning.{k}": v for k, v in recipe.tuning.model_dump(mode="json").items()}
-    skipped = ["checkpoint_every_steps", "keep_checkpoints", "activations"]  # what is computed again has the same bits
+    skipped = [
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "keep_every_steps",
+        "activations",
+    ]  # what is computed again has the same bits
     if recipe.train.patience is None and recipe.train.keep_weights == "last":
         skipped.append("measure_every_share")  # nothing follows from the measurements
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump(mode="json").items() if k not in skipped}
-    data = {f"data ({name} file)": digest for name, digest in _data_hashes(recipe).items()}
+    data = {f"files.{name}": digest for name, digest in _data_hashes(recipe).items()}
     policy = recipe.data.model_dump(mode="json", exclude={"max_unused"})
     for block in (policy["train"], policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
         for place in ("file", "files"):
@@ -47,78 +46,45 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
     return {
         "model": _weights_hash(facts.directory),
         **template,
-        "template text": prepared.tokenizer.template_hash,
+        "template.text": prepared.tokenizer.template_hash,
         **data,
         **{f"data.{k}": v for k, v in policy.items()},
-        "prepared data": prepared.key,
+        "prepared": prepared.key,
         **tuning,
         **steps,
         "device": recipe.device,
         "dtype": recipe.dtype,
         "ranks": ranks,
-        "code version": [PLAN_VERSION, TRAIN_VERSION],
+        "code.version": [PLAN_VERSION, TRAIN_VERSION],
     }
 
 
-def planned_ranks(run: RunDir, here: int, *, chosen: bool, say: Say) -> int:
-    """For how many ranks the run's packs are dealt: as many as it began with, whatever number goes on with it.
-
-    Raises `RunError` where that is not `here` and nobody chose so: other ranks round otherwise, the bits would not be the same.
-    """
-    began = int(run.load(run.resolved)["settings"]["ranks"]) if run.resolved.is_file() else here
-    ended = run.provenance.is_file() and run.load(run.provenance)["finished"] is not None
-    if began == here or ended:
-        return began
-    if not chosen:
-        found = f"was begun on {began} devices, and this is {here}."
-        fix = f"--devices {began} goes on to the same bits; --devices {here} on the same rows, rounded otherwise."
-        raise RunError(201, str(run.path), found, fix)
-    say(f"begun on {began} devices, going on with {here}: the same rows a step and the same gradients but for rounding")
-    return began
-
-
-def claim(
-    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, prepared: Prepared, mixed: Mixed, say: Say
-) -> tuple[Path, dict[str, Any]] | None:
-    """Make the run directory ours: the newest good checkpoint to go on from, or None. Refuses a directory of other settings."""
-    if run.resolved.is_file():
-        old = run.load(run.resolved).get("settings", {})
-        changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
-        if changed:
-            first = changed[0]
-            found = (
-                f"was made with other settings: {first} was {_brief(old.get(first))}, now {_brief(settings.get(first))}"
-            )
-            more = f" (and {len(changed) - 1} more)." if len(changed) > 1 else "."
-            raise RunError(
-                201, str(run.path), found + more, "Give the recipe another `name:`, or delete that directory."
-            )
-    with told(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_text(run.recipe, text)
-        write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
-        write_ledger(run.ledger, prepared, mixed)
-        shutil.copyfile(prepared.path / "preview.json", run.path / "preview.json")
-    return newest_checkpoint(run.checkpoints, say)
+def how_it_is_computed(device: Device, t: Trainee, ranks: int, started: str | None) -> dict[str, Any]:
+    """What was decided on this machine and decides the bits: every checkpoint has it. `started` by an earlier process, if one was."""
+    return {
+        "device": {"kind": device.kind, "dtype": device.dtype, "name": device.name, "why": device.why},
+        "compiled": t.compiled,
+        "ranks": ranks,
+        "memory": t.memory.as_json(),
+        "started": started or _now(),
+    }
 
 
 def provenance_of(
     recipe: Recipe,
     prepared: Prepared,
     facts: ModelFacts,
-    device: Device,
     t: Trainee,
-    started: str | None,
-    ranks: int,
+    how: dict[str, Any],
 ) -> dict[str, Any]:
-    """provenance.json as it is while the run goes on; `started` by an earlier process, if one was."""
+    """provenance.json as it is while the run goes on; `how`: see `how_it_is_computed`."""
     hashes = _data_hashes(recipe)
     return {
         "educe": _version("educe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {p: _version(p) for p in _PACKAGES},
-        "device": {"kind": device.kind, "dtype": device.dtype, "name": device.name, "why": device.why},
+        **how,
         "model": {
             "name": recipe.model,
             "directory": str(facts.directory),
@@ -139,23 +105,21 @@ def provenance_of(
         "prepared": prepared.key,
         "plan_sha256": t.plan.hash,
         "packed": t.packed,
-        "compiled": t.compiled,
-        "ranks": ranks,
         "planned_ranks": t.plan.num_ranks,
-        "memory": t.memory.as_json(),
         "trainable_parameters": sum(m.numel() for m in t.state.optimizer.masters.values()),
         "steps": t.plan.num_steps,
         "steps_done": None,
         "weights_step": None,
-        "started": started or _now(),
         "finished": None,
     }
 
 
-def finished(provenance: dict[str, Any], run: RunDir, steps_done: int, weights_step: int) -> dict[str, Any]:
+def finished(
+    provenance: dict[str, Any], run: RunDir, steps_done: int, weights_step: int, checkpoints_s: float | None = None
+) -> dict[str, Any]:
     """The same after the last step, with what it took; time and tokens of steps are summed over all processes of the run.
 
-    `weights_step`: the step whose weights the run keeps.
+    `weights_step`: the step whose weights the run keeps; `checkpoints_s`: seconds that checkpoints held up the last process.
     """
     steps = [line for line in read_jsonl(run.metrics) if line["kind"] == "step"]
     training_s = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
@@ -165,9 +129,19 @@ def finished(provenance: dict[str, Any], run: RunDir, steps_done: int, weights_s
         "steps_done": steps_done,
         "weights_step": weights_step,
         "training_s": training_s,
+        "checkpoints_s": checkpoints_s,
         "tokens_per_s": sum(line["tokens"] for line in steps) / training_s,
         "peak_memory_bytes": max(int(line["peak_memory_bytes"]) for line in steps),
     }
+
+
+def steps_done(run: RunDir) -> int | None:
+    """Of a run that is at its very end; None for one that is not, or of which that is not known."""
+    try:
+        provenance = run.load(run.provenance)
+        return int(provenance["steps_done"]) if provenance["finished"] is not None else None
+    except (RunError, KeyError, TypeError):
+        return None
 
 
 def _data_files(recipe: Recipe) -> dict[str, list[Path]]:
@@ -202,8 +176,3 @@ def _version(package: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else text[:21] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,17 +169,30 @@ def lr(
     return run_lr(load_recipe(Path(recipe)), say, shown, rates=rates, steps=steps, minutes=minutes)
 
 
-def train(recipe: str | Path, *, say: Say = quiet, screen: Any = None, devices: int | None = None) -> Run:
+def train(
+    recipe: str | Path,
+    *,
+    say: Say = quiet,
+    screen: Any = None,
+    devices: int | None = None,
+    stop_after_s: float | None = None,
+    allow: Sequence[str] = (),
+) -> Run:
     """Train, or go on with a run that was stopped; returns the run.
 
     Where the environment names several ranks (as torchrun does) each of them calls this; rank 0 speaks. `devices` says their number
-    where somebody chose it: a run that began with another then goes on with this one.
+    where somebody chose it: a run that began with another then goes on with this one. `stop_after_s`: save and raise
+    `educe.recipes.stopping.Interrupted` so that all is written by then. `allow`: settings that may differ from those the run was
+    begun with.
     """
+    stop_at = time.monotonic() + stop_after_s if stop_after_s is not None else None
     need_torch()
+    from educe.recipes.train import How
     from educe.recipes.train import train as run_train
 
     path = Path(recipe)
     loaded = load_recipe(path)
     shown = screen if screen is not None and leads() else Silent()
-    run = run_train(loaded, path.read_text(encoding="utf-8"), say if leads() else quiet, shown, devices)
+    how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
+    run = run_train(loaded, path.read_text(encoding="utf-8"), say if leads() else quiet, shown, how)
     return Run(run.path)

@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from educe.config import Recipe
 from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts, describe_model
-from educe.model.device import Device, told_of_memory
+from educe.model.device import Device, deterministic, told_of_memory
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.parallel.world import World, join, leave
 from educe.recipes.estimate import remember_speed, speed_key
-from educe.recipes.machine import chosen_device, device_of_run
+from educe.recipes.machine import chosen_device, device_as_begun
 from educe.recipes.memory import MemoryPlan, memory_plan_of
 from educe.recipes.mixing import Mixed, mix
 from educe.recipes.plan import refuse_idle_ranks, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
-from educe.recipes.provenance import claim, finished, planned_ranks, provenance_of, settings_of
+from educe.recipes.provenance import finished, how_it_is_computed, provenance_of, settings_of, steps_done
+from educe.recipes.resume import Found, changes_since, how_of, last_of, planned_ranks, refuse_other_plan, take
 from educe.recipes.step_rows import names_of
-from educe.recipes.trainee import loop_config, trainee
+from educe.recipes.stopping import Interrupted, Stopping, signals
+from educe.recipes.trainee import Trainee, loop_config, trainee
 from educe.recipes.watch import Screen, Watch
 from educe.training.checkpoint import load_checkpoint
 from educe.training.loop import train as run_loop
+from educe.training.saver import Kept, Saver
 from educe.training.state import State, StepReport
 
 
-class Interrupted(Exception):
-    """Training was asked to stop and saved first: (signal number, step)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """What a command says of how a run goes, none of which is in the recipe. `devices`: the number of ranks where somebody chose one;
+    `stop_at` (time.monotonic): when it must have ended; `allow`: settings that may change in the middle of a run."""
+
+    devices: int | None = None
+    stop_at: float | None = None
+    allow: tuple[str, ...] = ()
 
 
-def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | None = None) -> RunDir:
-    """Run the recipe; `text` is the recipe as given, `devices` the number of ranks where somebody chose one. Every rank calls it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A run as it is gone on with, the same on every rank."""
 
-    Raises `Interrupted` when a signal ended it early, after saving.
+    settings: dict[str, Any]
+    found: Found | None
+    earlier: dict[str, Any]
+    changes: list[dict[str, Any]]
+
+    @property
+    def ends(self) -> bool:
+        """No step is left."""
+        return self.found is not None and bool(self.found[1]["finished"])
+
+
+def train(recipe: Recipe, text: str, say: Say, screen: Screen, how: How | None = None) -> RunDir:
+    """Run the recipe; `text` is the recipe as given. Every rank calls it.
+
+    Raises `Interrupted` when a signal or the time ended it early, after saving.
     """
+    how = how or How()
     run = RunDir(recipe.run_path())
     prepared = prepare(recipe, say)
     if why := too_many_unused(recipe, prepared):
@@ -53,23 +74,39 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | No
     mixed = mix(recipe, prepared)
     world = join(recipe.device)  # after what may take long
     with run.lock() if world.leads else nullcontext():
-        settings, found = {}, None
-        if world.leads:
-            refuse_idle_ranks(recipe, world.size)
-            chosen = devices is not None or world.size > 1
-            settings = settings_of(recipe, prepared, facts, planned_ranks(run, world.size, chosen=chosen, say=say))
-            found = claim(run, recipe, settings, text, prepared, mixed, say)
-        settings, found = _shared(world, settings, found)
-        if found is not None and found[1]["finished"]:
-            say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
-            provenance = run.load(run.provenance)
-            if world.leads and provenance["finished"] is None:  # killed between the last checkpoint and this
-                write_json(run.provenance, finished(provenance, run, found[1]["step"], found[1]["weights_step"]))
+        begun = _begin(recipe, run, prepared, facts, mixed, text, how, say, world) if world.leads else None
+        begun = _shared(world, begun)
+        if begun.ends and begun.earlier["done"]:
+            say(f"{run.path} is trained already ({begun.earlier['done']} steps): nothing to do")
         else:
-            with told_of_memory("training"):
-                _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world)
+            with told_of_memory("training"), deterministic(recipe.train.deterministic):
+                _train(recipe, run, prepared, facts, mixed, begun, how, say, screen, world)
     leave()
     return run
+
+
+def _begin(
+    recipe: Recipe,
+    run: RunDir,
+    prepared: Prepared,
+    facts: ModelFacts,
+    mixed: Mixed,
+    text: str,
+    how: How,
+    say: Say,
+    world: World,
+) -> _Begun:
+    """On rank 0: claim the run directory, or refuse to."""
+    refuse_idle_ranks(recipe, world.size)
+    found = last_of(run, say)
+    chosen = how.devices is not None or world.size > 1
+    ranks = planned_ranks(run, found, world.size, chosen=chosen, say=say)
+    settings = settings_of(recipe, prepared, facts, ranks)
+    changes = changes_since(run, found, recipe, settings, how.allow, say)
+    earlier = how_of(run, found, settings)
+    take(run, recipe, settings, text, prepared, mixed, say)
+    earlier["done"] = steps_done(run)
+    return _Begun(settings=settings, found=found, earlier=earlier, changes=[*earlier.get("changes", []), *changes])
 
 
 def _train(
@@ -78,72 +115,125 @@ def _train(
     prepared: Prepared,
     facts: ModelFacts,
     mixed: Mixed,
-    settings: dict[str, Any],
-    found: tuple[Path, dict[str, Any]] | None,
+    begun: _Begun,
+    how: How,
     say: Say,
     screen: Screen,
     world: World,
 ) -> None:
-    device = _device(recipe, run, world)
+    device = _device(recipe, begun.earlier, world)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
-    earlier = run.load(run.provenance) if found is not None and run.provenance.is_file() else {}
-    decided = _decided(earlier, recipe, world)
-    ranks = settings["ranks"]
-    compiled = earlier["compiled"] if earlier else None
+    decided = _decided(begun.earlier, recipe, world)
     t = trainee(
-        recipe, prepared, facts, mixed, device, decided, say, compiled=compiled, world=world, planned_ranks=ranks
+        recipe,
+        prepared,
+        facts,
+        mixed,
+        device,
+        decided,
+        say,
+        compiled=begun.earlier.get("compiled"),
+        world=world,
+        planned_ranks=begun.settings["ranks"],
     )
-    state, plan = t.state, t.plan
+    state, plan, found = t.state, t.plan, begun.found
     if found is not None:
+        refuse_other_plan(run, found, plan.hash, plan.num_steps, begun.changes)
         load_checkpoint(*found, state)
         say(f"going on after step {state.step} of {plan.num_steps}")
-    provenance = provenance_of(recipe, prepared, facts, device, t, earlier.get("started"), world.size)
+    computed = how_it_is_computed(device, t, world.size, begun.earlier.get("started")) | {"changes": begun.changes}
+    provenance = provenance_of(recipe, prepared, facts, t, computed)
     if world.leads:
         need_space(run.path, 14 * sum(m.numel() for m in state.optimizer.masters.values()), "training")
         write_json(run.provenance, provenance)
 
+    kept = Kept(newest=recipe.train.keep_checkpoints, every=recipe.train.keep_every_steps)
+    saver = Saver(run.checkpoints, kept, say, world)
+    about = {"settings": begun.settings, "plan": plan.hash, "total_steps": plan.num_steps, "how": computed}
     history = found[1]["held_out"] if found is not None else []
-    watch = Watch(recipe, run, prepared, state, plan, settings, screen, history, packed=t.packed, world=world)
+    watch = Watch(
+        recipe,
+        run,
+        prepared,
+        state,
+        plan,
+        about,
+        saver,
+        screen,
+        history,
+        say,
+        packed=t.packed,
+        ends=begun.ends,
+        world=world,
+    )
     watch.begin()
+    try:
+        if not begun.ends and not watch.has_stalled:  # as it may have when it was killed while it ended
+            _steps(recipe, prepared, t, watch, saver, how, say, world)
+    finally:
+        saver.wait()
+    watch.end(say, found[1]["weights_step"] if found is not None and begun.ends else None)
+    if world.leads:
+        provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
+        write_json(run.provenance, provenance)
+        speed = provenance["tokens_per_s"] / world.size
+        remember_speed(speed_key(recipe, device.kind, device.dtype), speed)
+
+
+def _steps(
+    recipe: Recipe,
+    prepared: Prepared,
+    t: Trainee,
+    watch: Watch,
+    saver: Saver,
+    how: How,
+    say: Say,
+    world: World,
+) -> None:
+    """The loop, until it ends or is asked to. Raises `Interrupted`."""
+    state, plan = t.state, t.plan
     full = plan.first_full_step(prepared.store("train").lengths, state.step) + 1
-    with _signals() as asked:
+    stopped: list[int] = []
+    with signals() as received:
+        stopping = Stopping(received, how.stop_at, saver, world)
 
         def stop(state: State, report: StepReport) -> bool:
             if report.step == full:
                 say(t.memory.compared(report.peak_memory_bytes))
-            return bool(_agreed(asked, world)) or watch.has_stalled
+            asked = stopping.asked()
+            stopped.extend(asked.stop)
+            if asked.save and not asked.stop and report.step < plan.num_steps:
+                watch.save()
+            return bool(asked.stop) or watch.has_stalled
 
-        if not watch.has_stalled:  # as it may have when it was killed while it ended
-            run_loop(
-                state,
-                t.batches_of,
-                t.loss,
-                [watch.on_step, stop],
-                loop_config(recipe, prepared, plan.num_steps),
-                world=world,
-                rows_of=partial(_names, prepared, plan, world),
-                say=say,
-            )
+        run_loop(
+            state,
+            t.batches_of,
+            t.loss,
+            [watch.on_step, stop],
+            loop_config(recipe, prepared, plan.num_steps),
+            world=world,
+            rows_of=partial(_names, prepared, plan, world),
+            say=say,
+        )
         if watch.has_stalled:
             say(
                 f"no new low of the held-out loss in {recipe.train.patience} measurements: ending after step {state.step}"
             )
         elif state.step < plan.num_steps:
             say(f"stopping: saving after step {state.step} of {plan.num_steps}")
-            watch.save(done=False)
+            watch.save(must=True)
             leave()
-            raise Interrupted(asked[0], state.step)
-    watch.end(say)
-    if world.leads:
-        provenance = finished(provenance, run, state.step, watch.weights_step)
-        write_json(run.provenance, provenance)
-        speed = provenance["tokens_per_s"] / world.size
-        remember_speed(speed_key(recipe, device.kind, device.dtype), speed)
+            raise Interrupted(stopped[0], state.step)
 
 
 def _decided(earlier: dict[str, Any], recipe: Recipe, world: World) -> MemoryPlan | None:
     """The memory plan of an earlier process of the run, unless it was made for other ranks or another `train.activations`."""
-    if not earlier or earlier["ranks"] != world.size or earlier["memory"]["asked"] != recipe.train.activations:
+    if (
+        "memory" not in earlier
+        or earlier["ranks"] != world.size
+        or earlier["memory"]["asked"] != recipe.train.activations
+    ):
         return None
     return memory_plan_of(earlier["memory"])
 
@@ -155,49 +245,19 @@ def _names(prepared: Prepared, plan: PackPlan, world: World, step: int, micro: i
     return names_of(prepared, plan.step(step, world.rank, world.size), micro)
 
 
-def _device(recipe: Recipe, run: RunDir, world: World) -> Device:
-    """Rank 0 times the device: all compute in the same arithmetic."""
-    first = device_of_run(recipe, run) if world.leads else None
+def _device(recipe: Recipe, earlier: dict[str, Any], world: World) -> Device:
+    """Rank 0 times the device, or takes the one that the run began on: all compute in the same arithmetic."""
+    first = device_as_begun(recipe, earlier.get("device")) if world.leads else None
     kind, dtype = world.share([first.kind, first.dtype] if first is not None else None)
     return first or chosen_device(kind, dtype)
 
 
-def _shared(
-    world: World, settings: dict[str, Any], found: tuple[Path, dict[str, Any]] | None
-) -> tuple[dict[str, Any], tuple[Path, dict[str, Any]] | None]:
-    """Rank 0's settings and checkpoint, on every rank."""
-    settings, there = world.share([settings, [str(found[0]), found[1]] if found is not None else None])
-    return settings, (Path(there[0]), there[1]) if there is not None else None
-
-
-def _agreed(asked: list[int], world: World) -> list[int]:
-    """The signals that any rank got: all stop after the same step."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    counts = world.sum(np.array([asked.count(n) for n in numbers], np.float64)).tolist()
-    if not asked:
-        asked.extend(n for n, count in zip(numbers, counts, strict=True) if count)
-    return asked
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end training after the current step; a second one ends the process at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def note(number: int, frame: object) -> None:
-        asked.append(number)
-        for n in old:
-            signal.signal(n, old[n])
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    old = {n: signal.getsignal(n) for n in numbers}
-    for n in numbers:
-        signal.signal(n, note)
-    try:
-        yield asked
-    finally:
-        for n in numbers:
-            signal.signal(n, old[n])
+def _shared(world: World, begun: _Begun | None) -> _Begun:
+    """As rank 0 found it, on every rank."""
+    mine = None
+    if begun is not None:
+        found = [str(begun.found[0]), begun.found[1]] if begun.found is not None else None
+        mine = [begun.settings, found, begun.earlier, begun.changes]
+    settings, there, earlier, changes = world.share(mine)
+    checkpoint = (Path(there[0]), there[1]) if there is not None else None
+    return _Begun(settings=settings, found=checkpoint, earlier=earlier, changes=changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -11,8 +10,7 @@ from typing import Any, Protocol
 
 from educe.chat.prompt import expected_answer, render_prompt
 from educe.config import Recipe
-from educe.files.atomic import told
-from educe.files.jsonl import read_jsonl, write_jsonl
+from educe.files.journal import Journal
 from educe.files.run_dir import RunDir
 from educe.model.device import release_free_memory
 from educe.model.source import Say
@@ -22,8 +20,9 @@ from educe.pack.plan import PackPlan, plan_once
 from educe.parallel.world import ALONE, World
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
-from educe.training.checkpoint import load_weights, save_checkpoint
+from educe.training.checkpoint import load_weights
 from educe.training.patience import History, best_step, far_above, has_stalled
+from educe.training.saver import Saver
 from educe.training.sft import held_out_loss
 from educe.training.state import State, StepReport
 from educe.types import Batch
@@ -46,7 +45,8 @@ class Screen(Protocol):
 class Watch:
     """The hook of an SFT run. Metrics of steps that a resumed run will repeat are cut off when it begins.
 
-    `history`: the held-out measurements up to the step that is gone on from, as its checkpoint has them.
+    `about` goes into every checkpoint; `history`: the held-out measurements up to the step that is gone on from, as its
+    checkpoint has them. `ends`: no step is left, what comes after the last one may be.
     All ranks measure and answer together; rank 0 writes.
     """
 
@@ -57,19 +57,23 @@ class Watch:
         prepared: Prepared,
         state: State,
         plan: PackPlan,
-        settings: dict[str, Any],
+        about: dict[str, Any],
+        saver: Saver,
         screen: Screen,
         history: History,
+        say: Say,
         *,
         packed: bool,
+        ends: bool = False,
         world: World = ALONE,
     ) -> None:
-        self._recipe, self._run, self._state, self._plan, self._settings = recipe, run, state, plan, settings
-        self._screen, self._packed, self._world = screen, packed, world
+        self._recipe, self._run, self._state, self._plan, self._about = recipe, run, state, plan, about
+        self._saver, self._screen, self._packed, self._world = saver, screen, packed, world
+        self._metrics, self._samples = Journal(run.metrics, say), Journal(run.samples, say)
         self._dev, self._tasks = prepared.store("dev"), prepared.tasks
         self._history = [(int(step), float(loss)) for step, loss in history]
         self._keeps_best = recipe.train.keep_weights == "best"
-        self.weights_step = 0
+        self.weights_step, self._ends = 0, ends
         every = recipe.train.measure_every_share
         self._measures = {round(plan.num_steps * every * k) for k in range(1, int(1 / every) + 1)}
         self._looks = {round(plan.num_steps * share) for share in SAMPLES_AT}
@@ -79,11 +83,14 @@ class Watch:
 
     def begin(self) -> None:
         """Before the first step of this process."""
-        for file in (self._run.metrics, self._run.samples) if self._world.leads else ():
-            lines = read_jsonl(file) if file.exists() else []
-            with told(file):  # a run that begins again measures step 0 again
-                write_jsonl(file, [line for line in lines if line["step"] <= self._state.step > 0])
-        if self._state.step == 0:
+        step, measured = self._state.step, dict(self._history)
+        if self._world.leads:  # a run that begins again measures step 0 again; one that was killed at its end, the end
+            self._metrics.begin(
+                lambda line: line["step"] <= step > 0 and not (line["kind"] == "dev" and line["step"] not in measured)
+            )
+            last = step if self._ends else step + 1
+            self._samples.begin(lambda line: line["step"] < last and step > 0)
+        if step == 0:
             self._answer()
             self._measure()
 
@@ -91,7 +98,7 @@ class Watch:
         line = asdict(report)
         del line["total_steps"], line["task_losses"]
         line |= self._of_tasks(report.task_losses)
-        self._append(self._run.metrics, {"kind": "step", **line})
+        self._append(self._metrics, {"kind": "step", **line})
         self._screen.step(report)
         if report.step % TRIM_EVERY_STEPS == 0:
             release_free_memory()
@@ -105,7 +112,7 @@ class Watch:
             self._answer()
         # A new best is a whole checkpoint: a killed run goes on from it or from a later one, never from before its best.
         if report.step % self._recipe.train.checkpoint_every_steps == 0 or (self._keeps_best and self._is_best):
-            self.save(done=False)
+            self.save()
 
     @property
     def has_stalled(self) -> bool:
@@ -117,15 +124,22 @@ class Watch:
     def _is_best(self) -> bool:
         return best_step(self._history) == self._state.step
 
-    def end(self, say: Say) -> None:
-        """After the last step: the final weights as soon as they are known, then held-out loss and answers."""
-        self.weights_step = self._state.step
-        if self._keeps_best:
-            self._measure()
-            self._take_best(say)
-        self.save(done=True)
+    def end(self, say: Say, weights_step: int | None = None) -> None:
+        """After the last step: the final weights as soon as they are known, then held-out loss and answers. `weights_step`: these are
+        the final weights, stored already, those of that step."""
+        if weights_step is not None:
+            self.weights_step = weights_step
+        else:
+            self.weights_step = self._state.step
+            if self._keeps_best:
+                self._measure()
+                self._take_best(say)
+            self.save(done=True, must=True)
         self._measure()
         self._answer()
+        if self._world.leads:
+            for journal in (self._metrics, self._samples):
+                journal.settle(must=True)
 
     def _take_best(self, say: Say) -> None:
         """Put the weights of the lowest held-out loss into the model, where they are not its own."""
@@ -134,7 +148,7 @@ class Watch:
             say(
                 f"the weights of the last step, {self._state.step}, are kept: their held-out loss is the lowest of the trained ones"
             )
-        elif problem := load_weights(self._run.checkpoints, best, self._state):
+        elif problem := self._load(best):
             say(
                 f"step {best} had the lowest held-out loss, but {problem} The weights of step {self._state.step} are kept"
             )
@@ -148,15 +162,21 @@ class Watch:
                 f"warning: the untouched model's was lower, {losses[0]:.3f}: training did harm, at every step that was measured"
             )
 
-    def save(self, *, done: bool) -> None:
-        keep = 1 if done else self._recipe.train.keep_checkpoints
-        about: dict[str, Any] = {"settings": self._settings, "plan": self._plan.hash, "held_out": self._history}
+    def _load(self, step: int) -> str | None:
+        self._saver.wait()  # it may be the one that is being written
+        self._world.wait()
+        return load_weights(self._run.checkpoints, step, self._state)
+
+    def save(self, *, done: bool = False, must: bool = False) -> None:
+        """A checkpoint; `must`: written when this comes back."""
+        about = {**self._about, "held_out": [list(measured) for measured in self._history]}
         if done:
             about["weights_step"] = self.weights_step
+        if self._world.leads:
+            for journal in (self._metrics, self._samples):
+                journal.settle(must=must)  # a checkpoint never knows more steps than they do
         best = best_step(self._history) if self._keeps_best and not done else None
-        save_checkpoint(
-            self._run.checkpoints, self._state, about, finished=done, keep=keep, best=best, world=self._world
-        )
+        self._saver.save(self._state, about, finished=done, best=best, must=must)
 
     def _measure(self) -> None:
         if len(self._dev) and not (self._history and self._history[-1][0] == self._state.step):
@@ -165,7 +185,7 @@ class Watch:
                 means = means.over(self._world, len(self._tasks))
             self._history.append((self._state.step, means.mean))
             line = {"kind": "dev", "step": self._state.step, "loss": means.mean, **self._of_tasks(means.by_task)}
-            self._append(self._run.metrics, line)
+            self._append(self._metrics, line)
             self._screen.dev(self._state.step, means.mean, far_above(self._history))
 
     def _of_tasks(self, losses: Mapping[int, float]) -> dict[str, dict[str, float]]:
@@ -201,10 +221,9 @@ class Watch:
             for (c, i), a in zip(self._questions, answers, strict=True)
         ]
         for line in lines:
-            self._append(self._run.samples, line)
+            self._append(self._samples, line)
         self._screen.samples(self._state.step, lines)
 
-    def _append(self, file: Path, line: dict[str, Any]) -> None:
+    def _append(self, journal: Journal, line: dict[str, Any]) -> None:
         if self._world.leads:
-            with told(file), file.open("a", encoding="utf-8", newline="\n") as f:
-                f.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            journal.append(line)

@@ -21,7 +21,6 @@ from educe.training.ahead import ahead
 from educe.training.means import mean_of
 from educe.training.room import in_room
 from educe.training.schedule import Kind, learning_rate
-from educe.training.spikes import Spikes
 from educe.training.state import State, StepReport
 from educe.types import Batch
 
@@ -83,7 +82,6 @@ def train(
     `TrainError` before an update that would not be finite. The host waits for the device once a step, before the update.
     """
     began = started = time.perf_counter()
-    spikes = Spikes()
     for batches in ahead(batches_of, state.step, config.total_steps):
         counts = _Counts(*world.sum(_counts(batches)).tolist())
 
@@ -106,7 +104,7 @@ def train(
         norm = float(state.optimizer.gradient_norm())
         if not (math.isfinite(objective) and math.isfinite(norm)):
             raise _not_finite(state, objectives, objective, norm, rows_of, world)
-        if spike := spikes.seen(objective):
+        if spike := state.spikes.seen(objective):
             say(f"step {state.step + 1}: {spike} before; made of {rows_of(state.step, None)}")
         rate = config.rate(state.step)
         state.optimizer.step(rate, shrink=min(1.0, config.clip_norm / (norm + 1e-6)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from statistics import median
 
 WINDOW = 20
@@ -11,11 +12,15 @@ TIMES = 3.0
 
 
 class Spikes:
-    """Remembers the losses of this process's last steps. Small losses of small steps scatter widely, so a spike is also twice their
-    largest."""
+    """Remembers the losses of the last steps. Small losses of small steps scatter widely, so a spike is also twice their largest."""
 
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, recent: Iterable[float] = ()) -> None:
+        self._recent: deque[float] = deque(recent, maxlen=WINDOW)
+
+    @property
+    def recent(self) -> list[float]:
+        """What is usual, for a checkpoint."""
+        return list(self._recent)
 
     def seen(self, loss: float) -> str:
         """What is odd about this loss, in words; empty where nothing is. A spike is not remembered as usual."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from educe.model.load import CausalLM
 from educe.training.optim import Adam
+from educe.training.spikes import Spikes
 
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """Mutable on purpose: the one thing that changes. `halvings`: how often micro-batches were halved to fit into memory."""
+    """Mutable on purpose: the one thing that changes. `halvings`: how often micro-batches were halved to fit into memory;
+    `spikes`: which losses are usual."""
 
     model: CausalLM
     optimizer: Adam
     step: int = 0
     halvings: int = 0
+    spikes: Spikes = field(default_factory=Spikes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,10 +44,16 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for _, t in gathered(tensors):
-            f.write(t.reshape(-1).view(torch.uint8).numpy().data)
+    parts = gathered(tensors)
+    try:
+        with file.open("wb") as f:
+            f.write(len(text).to_bytes(8, "little") + text)
+            for _, t in parts:
+                f.write(t.reshape(-1).view(torch.uint8).numpy().data)
+    except OSError:
+        for _ in parts:  # the other ranks give theirs
+            pass
+        raise
 
 
 def read_like(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

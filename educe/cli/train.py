@@ -1,0 +1,56 @@
+"""`educe train`: as one process, or as so many ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import click
+
+from educe.cli.durations import seconds
+from educe.cli.ending import ended_by
+from educe.errors import UsageError
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--devices", type=click.IntRange(1), help="GPUs of this machine that share the model; processes on a CPU."
+)
+@click.option("--stop-after", metavar="TIME", help="Save and end before this time is over, such as 55m; exit code 0.")
+@click.option("--allow", multiple=True, metavar="SETTING", help="Go on although this setting of the run has changed.")
+def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...]) -> None:
+    """Train. Ctrl-C saves; the same command goes on. So does SIGTERM; SIGUSR1 saves and ends with 0."""
+    from educe.config import load_recipe
+    from educe.parallel.launch import launch, leads, stay_with_parent
+
+    stop_after_s = seconds("--stop-after", stop_after) if stop_after is not None else None
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and devices not in (None, size):
+        found = f"is {devices}, and the environment names {size} ranks."
+        raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
+    if size == 1 and devices is not None and devices > 1:
+        load_recipe(recipe)  # a mistake in it is told once
+        words = ["train", str(recipe), "--devices", str(devices)]
+        words += ["--stop-after", stop_after] if stop_after is not None else []
+        words += [word for field in allow for word in ("--allow", field)]
+        raise SystemExit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
+    stay_with_parent()
+    with _asked_before_there_was_anything():
+        from educe.cli.screens import TrainScreen, say, shown
+        from educe.recipes.run import train as run_train
+
+        with TrainScreen() as screen:
+            run = run_train(recipe, say=say, screen=screen, devices=devices, stop_after_s=stop_after_s, allow=allow)
+    if leads():
+        click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")
+
+
+def _asked_before_there_was_anything() -> contextlib.AbstractContextManager[None]:
+    """SIGUSR1 while nothing is trained yet: a batch system's job is over, and begins again."""
+    if not hasattr(signal, "SIGUSR1"):
+        return contextlib.nullcontext()
+    word = "Ended by SIGUSR1 before a step was made: nothing to save. The same command begins again."
+    return ended_by(signal.SIGUSR1, 0, word)

@@ -1,0 +1,90 @@
+"""Files that grow by a line at a time while something goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from educe.files.atomic import sync, told, write_text
+from educe.files.jsonl import read_jsonl
+
+
+class Journal:
+    """JSON lines, appended as they come. A disk that is full or refuses delays them: they are kept and written with the next ones, in
+    their order, each once; `say` gets a word about the first time."""
+
+    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
+        self.file, self._say = file, say
+        self._waiting: list[bytes] = []
+        self._told = False
+
+    def begin(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep those lines that earlier processes wrote and that `keep` says yes to. Lines that a dying machine damaged are left
+        out, and said."""
+        lines, damaged = _readable(self.file)
+        if damaged:
+            self._say(f"{self.file.name}: {damaged} damaged lines are left out")
+        kept = [_line(line) for line in lines if keep(line)]
+        write_text(self.file, b"".join(kept).decode())
+
+    def append(self, line: dict[str, Any]) -> None:
+        """NaN is refused: a reader could not read it."""
+        self._waiting.append(_line(line))
+        try:
+            self._write()
+        except OSError as e:
+            if not self._told:
+                self._say(
+                    f"warning: {self.file} cannot be written: {e.strerror}. Its lines are kept, to be written later."
+                )
+            self._told = True
+
+    def settle(self, *, must: bool) -> None:
+        """Flush to the device what is written. With `must` nothing waits any more; raises `MachineError` where that cannot be."""
+        try:
+            self._write()
+            if self.file.exists():
+                sync(self.file)
+        except OSError:
+            if must:
+                with told(self.file):
+                    raise
+
+    def _write(self) -> None:
+        """All that waits, or nothing: half a line is taken back."""
+        if not self._waiting:
+            return
+        with self.file.open("ab", buffering=0) as f:
+            end, waiting = f.seek(0, os.SEEK_END), memoryview(b"".join(self._waiting))
+            try:
+                while waiting:
+                    waiting = waiting[f.write(waiting) :]
+            except OSError:
+                f.truncate(end)
+                raise
+        self._waiting, self._told = [], False
+
+
+def _line(line: dict[str, Any]) -> bytes:
+    return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _readable(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a file, and how many are none. The last one may be torn: its process was killed."""
+    if not file.is_file():
+        return [], 0
+    try:
+        return read_jsonl(file), 0
+    except ValueError:
+        lines, damaged = [], 0
+    for raw in file.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(raw.decode("utf-8")) if raw else None
+        except ValueError:
+            line, damaged = None, damaged + 1
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines, damaged

@@ -1,0 +1,153 @@
+"""Whether a run directory may be gone on with: what it was begun with, and what has changed since."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from educe.config import Recipe
+from educe.errors import RunError, UsageError
+from educe.files.atomic import recover, told, write_json, write_text
+from educe.files.run_dir import RunDir
+from educe.model.source import Say
+from educe.recipes.ledger import write_ledger
+from educe.recipes.mixing import Mixed
+from educe.recipes.prepare import Prepared
+from educe.training.checkpoint import newest_checkpoint
+
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint that verified, and its manifest."""
+
+# What a checkpoint's tensors are made for: with another, they would not fit or would mean something else.
+_FIXED = ("model", "tuning.")
+# Follows from others: told only where it alone has changed.
+_DERIVED = ("prepared",)
+
+
+def last_of(run: RunDir, say: Say) -> Found | None:
+    """The newest good checkpoint, after what killed processes left behind is swept away. Only under the run's lock."""
+    if run.checkpoints.is_dir():
+        with told(run.checkpoints):
+            recover(run.path)
+            recover(run.checkpoints)
+    return newest_checkpoint(run.checkpoints, say)
+
+
+def planned_ranks(run: RunDir, found: Found | None, here: int, *, chosen: bool, say: Say) -> int:
+    """For how many ranks the run's packs are dealt: as many as it began with, whatever number goes on with it.
+
+    Raises `RunError` where that is not `here` and nobody chose so: other ranks round otherwise, the bits would not be the same.
+    """
+    began = int(found[1]["settings"]["ranks"]) if found is not None else here
+    if began == here or (found is not None and found[1]["finished"]):
+        return began
+    if not chosen:
+        is_now = f"was begun on {began} devices, and this is {here}."
+        fix = f"--devices {began} goes on to the same bits; --devices {here} on the same rows, rounded otherwise."
+        raise RunError(201, str(run.path), is_now, fix)
+    say(f"begun on {began} devices, going on with {here}: the same rows a step and the same gradients but for rounding")
+    return began
+
+
+def changes_since(
+    run: RunDir, found: Found | None, recipe: Recipe, settings: Mapping[str, Any], allowed: Collection[str], say: Say
+) -> list[dict[str, Any]]:
+    """What is to be changed in the middle of a run: fields, old and new values, the step. Empty where all is as it was.
+
+    Raises `RunError` for a change that nobody allowed, and for one that no checkpoint could be gone on with.
+    """
+    for field in allowed:
+        if field not in settings:
+            near = difflib.get_close_matches(field, list(settings), 1, 0.4)
+            fix = f"Did you mean {near[0]}?" if near else "It is the field that the refusal names."
+            raise UsageError(101, "--allow", f"{field!r} is no setting of a run.", fix)
+    if found is None:
+        return []
+    old, step = found[1]["settings"], int(found[1]["step"])
+    changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    changed = [k for k in changed if k not in _DERIVED] or changed
+    if not changed:
+        return []
+    where, finished = str(run.path), bool(found[1]["finished"])
+    fixed = [k for k in changed if k.startswith(_FIXED)]
+    refused = [k for k in changed if k not in allowed]
+    first = next(iter(fixed or refused or changed))
+    what = f"{first} was {_brief(old.get(first))}, now {_brief(settings.get(first))}"
+    others = [k for k in changed if k != first]
+    more = f" (and {len(others)} more: {', '.join(others)})" if others else ""
+    if finished or fixed or refused:
+        anew = "Give the recipe another `name:`"
+        flags = " ".join(f"--allow {_quoted(k)}" for k in changed)
+        fix = f"{anew}, or go on with it changed: {flags}" if not (finished or fixed) else f"{anew}."
+        if finished:
+            fix = f"{anew}; to train these weights further, set `model: {run.path}` in that recipe."
+        raise RunError(201, where, f"was {'trained' if finished else 'begun'} with other settings: {what}{more}.", fix)
+    say(f"going on from step {step} with other settings, as allowed: {what}{more}. Rows may come twice or never")
+    return [{"step": step, "field": k, "old": old.get(k), "new": settings.get(k)} for k in changed]
+
+
+def take(
+    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, prepared: Prepared, mixed: Mixed, say: Say
+) -> None:
+    """Make the run directory this recipe's."""
+    old = _begun_with(run)
+    changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)] if old else []
+    if changed and not run.checkpoints.is_dir():
+        say(f"{run.path} was begun with other settings ({changed[0]}) and holds no checkpoint: beginning anew")
+    with told(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    write_text(run.recipe, text)
+    write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
+    write_ledger(run.ledger, prepared, mixed)
+    write_text(run.path / "preview.json", (prepared.path / "preview.json").read_text(encoding="utf-8"))
+
+
+def how_of(run: RunDir, found: Found | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier process of the run decided on this machine: device, memory plan, compiled or not, ranks. Empty where there was
+    none. A checkpoint knows; before the first one, provenance.json does."""
+    if found is not None:
+        how: dict[str, Any] = found[1]["how"]
+        return how
+    if _begun_with(run) != settings:
+        return {}
+    try:
+        earlier = run.load(run.provenance)
+        return {k: earlier[k] for k in ("device", "memory", "compiled", "ranks", "started", "changes")}
+    except (RunError, KeyError, TypeError):
+        return {}
+
+
+def refuse_other_plan(run: RunDir, found: Found, plan_hash: str, num_steps: int, changes: Collection[Any]) -> None:
+    """The steps ahead must be those that the checkpoint was made for. Raises `RunError`."""
+    manifest = found[1]
+    if manifest["step"] >= num_steps and not manifest["finished"]:
+        is_now = f"is at step {manifest['step']}, and its steps are {num_steps} now: nothing is left to train."
+        raise RunError(201, str(run.path), is_now, "Give the recipe another `name:`, or more epochs.")
+    if manifest["plan"] != plan_hash and not changes:
+        is_now = f"was begun with another plan of packs: it was {manifest['plan'][:12]}, now {plan_hash[:12]}."
+        fix = "Go on on the machine and with the versions that began it (provenance.json), or give another `name:`."
+        raise RunError(201, str(run.path), is_now, fix)
+
+
+def _begun_with(run: RunDir) -> dict[str, Any]:
+    """The settings in recipe.resolved.json; empty where that is missing or damaged."""
+    try:
+        settings = run.load(run.resolved)["settings"]
+    except (RunError, KeyError, TypeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _quoted(field: str) -> str:
+    return field if re.fullmatch(r"[\w./-]+", field) else f"'{field}'"
+
+
+def _brief(value: Any) -> str:
+    """A hash by its beginning, anything else up to 60 characters."""
+    if isinstance(value, str) and re.fullmatch(r"(stat:)?[0-9a-f]{64}", value):
+        return value[:12]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,184 @@
+"""Checkpoints are written beside the training: only the copy of what is trained holds it up."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import Tensor
+
+from educe.errors import MachineError
+from educe.files.atomic import abandon, begin, finish, need_space, remove, told
+from educe.parallel.world import ALONE, World
+from educe.training.checkpoint import OPTIMIZER, WEIGHTS, newest_first, place_of, step_of
+from educe.training.state import State
+from educe.training.streamed import gathered, write_safetensors
+
+_SPARE_BYTES = 64 * 2**20  # of the disk, beside a checkpoint
+_SPARE_MEMORY = 4 * 2**30  # of the host, beside a copy
+# One that must be written is tried again after so many seconds each; another one after the first of these, then twice as long.
+_PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_RETRY_S, _LONGEST_RETRY_S = 10.0, 600.0
+
+Files = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The newest `newest` checkpoints stay, and for good those of every `every` steps."""
+
+    newest: int = 2
+    every: int | None = None
+
+
+class Saver:
+    """Writes a run's checkpoints to `place`, one at a time. All ranks call it, rank 0 writes: the same files whatever their number.
+
+    The ranks wait while what is trained is copied: from a GPU into the host's memory where that has room, else into files that
+    nothing has flushed yet. Hashing, flushing, the new name and the deletion of older ones go on in a thread. What cannot be
+    written is said and tried again; the checkpoints before it stay.
+    """
+
+    def __init__(self, place: Path, kept: Kept, say: Callable[[str], None], world: World = ALONE) -> None:
+        self._place, self._kept, self._say, self._world = place, kept, say, world
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+        self._failures, self._again_at = 0, 0.0
+        self.held_up_s = self.longest_s = 0.0  # of the training; of one checkpoint, from its copy to its name
+
+    def save(
+        self, state: State, about: dict[str, Any], *, finished: bool, best: int | None = None, must: bool = False
+    ) -> Path:
+        """Write `place/step-N`, return that, and delete those that need not stay; that of step `best` stays. `about` goes into the
+        manifest.
+
+        A finished run keeps its fp32 weights alone: there is nothing left to resume, and two thirds of the space is the
+        optimizer's. `must`: come back when it is written; raises `MachineError` where that fails for a minute.
+        """
+        started = time.monotonic()
+        at = {"step": state.step, "finished": finished, "halvings": state.halvings, "usual_losses": state.spikes.recent}
+        about = {**about, **at}
+        self._begin(state, about, finished=finished, best=best)
+        for wait_s in (*_PATIENCE_S, None) if must else ():
+            self._join()
+            problem = self._world.share(str(self._problem) if self._problem is not None else "")
+            if not problem:
+                break
+            if wait_s is None:
+                raise self._problem or MachineError(4, str(self._place), problem, "See what rank 0 says.")
+            if self._world.leads:
+                self._tell(f"trying again in {wait_s:.0f} s")
+            time.sleep(wait_s)
+            self._begin(state, about, finished=finished, best=best)
+        self.held_up_s += time.monotonic() - started
+        return place_of(self._place, state.step)
+
+    @property
+    def is_due_again(self) -> bool:
+        """On rank 0: whether a checkpoint that could not be written should be tried again now. Says what went wrong."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._join()
+        if self._problem is None:
+            return False
+        if not self._again_at:
+            wait_s = min(_RETRY_S * 2**self._failures, _LONGEST_RETRY_S)
+            self._failures, self._again_at = self._failures + 1, time.monotonic() + wait_s
+            self._tell(f"training goes on, the checkpoints before it are whole; trying again in {wait_s:.0f} s")
+        return time.monotonic() >= self._again_at
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        self._join()
+
+    def _tell(self, what_next: str) -> None:
+        p = self._problem
+        found = f"{p.where} {p.found}" if isinstance(p, MachineError) else str(p)
+        self._say(f"warning: a checkpoint was not written: {found} {what_next[0].upper()}{what_next[1:]}.")
+
+    def _begin(self, state: State, about: dict[str, Any], *, finished: bool, best: int | None) -> None:
+        """Copy; then write in a thread. What goes wrong is in `_problem`."""
+        self._join()
+        if self._problem is not None and not self._again_at:
+            self._tell("trying again now")
+        self._problem, self._again_at = None, 0.0
+        files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: state.optimizer.masters}
+        if not finished:
+            files[OPTIMIZER] = state.optimizer.state_tensors()
+        if not self._world.leads:
+            for group in files.values():
+                _give_rows(group)
+            return
+        target, keep = place_of(self._place, state.step), 1 if finished else self._kept.newest
+        size = sum(t.numel() * t.element_size() for group in files.values() for t in group.values())
+        part, left, began = None, dict(files), time.monotonic()
+        copied: dict[str, Mapping[str, Tensor]] = {}
+        try:
+            need_space(self._place, size + _SPARE_BYTES, "this checkpoint")
+            part = begin(target)
+            for name in files:
+                group = left.pop(name)
+                if _copies_in_memory(state, size):
+                    copied[name] = dict(gathered(group))
+                else:
+                    with told(target):
+                        write_safetensors(part / name, group)
+        except MachineError as e:
+            self._fail(e, part, target)
+            for group in left.values():
+                _give_rows(group)  # the others do
+            return
+        self._thread = threading.Thread(
+            target=self._finish, args=(part, target, about, copied, keep, best, began), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _finish(
+        self, part: Path, target: Path, about: dict[str, Any], copied: Files, keep: int, best: int | None, began: float
+    ) -> None:
+        try:
+            for name, group in copied.items():
+                with told(target):
+                    write_safetensors(part / name, group)
+            finish(part, target, about)
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+            for old in newest_first(self._place)[keep:]:
+                if step_of(old) != best and not (self._kept.every and step_of(old) % self._kept.every == 0):
+                    with contextlib.suppress(
+                        OSError
+                    ):  # one too many does no harm; a disk that refuses is told of the next one
+                        remove(old)
+            self._failures = 0
+        except Exception as e:  # told by the thread that trains
+            self._fail(e, part, target)
+
+    def _fail(self, e: Exception, part: Path | None, target: Path) -> None:
+        self._problem = e
+        if part is not None:
+            try:
+                abandon(part, target)
+            except OSError:
+                return  # the next process of the run sweeps
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None and not isinstance(self._problem, MachineError):
+            raise self._problem
+
+
+def _copies_in_memory(state: State, size: int) -> bool:
+    """Copied from a GPU, it is out of the way sooner than in a file. Beside weights in the host's memory it would be one more."""
+    return state.model.device.kind == "cuda" and int(psutil.virtual_memory().available) > size + _SPARE_MEMORY
+
+
+def _give_rows(group: Mapping[str, Tensor]) -> None:
+    """This rank's part of tensors that another rank writes."""
+    for _ in gathered(group):
+        pass
