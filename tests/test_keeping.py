@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,14 +18,14 @@ from educe.files.run_dir import RunDir  # noqa: E402
 from educe.model.load import load_model  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
 from educe.recipes.eval import data_of, recipe_of  # noqa: E402
-from educe.recipes.machine import chosen_device  # noqa: E402
-from educe.recipes.run import Run, Silent  # noqa: E402
+from educe.recipes.run import Run  # noqa: E402
 from educe.training.patience import best_step, far_above, has_stalled  # noqa: E402
 from educe.training.sft import held_out_loss  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from small_runs import Dying, dev, final, made, recipe, same, small_place, story  # noqa: E402
 from test_engine import _one_thread, cpu  # noqa: E402, F401
 
 # What a history says
@@ -62,82 +59,10 @@ def test_the_best_step_is_the_first_lowest_after_training_began(found: list[floa
 # Runs
 
 
-def line(i: int, numbers: random.Random) -> str:
-    """A row whose form can be learned and whose answer cannot: the held-out loss falls, then rises."""
-    ask = {"role": "user", "content": f"order {1000 + i} the user said"}
-    say = {"role": "assistant", "content": json.dumps({"intent": "".join(numbers.choices("abcdefgh", k=6))})}
-    return json.dumps({"messages": [ask, say]})
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
-    place = tmp_path_factory.mktemp("keeping")
-    numbers = random.Random(1)
-    for name, first, count in (("train", 0, 12), ("dev", 100, 12), ("test", 200, 3)):
-        text = "\n".join(line(first + i, numbers) for i in range(count))
-        (place / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDUCE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.chdir(place)
-        chosen_device.cache_clear()
-        shutil.copytree(tiny_model, place / "tiny")
-        yield place
-    chosen_device.cache_clear()
-
-
-def recipe(place: Path, name: str, **train: Any) -> Path:
-    knobs = {
-        "epochs": 40, "batch_tokens": 256, "micro_batch_tokens": 128, "learning_rate": 1.5e-2, "schedule": "constant",
-        "measure_every_share": 0.1, **train,
-    }  # fmt: skip
-    lines = "".join(f"  {k}: {v}\n" for k, v in knobs.items())
-    path = place / f"{name}.yaml"
-    path.write_text(
-        f"name: {name}\nmodel: ./tiny\ndevice: cpu\ndtype: float32\ndata:\n  train: train.jsonl\n"
-        "  dev: {kind: file, file: dev.jsonl}\n  test: {kind: file, file: test.jsonl}\n  max_tokens: 128\n"
-        f"train:\n{lines}evaluation: {{metric: {{kind: text}}, max_new_tokens: 4, few_shot: 0}}\n",
-        encoding="utf-8",
-    )
-    return path
-
-
-def dev(run: Path) -> dict[int, float]:
-    return {x["step"]: x["loss"] for x in read_jsonl(run / "metrics.jsonl") if x["kind"] == "dev"}
-
-
-def made(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "provenance.json").read_text())
-    return found
-
-
-def final(run: Path) -> dict[str, torch.Tensor]:
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    return load_file(checkpoint / "weights.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
-
-
-def story(run: Path) -> list[Any]:
-    clock = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
-    lines = [x for f in ("metrics", "samples") for x in read_jsonl(run / f"{f}.jsonl")]
-    return [{k: v for k, v in x.items() if k not in clock} for x in lines]
-
-
-class Dying(Silent):
-    """Ends the process, as it were, at a step, or when a step's held-out loss is known."""
-
-    def __init__(self, step: int = -1, dev: int = -1) -> None:
-        self._step, self._dev = step, dev
-
-    def step(self, report: Any) -> None:
-        if report.step == self._step:
-            raise MemoryError
-
-    def dev(self, step: int, loss: float, warning: str) -> None:
-        if step == self._dev:
-            raise MemoryError
+    with small_place(tmp_path_factory, tiny_model) as made_here:
+        yield made_here
 
 
 @pytest.fixture(scope="module")

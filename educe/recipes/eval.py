@@ -33,11 +33,20 @@ def recipe_of(run: RunDir) -> Recipe:
 
 def final_weights(run: RunDir, say: Say) -> Path:
     """The finished run's weights file. Raises `RunError` for a run that is not at its end."""
+    return _final(run, say)[0] / WEIGHTS
+
+
+def final_manifest(run: RunDir, say: Say) -> dict[str, Any]:
+    """What the finished run's checkpoint says of itself. Raises `RunError`."""
+    return _final(run, say)[1]
+
+
+def _final(run: RunDir, say: Say) -> tuple[Path, dict[str, Any]]:
     found = newest_checkpoint(run.checkpoints, say)
     if found is None or not found[1]["finished"]:
         fix = f"Run `educe train {run.recipe}` again: it goes on."
         raise RunError(2, str(run.path), "is not trained to its end.", fix)
-    return found[0] / WEIGHTS
+    return found
 
 
 def data_of(run: RunDir, recipe: Recipe, say: Say) -> Prepared:

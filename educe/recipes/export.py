@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from educe.chat.tokens import ChatTokenizer
 from educe.errors import ModelError, RunError
 from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
@@ -27,11 +28,23 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(203, str(target), "is not an empty directory.", "Give a directory that does not exist yet.")
     recipe = recipe_of(run)
+    device = answering_device(recipe, run, say)
+    settings = write_tuned(run, target, device, say).settings
+    say(f"read back: logits are the same to the bit ({device.dtype}), token ids and template are those of the training")
+    if recipe.data.system is not None:
+        say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
+    if settings:
+        say(f"it was trained with settings of the template; serve it with them: {_serve(target, settings)}")
+    return target
+
+
+def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatTokenizer:
+    """The finished run's model as a directory, in the device's arithmetic, read back before it has its name; returns the tokenizer."""
+    recipe = recipe_of(run)
     weights = final_weights(run, say)
     prepared = data_of(run, recipe, say)
     base, tokenizer, settings = prepared.model_dir, prepared.tokenizer, prepared.tokenizer.settings
     facts = describe_model(base, recipe.model)
-    device = answering_device(recipe, run, say)
     need_space(target, 2 * facts.num_parameters * (2 if device.dtype == "bfloat16" else 4), "the exported model")
     model = merged(base, weights, recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
     provenance = run.load(run.provenance)
@@ -41,12 +54,7 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
         write_model(model, base, tokenizer, card, part, system=recipe.data.system)
         _read_back(part, model, device)
         check_tokenizer(part, tokenizer, system=recipe.data.system)
-    say(f"read back: logits are the same to the bit ({device.dtype}), token ids and template are those of the training")
-    if recipe.data.system is not None:
-        say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
-    if settings:
-        say(f"it was trained with settings of the template; serve it with them: {_serve(target, settings)}")
-    return target
+    return tokenizer
 
 
 def _serve(place: Path | str, settings: Mapping[str, Any]) -> str:

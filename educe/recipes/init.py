@@ -22,9 +22,10 @@ from educe.data.trees import joined
 from educe.errors import Refusal, UsageError
 from educe.files.atomic import write_text
 from educe.model.describe import describe_model
-from educe.model.source import DEFAULT_MODEL, Say, find_model
+from educe.model.source import DEFAULT_MODEL, Say
 from educe.recipes.advise import Looked, recipe_text
 from educe.recipes.build import no_usable_row
+from educe.recipes.model_of import model_of
 from educe.types import Conversation
 
 # Rows that are looked at: enough for lengths and forms, quick for a file of any size.
@@ -62,7 +63,7 @@ def init(
         raise UsageError(101, str(out), "exists.", "Give another --out, or delete it.")
     chosen, why_model = (model, "as asked") if model else suit_model()
     say(f"model: {chosen} ({why_model})")
-    model_dir = find_model(chosen, say)
+    model_dir = model_of(chosen, say)
     facts = describe_model(model_dir, chosen)
     tokenizer = load_tokenizer(model_dir)
     looked = _look(data, tokenizer, facts.max_positions)

@@ -22,8 +22,9 @@ from educe.data.reading import reading_for, to_conversation
 from educe.data.sources import read_rows
 from educe.data.trees import joined
 from educe.errors import Refusal, UsageError
-from educe.model.source import Say, find_model
+from educe.model.source import Say
 from educe.recipes.build import sample_of, weighing_of
+from educe.recipes.model_of import model_of
 from educe.recipes.prepare import inputs_of
 from educe.types import Conversation, Message, Rendered
 
@@ -81,7 +82,7 @@ def inspect(recipe: Recipe, row: str, say: Say, diff: str | None = None) -> Insp
     """Render a training row (LINE, from 1, or FILE:LINE) and prove it. `diff` names a mask to compare with."""
     if diff is not None and diff not in MASKS:
         raise UsageError(101, "--diff", f"{diff!r} is no mask.", f"One of {', '.join(MASKS)}.")
-    loaded = load_tokenizer(find_model(recipe.model, say), recipe.template)
+    loaded = load_tokenizer(model_of(recipe.model, say), recipe.template)
     weighing = weighing_of(recipe.data)
     chosen = recipe.template.settings is None and len(settings_to_try(loaded.template)) > 1
     found = _find(recipe, row, look=chosen)

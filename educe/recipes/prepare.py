@@ -30,8 +30,9 @@ from educe.errors import DataError, RecipeError
 from educe.files.hashes import cache_dir, hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
-from educe.model.source import Say, find_model
+from educe.model.source import Say
 from educe.recipes.build import TEMPLATE, Input, build
+from educe.recipes.model_of import model_of
 from educe.recipes.part import Split
 from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, open_store
 from educe.types import Conversation, Message, Source, ToolCall
@@ -73,7 +74,7 @@ class Prepared:
 
 def prepare(recipe: Recipe, say: Say) -> Prepared:
     """Prepare the recipe's data, or open what was prepared before. Raises `DataError` when nothing can be trained on."""
-    model_dir = find_model(recipe.model, say)
+    model_dir = model_of(recipe.model, say)
     tokenizer = load_tokenizer(model_dir, recipe.template)
     if recipe.template.kind == "own" and tokenizer.template_name == DEFAULT_NAME:
         say(f"{model_dir.name} has no chat template; using {DEFAULT_NAME} (<|user|>…<|end|> <|assistant|>…<|end|>)")
@@ -198,7 +199,7 @@ def open_prepared_data(recipe: Recipe, key: str, say: Say) -> Prepared | None:
     """What was prepared under `key`, whatever the data files hold by now; None where it is gone."""
     if open_prepared(_place(recipe, key)) is None:
         return None
-    model_dir = find_model(recipe.model, say)
+    model_dir = model_of(recipe.model, say)
     choice = recipe.template
     if isinstance(choice, FileTemplate):  # as it was then
         choice = choice.model_copy(update={"file": str(_place(recipe, key) / TEMPLATE)})

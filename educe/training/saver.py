@@ -73,6 +73,7 @@ class Saver:
             if wait_s is None:
                 raise self._problem or MachineError(4, str(self._place), problem, "See what rank 0 says.")
             if self._world.leads:
+                self._again_at = started  # told
                 self._tell(f"trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
             self._begin(state, about, finished=finished, best=best)
