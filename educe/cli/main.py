@@ -105,27 +105,30 @@ def inspect(recipe: Path, row: str, diff: str | None, tokens: bool, html: Path |
 @click.option(
     "--devices", type=click.IntRange(1), help="GPUs of this machine that share the model; processes on a CPU."
 )
-def train(recipe: Path, devices: int | None) -> None:
+@click.option("--hang-after", default="30m", show_default=True, help="A hang so long writes stacks and ends the run.")
+def train(recipe: Path, devices: int | None, hang_after: str) -> None:
     """Train. Ctrl-C saves; the same command goes on."""
     import os
 
+    from educe.cli.durations import seconds
     from educe.config import load_recipe
     from educe.parallel.launch import launch, leads, stay_with_parent
 
+    hang_after_s = seconds(hang_after, "--hang-after")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and devices not in (None, size):
         found = f"is {devices}, and the environment names {size} ranks."
         raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
     if size == 1 and devices is not None and devices > 1:
         load_recipe(recipe)  # a mistake in it is told once
-        words = ["train", str(recipe), "--devices", str(devices)]
+        words = ["train", str(recipe), "--devices", str(devices), "--hang-after", hang_after]
         sys.exit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
     stay_with_parent()
     from educe.cli.screens import TrainScreen, say, shown
     from educe.recipes.run import train as run_train
 
     with TrainScreen() as screen:
-        run = run_train(recipe, say=say, screen=screen, devices=devices)
+        run = run_train(recipe, say=say, screen=screen, devices=devices, hang_after_s=hang_after_s)
     if not leads():
         return
     click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")

@@ -168,17 +168,28 @@ def lr(
     return run_lr(load_recipe(Path(recipe)), say, shown, rates=rates, steps=steps, minutes=minutes)
 
 
-def train(recipe: str | Path, *, say: Say = quiet, screen: Any = None, devices: int | None = None) -> Run:
+def train(
+    recipe: str | Path,
+    *,
+    say: Say = quiet,
+    screen: Any = None,
+    devices: int | None = None,
+    hang_after_s: float | None = None,
+) -> Run:
     """Train, or go on with a run that was stopped; returns the run.
 
     Where the environment names several ranks (as torchrun does) each of them calls this; rank 0 speaks. `devices` says their number
-    where somebody chose it: a run that began with another then goes on with this one.
+    where somebody chose it: a run that began with another then goes on with this one. With `hang_after_s` a run without a sign of
+    life for so long writes its stacks and ends the whole process.
     """
     need_torch()
     from educe.recipes.train import train as run_train
+    from educe.training.watchdog import watched
 
     path = Path(recipe)
     loaded = load_recipe(path)
     shown = screen if screen is not None and leads() else Silent()
-    run = run_train(loaded, path.read_text(encoding="utf-8"), say if leads() else quiet, shown, devices)
+    tells = say if leads() else quiet
+    with watched(hang_after_s, tells) as dog:
+        run = run_train(loaded, path.read_text(encoding="utf-8"), dog.hearing(tells), shown, devices, dog)
     return Run(run.path)

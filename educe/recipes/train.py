@@ -34,13 +34,16 @@ from educe.recipes.watch import Screen, Watch
 from educe.training.checkpoint import load_checkpoint
 from educe.training.loop import train as run_loop
 from educe.training.state import State, StepReport
+from educe.training.watchdog import ASLEEP, Watchdog
 
 
 class Interrupted(Exception):
     """Training was asked to stop and saved first: (signal number, step)."""
 
 
-def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | None = None) -> RunDir:
+def train(
+    recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | None = None, dog: Watchdog = ASLEEP
+) -> RunDir:
     """Run the recipe; `text` is the recipe as given, `devices` the number of ranks where somebody chose one. Every rank calls it.
 
     Raises `Interrupted` when a signal ended it early, after saving.
@@ -60,6 +63,7 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | No
             settings = settings_of(recipe, prepared, facts, planned_ranks(run, world.size, chosen=chosen, say=say))
             found = claim(run, recipe, settings, text, prepared, mixed, say)
         settings, found = _shared(world, settings, found)
+        dog.guard(run.stacks, world.rank, world.size)  # the run is ours
         if found is not None and found[1]["finished"]:
             say(f"{run.path} is trained already ({found[1]['step']} steps): nothing to do")
             provenance = run.load(run.provenance)
@@ -67,7 +71,7 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, devices: int | No
                 write_json(run.provenance, finished(provenance, run, found[1]["step"], found[1]["weights_step"]))
         else:
             with told_of_memory("training"):
-                _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world)
+                _train(recipe, run, prepared, facts, mixed, settings, found, say, screen, world, dog)
     leave()
     return run
 
@@ -83,6 +87,7 @@ def _train(
     say: Say,
     screen: Screen,
     world: World,
+    dog: Watchdog,
 ) -> None:
     device = _device(recipe, run, world)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
@@ -103,7 +108,7 @@ def _train(
         write_json(run.provenance, provenance)
 
     history = found[1]["held_out"] if found is not None else []
-    watch = Watch(recipe, run, prepared, state, plan, settings, screen, history, packed=t.packed, world=world)
+    watch = Watch(recipe, run, prepared, state, plan, settings, screen, history, packed=t.packed, world=world, dog=dog)
     watch.begin()
     full = plan.first_full_step(prepared.store("train").lengths, state.step) + 1
     with _signals() as asked:
