@@ -1,4 +1,4 @@
-"""`python soak.py RECIPE OUT`: trains, and writes to OUT what the process held every 200 steps: step, bytes, descriptors, threads, files."""
+"""`python soak.py RECIPE OUT`: trains, and writes to OUT what the process held every 200 steps."""
 
 from __future__ import annotations
 

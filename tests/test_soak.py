@@ -20,7 +20,7 @@ name: soak
 model: tiny
 device: cpu
 dtype: float32
-data: {train: rows.jsonl, dev: {share: 0.02}, max_tokens: 64}
+data: {train: rows.jsonl, max_tokens: 64}
 train:
   {epochs: 100, batch_tokens: 64, micro_batch_tokens: 64, learning_rate: 1e-3, checkpoint_every_steps: 500, measure_every_share: 0.02}
 evaluation: {max_new_tokens: 4, few_shot: 0, metric: {kind: exact}}
@@ -32,7 +32,7 @@ WARM_STEPS = 4_000
 @pytest.mark.crash
 def test_twenty_thousand_steps_leak_nothing(tmp_path: Path, tiny_model: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "tiny")
-    rows = [(f"track order item {i} the cat", f"order {i * 7 % 13} said hello") for i in range(260)]
+    rows = [(f"track order item {i} the cat", f"order {i * 7 % 13} said hello") for i in range(490)]
     texts = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)))
     (tmp_path / "soak.yaml").write_text(RECIPE)
