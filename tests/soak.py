@@ -19,7 +19,7 @@ class Meter(Silent):
     """A screen that looks at its own process."""
 
     def __init__(self, runs: Path) -> None:
-        self.samples: list[dict[str, Any]] = []
+        self.held: list[dict[str, Any]] = []
         self._process, self._runs = psutil.Process(), runs
 
     def step(self, report: StepReport) -> None:
@@ -35,11 +35,11 @@ class Meter(Silent):
                 "loss": report.loss,
                 "elapsed_s": report.elapsed_s,
             }
-            self.samples.append(held)
+            self.held.append(held)
 
 
 if __name__ == "__main__":
     recipe, out = map(Path, sys.argv[1:])
     meter = Meter(recipe.parent / "runs")
     educe.train(recipe, say=lambda line: None, screen=meter, hang_after_s=1000.0)
-    out.write_text(json.dumps(meter.samples))
+    out.write_text(json.dumps(meter.held))

@@ -1,4 +1,4 @@
-"""The batch scripts of docs/slurm.md, run as they are, with little scripts for `scontrol` and `srun` and an `educe` that only saves."""
+"""The batch scripts of docs/slurm.md, run as they are; `scontrol` and `srun` are little scripts, `educe` one that saves on signals."""
 
 from __future__ import annotations
 
