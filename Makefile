@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check bench crash zoo clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/educe quickstart --dir quickstart
@@ -26,6 +26,12 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python bench/cpu.py
+
+crash: $(VENV)/.dev
+	$(BIN)/python -m pytest -m crash -s
+
+zoo: $(VENV)/.dev
+	$(BIN)/python -m pytest -m zoo -s
 
 $(VENV)/.base: constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -16,11 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`slow` tests run only when asked for with -m."""
-    if "slow" not in (config.getoption("-m") or ""):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run by `make bench`"))
+    """`slow`, `crash` and `zoo` tests run only when asked for with -m."""
+    asked = config.getoption("-m") or ""
+    for mark, command in (("slow", "bench"), ("crash", "crash"), ("zoo", "zoo")):
+        for item in items if mark not in asked else ():
+            if item.get_closest_marker(mark) is not None:  # `keywords` has names of directories too
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: run by `make {command}`"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
-from educe.cli.durations import seconds  # noqa: E402
 from educe.config import Full  # noqa: E402
 from educe.errors import RunError, UsageError  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
@@ -282,14 +281,6 @@ def test_a_time_limit_saves_before_it_is_over_and_always_makes_a_step(place: Pat
     assert ends == [(TIME_LIMIT, 1), (TIME_LIMIT, 2), (TIME_LIMIT, 3)]
     run = educe.train(path, stop_after_s=600.0)
     assert same(final(run.path), final(straight))
-
-
-@pytest.mark.parametrize("text,expected", [("90s", 90), ("55m", 3300), ("1.5h", 5400), ("1h30m", 5400)])
-def test_times(text: str, expected: float) -> None:
-    assert seconds("--stop-after", text) == expected
-    for wrong in (f"{text}x", f"-{text}", text[:-1], ""):
-        with pytest.raises(UsageError):
-            seconds("--stop-after", wrong)
 
 
 # Writing beside the training

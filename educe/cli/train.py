@@ -21,19 +21,21 @@ from educe.errors import UsageError
 )
 @click.option("--stop-after", metavar="TIME", help="Save and end before this time is over, such as 55m; exit code 0.")
 @click.option("--allow", multiple=True, metavar="SETTING", help="Go on although this setting of the run has changed.")
-def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...]) -> None:
+@click.option("--hang-after", default="30m", show_default=True, help="A hang so long writes stacks and ends the run.")
+def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...], hang_after: str) -> None:
     """Train. Ctrl-C saves; the same command goes on. So does SIGTERM; SIGUSR1 saves and ends with 0."""
     from educe.config import load_recipe
     from educe.parallel.launch import launch, leads, stay_with_parent
 
-    stop_after_s = seconds("--stop-after", stop_after) if stop_after is not None else None
+    stop_after_s = seconds(stop_after, "--stop-after") if stop_after is not None else None
+    hang_after_s = seconds(hang_after, "--hang-after")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and devices not in (None, size):
         found = f"is {devices}, and the environment names {size} ranks."
         raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
     if size == 1 and devices is not None and devices > 1:
         load_recipe(recipe)  # a mistake in it is told once
-        words = ["train", str(recipe), "--devices", str(devices)]
+        words = ["train", str(recipe), "--devices", str(devices), "--hang-after", hang_after]
         words += ["--stop-after", stop_after] if stop_after is not None else []
         words += [word for field in allow for word in ("--allow", field)]
         raise SystemExit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
@@ -43,7 +45,15 @@ def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tupl
         from educe.recipes.run import train as run_train
 
         with TrainScreen() as screen:
-            run = run_train(recipe, say=say, screen=screen, devices=devices, stop_after_s=stop_after_s, allow=allow)
+            run = run_train(
+                recipe,
+                say=say,
+                screen=screen,
+                devices=devices,
+                stop_after_s=stop_after_s,
+                allow=allow,
+                hang_after_s=hang_after_s,
+            )
     if leads():
         click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")
 

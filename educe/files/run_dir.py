@@ -7,6 +7,7 @@ ledger.jsonl           what happened to every input row
 metrics.jsonl          one line a step, one a held-out measurement
 samples.jsonl          held-out prompts answered before, during and after training
 checkpoints/step-N/    atomic, with a manifest
+stacks/rank-N.txt      where a run hung that its watchdog ended
 answers/NAME.jsonl     stored answers, re-gradable
 scores.json            what they scored
 report.html            one page, no network
@@ -38,6 +39,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.stacks = path / "stacks"
         self.answers = path / "answers"
         self.scores = path / "scores.json"
         self.report = path / "report.html"

@@ -20,6 +20,8 @@ from typing import IO
 _EVERY_S = 0.1
 # Ranks that lost one of them, or were asked to end twice: time to end by themselves, then to end when asked again.
 _GRACE_S, _LAST_S = 1.0, 5.0
+# Exit codes of a rank that its watchdog ended: it hung, or it waited for one that did.
+HUNG, WAITED = 70, 71
 _PARENT = "EDUCE_PARENT"
 
 
@@ -34,12 +36,19 @@ def launch(words: Sequence[str], num_ranks: int, tell: Callable[[str], None]) ->
         ranks = [_Rank(words, r, environment) for r in range(num_ranks)]
         try:
             first = _watch(ranks, asked, tell)
+            silent = [rank for rank in ranks if rank.code is None]
         finally:
             _end(ranks)
     told = (first or ranks[0]).rest()
     code = first.code if first is not None else ranks[0].code
     assert code is not None
     tell(told)
+    if first is not None and first.code == WAITED:
+        for rank in silent:
+            tell(
+                f"Rank {rank.rank} did not end by itself: stopped or hung where it cannot say so, and is ended by force.\n"
+            )
+        code = HUNG
     if first is not None and code > 128 and not told:
         tell(
             f"Rank {first.rank} was ended by signal {code - 128} (9 is often for want of memory), and with it all others.\n"
@@ -121,6 +130,9 @@ def _watch(ranks: Sequence[_Rank], asked: list[int], tell: Callable[[str], None]
         failed = [rank for rank, code in zip(ranks, codes, strict=True) if code not in fine]
         if failed:
             time.sleep(_GRACE_S)  # a mistake of the user's ends all of them alike
+            until = time.monotonic() + _LAST_S  # a watchdog's last resort takes longer
+            while failed[0].code == WAITED and any(r.code is None for r in ranks) and time.monotonic() < until:
+                time.sleep(_EVERY_S)
             return min((rank for rank in ranks if rank.code), key=lambda rank: _blame(rank, rank in failed))
         if None not in codes:
             return None
@@ -135,9 +147,11 @@ def _watch(ranks: Sequence[_Rank], asked: list[int], tell: Callable[[str], None]
 
 
 def _blame(rank: _Rank, first: bool) -> tuple[int, int]:
-    """One that was killed before the others ended, one that said why, and last those whose connections broke."""
+    """One that was killed before the others ended, one that said why, and last those whose connections broke or that waited."""
     code = rank.code or 0
-    return 0 if code > 128 and first else 1 if code == 2 else 2 if first else 3, rank.rank
+    if code == WAITED:
+        return 4, rank.rank
+    return 0 if code > 128 and first else 1 if code in (2, HUNG) else 2 if first else 3, rank.rank
 
 
 def _end(ranks: Sequence[_Rank]) -> None:

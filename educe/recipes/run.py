@@ -177,22 +177,26 @@ def train(
     devices: int | None = None,
     stop_after_s: float | None = None,
     allow: Sequence[str] = (),
+    hang_after_s: float | None = None,
 ) -> Run:
     """Train, or go on with a run that was stopped; returns the run.
 
     Where the environment names several ranks (as torchrun does) each of them calls this; rank 0 speaks. `devices` says their number
     where somebody chose it: a run that began with another then goes on with this one. `stop_after_s`: save and raise
     `educe.recipes.stopping.Interrupted` so that all is written by then. `allow`: settings that may differ from those the run was
-    begun with.
+    begun with. With `hang_after_s` a run without a sign of life for so long writes its stacks and ends the whole process.
     """
     stop_at = time.monotonic() + stop_after_s if stop_after_s is not None else None
     need_torch()
     from educe.recipes.train import How
     from educe.recipes.train import train as run_train
+    from educe.training.watchdog import watched
 
     path = Path(recipe)
     loaded = load_recipe(path)
     shown = screen if screen is not None and leads() else Silent()
     how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
-    run = run_train(loaded, path.read_text(encoding="utf-8"), say if leads() else quiet, shown, how)
+    tells = say if leads() else quiet
+    with watched(hang_after_s, tells) as dog:
+        run = run_train(loaded, path.read_text(encoding="utf-8"), dog.hearing(tells), shown, how, dog)
     return Run(run.path)

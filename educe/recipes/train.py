@@ -33,6 +33,7 @@ from educe.training.checkpoint import load_checkpoint
 from educe.training.loop import train as run_loop
 from educe.training.saver import Kept, Saver
 from educe.training.state import State, StepReport
+from educe.training.watchdog import ASLEEP, Watchdog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +61,11 @@ class _Begun:
         return self.found is not None and bool(self.found[1]["finished"])
 
 
-def train(recipe: Recipe, text: str, say: Say, screen: Screen, how: How | None = None) -> RunDir:
+def train(recipe: Recipe, text: str, say: Say, screen: Screen, how: How, dog: Watchdog = ASLEEP) -> RunDir:
     """Run the recipe; `text` is the recipe as given. Every rank calls it.
 
     Raises `Interrupted` when a signal or the time ended it early, after saving.
     """
-    how = how or How()
     run = RunDir(recipe.run_path())
     prepared = prepare(recipe, say)
     if why := too_many_unused(recipe, prepared):
@@ -76,11 +76,12 @@ def train(recipe: Recipe, text: str, say: Say, screen: Screen, how: How | None =
     with run.lock() if world.leads else nullcontext():
         begun = _begin(recipe, run, prepared, facts, mixed, text, how, say, world) if world.leads else None
         begun = _shared(world, begun)
+        dog.guard(run.stacks, world.rank, world.size)  # the run is ours
         if begun.ends and begun.earlier["done"]:
             say(f"{run.path} is trained already ({begun.earlier['done']} steps): nothing to do")
         else:
             with told_of_memory("training"), deterministic(recipe.train.deterministic):
-                _train(recipe, run, prepared, facts, mixed, begun, how, say, screen, world)
+                _train(recipe, run, prepared, facts, mixed, begun, how, say, screen, world, dog)
     leave()
     return run
 
@@ -120,6 +121,7 @@ def _train(
     say: Say,
     screen: Screen,
     world: World,
+    dog: Watchdog,
 ) -> None:
     device = _device(recipe, begun.earlier, world)
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
@@ -165,6 +167,7 @@ def _train(
         packed=t.packed,
         ends=begun.ends,
         world=world,
+        dog=dog,
     )
     watch.begin()
     try:

@@ -25,6 +25,7 @@ from educe.training.patience import History, best_step, far_above, has_stalled
 from educe.training.saver import Saver
 from educe.training.sft import held_out_loss
 from educe.training.state import State, StepReport
+from educe.training.watchdog import ASLEEP, Watchdog
 from educe.types import Batch
 
 NUM_SAMPLES = 3
@@ -66,9 +67,11 @@ class Watch:
         packed: bool,
         ends: bool = False,
         world: World = ALONE,
+        dog: Watchdog = ASLEEP,
     ) -> None:
         self._recipe, self._run, self._state, self._plan, self._about = recipe, run, state, plan, about
         self._saver, self._screen, self._packed, self._world = saver, screen, packed, world
+        self._dog = dog
         self._metrics, self._samples = Journal(run.metrics, say), Journal(run.samples, say)
         self._dev, self._tasks = prepared.store("dev"), prepared.tasks
         self._history = [(int(step), float(loss)) for step, loss in history]
@@ -93,8 +96,16 @@ class Watch:
         if step == 0:
             self._answer()
             self._measure()
+        self._dog.beat(f"step {self._state.step + 1}")
 
     def on_step(self, state: State, report: StepReport) -> None:
+        self._dog.settle()
+        self._dog.heard()  # the screen shows steps in its own time
+        self._beside(report)
+        self._dog.beat(f"step {report.step + 1}" if report.step < self._plan.num_steps else "the end")
+
+    def _beside(self, report: StepReport) -> None:
+        self._dog.beat(f"what follows step {report.step}")
         line = asdict(report)
         del line["total_steps"], line["task_losses"]
         line |= self._of_tasks(report.task_losses)
@@ -169,6 +180,7 @@ class Watch:
 
     def save(self, *, done: bool = False, must: bool = False) -> None:
         """A checkpoint; `must`: written when this comes back."""
+        self._dog.beat(f"saving after step {self._state.step}")
         about = {**self._about, "held_out": [list(measured) for measured in self._history]}
         if done:
             about["weights_step"] = self.weights_step
@@ -198,12 +210,14 @@ class Watch:
         groups = plan_once(self._dev.lengths, capacity_tokens=capacity)
         mine = groups[self._world.rank :: self._world.size]
         for group in mine:
+            self._dog.beat(f"held-out loss after step {self._state.step}")
             yield build_batch([self._dev[i] for i in group])
         yield from even([], -(-len(groups) // self._world.size) - len(mine))
 
     def _answer(self) -> None:
         if not self._questions:
             return
+        self._dog.beat(f"sample answers after step {self._state.step}")
         prompts = [render_prompt(c.messages[:i], self._tokenizer, c.tools) for c, i in self._questions]
         model = self._state.model
         sampler = LocalSampler(model if model.sharded is None else Together(model, model.sharded), self._tokenizer)
