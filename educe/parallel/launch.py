@@ -43,6 +43,9 @@ def launch(words: Sequence[str], num_ranks: int, tell: Callable[[str], None]) ->
     code = first.code if first is not None else ranks[0].code
     assert code is not None
     tell(told)
+    for rank in ranks if code == HUNG else ():  # waiting on a GPU looks like hanging there: each says what it knows
+        if rank is not first and rank.code == HUNG:
+            tell(rank.rest())
     if first is not None and first.code == WAITED:
         for rank in silent:
             tell(
