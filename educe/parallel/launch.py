@@ -20,6 +20,7 @@ from typing import IO
 _EVERY_S = 0.1
 # Ranks that lost one of them, or were asked to end twice: time to end by themselves, then to end when asked again.
 _GRACE_S, _LAST_S = 1.0, 5.0
+_UNNOTICED_S = 2.0  # a large process takes a while to be gone
 # Exit codes of a rank that its watchdog ended: it hung, or it waited for one that did.
 HUNG, WAITED = 70, 71
 _PARENT = "EDUCE_PARENT"
@@ -43,6 +44,9 @@ def launch(words: Sequence[str], num_ranks: int, tell: Callable[[str], None]) ->
     code = first.code if first is not None else ranks[0].code
     assert code is not None
     tell(told)
+    for rank in ranks if code == HUNG else ():  # waiting on a GPU looks like hanging there: each says what it knows
+        if rank is not first and rank.code == HUNG:
+            tell(rank.rest())
     if first is not None and first.code == WAITED:
         for rank in silent:
             tell(
@@ -76,8 +80,8 @@ class _Rank:
 
     def __init__(self, words: Sequence[str], rank: int, environment: dict[str, str]) -> None:
         self.rank = rank
-        self._lines: list[str] = []
-        self._told = self._old = 0
+        self._lines: list[tuple[float, str]] = []
+        self._told = 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "educe", *words],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -93,7 +97,7 @@ class _Rank:
 
     def _read(self, stderr: IO[str]) -> None:
         for line in stderr:
-            self._lines.append(line)
+            self._lines.append((time.monotonic(), line))
 
     @property
     def code(self) -> int | None:
@@ -110,15 +114,17 @@ class _Rank:
             (self._process.kill if force else self._process.terminate)()
 
     def older(self) -> str:
-        """New lines, but none since the last call: none that mourns a rank whose end is not noticed yet."""
-        told, self._told, self._old = self._lines[self._told : self._old], self._old, len(self._lines)
-        return "".join(told)
+        """New lines, but none of the last seconds: none that mourns a rank, or itself, whose end is not noticed yet."""
+        first, until = self._told, time.monotonic() - _UNNOTICED_S
+        while self._told < len(self._lines) and self._lines[self._told][0] < until:
+            self._told += 1
+        return "".join(line for _, line in self._lines[first : self._told])
 
     def rest(self) -> str:
         """All lines not given yet, when it has ended."""
         self._reader.join(_LAST_S)
         told, self._told = self._lines[self._told :], len(self._lines)
-        return "".join(told)
+        return "".join(line for _, line in told)
 
 
 def _watch(ranks: Sequence[_Rank], asked: list[int], tell: Callable[[str], None]) -> _Rank | None:

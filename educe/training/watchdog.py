@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from educe.files.atomic import told
 from educe.parallel.launch import HUNG, WAITED
 
@@ -165,7 +167,8 @@ class Watchdog:
         if self._closed:
             return
         self._dismiss()
-        state = "waits for another rank" if waits else "hung"
+        on_gpu = self._num_ranks > 1 and torch.cuda.is_initialized()  # there, it may be the exchange with others
+        state = "waits for another rank" if waits else f"hung{' or waits for another rank' if on_gpu else ''}"
         words = f"{self._who} {state} in {self._what}: no sign of life for {lasted(waited_s)}. {self._advice()}\n"
 
         def tell() -> None:
