@@ -16,11 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`slow` tests run only when asked for with -m."""
-    if "slow" not in (config.getoption("-m") or ""):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run by `make bench`"))
+    """`slow` and `crash` tests run only when asked for with -m."""
+    for mark, command in (("slow", "make bench"), ("crash", "pytest -m crash -s")):
+        if mark not in (config.getoption("-m") or ""):
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=f"{mark}: run by `{command}`"))
 
 
 @pytest.fixture(scope="session")
