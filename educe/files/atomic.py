@@ -6,16 +6,18 @@ import contextlib
 import errno
 import json
 import os
+import platform
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from educe.errors import MachineError, UsageError
-from educe.files.hashes import hash_file, hash_json
+from educe.files.hashes import hash_bytes, hash_file, hash_json
 
 MANIFEST = "manifest.json"
 _SELF = "manifest_sha256"
@@ -30,6 +32,16 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, each flushed into the one that holds it: what is written there later is found after
+    a power cut."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -57,7 +69,7 @@ def _full(path: Path) -> MachineError:
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically."""
     with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             part.write_bytes(text.encode("utf-8"))
@@ -100,8 +112,8 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
     with told(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+        make_directory(path.parent)
+        part, old = (path.with_name(f".{path.name}.{_here()}.{os.getpid()}.{end}") for end in ("part", "old"))
         shutil.rmtree(part, ignore_errors=True)
         _remove_left_over(path)
         part.mkdir()
@@ -129,14 +141,30 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
             raise
 
 
+def _here() -> str:
+    """Names what process numbers count within: this machine, or this container on it."""
+    space = Path("/proc/self/ns/pid")
+    return hash_bytes(f"{platform.node()} {space.readlink() if space.is_symlink() else ''}".encode())[:8]
+
+
 def _remove_left_over(path: Path) -> None:
-    """Unfinished places of processes that were killed: the process is gone, and nobody wrote there for an hour (another machine
-    may write to the same disk)."""
+    """Unfinished places of processes that were killed. Another machine may write to the same disk: what was not left here goes
+    when nobody wrote there for an hour."""
     for left in path.parent.glob(f".{path.name}.*.part"):
-        owner = left.name.split(".")[-2]
+        where, owner = left.name.split(".")[-3:-1]
+        if not owner.isdigit() or psutil.pid_exists(int(owner)):
+            continue
         newest = max((p.stat().st_mtime for p in (left, *left.rglob("*"))), default=0.0)
-        if owner.isdigit() and not psutil.pid_exists(int(owner)) and time.time() - newest > 3600:
+        if where == _here() or time.time() - newest > 3600:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def clear_left_over(place: Path, names: Iterable[str] = ("*",)) -> None:
+    """Remove what killed processes left unfinished of `names` in a place where only the caller writes now (it holds a lock)."""
+    for name in names:
+        for left in place.glob(f".{name}.*"):
+            if re.search(r"\.\d+\.(part|old)$", left.name):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> dict[str, Any] | str:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from educe.errors import DataError, Refusal
+from educe.files.atomic import sync
 
 MAX_DEPTH = 100
 MAX_LINE_BYTES = 10**9
@@ -191,7 +192,10 @@ def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]
     with part.open("w", encoding="utf-8", newline="\n") as f:
         for row in rows:
             f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
     part.replace(path)
+    sync(path.parent)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

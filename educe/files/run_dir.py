@@ -21,9 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import RunError
-from educe.files.atomic import told
+from educe.files.atomic import clear_left_over, make_directory, told
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import take
+
+# Files of a run that nothing but training writes.
+_OF_TRAINING = (
+    *("recipe.yaml", "recipe.resolved.json", "provenance.json", "preview.json"),
+    *("ledger.jsonl", "metrics.jsonl", "samples.jsonl"),
+)
 
 
 class RunDir:
@@ -57,13 +63,16 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Only one process may train in a run. The lock dies with its process, however that ends."""
         with told(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             handle = (self.path / ".lock").open("a+b")
         try:
             if not take(handle.fileno()):
                 raise RunError(
                     202, str(self.path), "another process is training here.", "Wait for it, or stop it first."
                 )
+            with told(self.path):
+                clear_left_over(self.path, _OF_TRAINING)
+                clear_left_over(self.checkpoints)
             yield
         finally:
             handle.close()

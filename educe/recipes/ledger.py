@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 import orjson
 
 from educe.errors import RunError, UsageError
+from educe.files.atomic import sync
 from educe.files.run_dir import RunDir
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
@@ -65,7 +67,7 @@ def write_ledger(path: Path, prepared: Prepared, mixed: Mixed) -> None:
     # A row of several examples is trained if one of them is; it is drawn as often as the one drawn most.
     draws_R = np.zeros(last, np.int64)
     np.maximum.at(draws_R, np.asarray(store.rows), mixed.draws_N)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as out, (prepared.path / "ledger.jsonl").open("rb") as lines:
         for n, raw in enumerate(lines):
             line = orjson.loads(raw)
@@ -73,7 +75,9 @@ def write_ledger(path: Path, prepared: Prepared, mixed: Mixed) -> None:
             if line["status"] == "train" and not drawn:
                 line["status"] = "not drawn"
             out.write(orjson.dumps({**line, "draws": drawn}, option=orjson.OPT_APPEND_NEWLINE))
+    sync(part)
     part.replace(path)
+    sync(path.parent)
 
 
 def ledger_lines(run: RunDir, wanted: Wanted | None = None) -> Iterator[dict[str, Any]]:

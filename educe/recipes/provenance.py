@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,11 +93,10 @@ def claim(
                 201, str(run.path), found + more, "Give the recipe another `name:`, or delete that directory."
             )
     with told(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe, text)
         write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
         write_ledger(run.ledger, prepared, mixed)
-        shutil.copyfile(prepared.path / "preview.json", run.path / "preview.json")
+        write_text(run.path / "preview.json", (prepared.path / "preview.json").read_text(encoding="utf-8"))
     return newest_checkpoint(run.checkpoints, say)
 
 

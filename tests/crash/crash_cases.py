@@ -108,8 +108,8 @@ def end_of(place: Path) -> End | str:
     """What is left in the place after a run that ended well, or why that cannot be said."""
     run = place / "runs" / "run"
     found = sorted((run / "checkpoints").glob("step-*"))
-    if len(found) != 1:
-        return f"{[p.name for p in found]} are left, not one checkpoint"
+    if not found:
+        return "no checkpoint is left"
     notes = [json.loads(line) for line in Path(f"{place}.seen").read_text(encoding="utf-8").splitlines()]
     rows: dict[str, str] = {}
     for kind, rank, step, digest in notes:
@@ -120,7 +120,7 @@ def end_of(place: Path) -> End | str:
     kept = ("plan_sha256", "steps", "steps_done", "weights_step", "trainable_parameters", "packed", "ranks")
     lines = [x for f in ("metrics", "samples") for x in read_jsonl(run / f"{f}.jsonl")]
     return End(
-        weights=hashlib.sha256((found[0] / "weights.safetensors").read_bytes()).hexdigest(),
+        weights=hashlib.sha256((found[-1] / "weights.safetensors").read_bytes()).hexdigest(),
         optimizer={str(n[1]): n[3] for n in notes if n[0] == "optimizer"},
         rows=dict(sorted(rows.items())),
         story=[{k: v for k, v in x.items() if k not in CLOCK} for x in lines],
@@ -172,7 +172,12 @@ def make_base(home: Path, model: Path, variant: str) -> Base:
     assert again.differs(end) == []
     number = len(Path(f"{short}.trace").read_text(encoding="utf-8").splitlines())
     return Base(
-        home=home, end=end, bare=bare, prepared=prepared, num_events={"bare": len(trace), "prepared": number}, trace=trace
+        home=home,
+        end=end,
+        bare=bare,
+        prepared=prepared,
+        num_events={"bare": len(trace), "prepared": number},
+        trace=trace,
     )
 
 

@@ -20,6 +20,7 @@ import builtins
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -44,6 +45,11 @@ CHANGES = {
     "os.link": ((1, 3),),
     "os.symlink": ((1, 2),),
 }
+# What a run imports, on its way if not here.
+LOADED = (
+    *("educe.cli.main", "educe.cli.screens", "educe.recipes.run", "educe.recipes.train", "safetensors.torch"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+)
 # What cannot fail because a disk is full.
 MAKES_ROOM = {"os.remove", "os.rmdir"}
 
@@ -101,9 +107,7 @@ class Events:
 
             def write(self, data: Any) -> int:
                 view = memoryview(data).cast("B")
-                events.seen(
-                    "write", [_of(self.fileno())], lambda: super(Raw, self).write(view[: len(view) // 2])
-                )
+                events.seen("write", [_of(self.fileno())], lambda: super(Raw, self).write(view[: len(view) // 2]))
                 return super().write(data)
 
         def opened(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
@@ -129,13 +133,13 @@ class Events:
 
 
 def _full(path: Any, fd: Any) -> str:
-    base = _of(fd) if isinstance(fd, int) and fd >= 0 else os.getcwd()
-    return os.path.normpath(os.path.join(base, os.fsdecode(path)))
+    base = Path(_of(fd)) if isinstance(fd, int) and fd >= 0 else Path.cwd()
+    return os.path.normpath(base / os.fsdecode(path))
 
 
 def _of(fd: int) -> str:
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
         return ""
 
@@ -217,7 +221,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "1"}
+        world = {
+            "WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "LOCAL_WORLD_SIZE": "1",
+        }
     pids: dict[int, int] = {}
     for rank in range(number):
         pid = os.fork()
@@ -251,14 +260,8 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import educe.cli.main
-    import educe.cli.screens
-    import educe.parallel.launch
-    import educe.recipes.run
-    import educe.recipes.train
-    import safetensors.torch
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
+    for name in LOADED:
+        importlib.import_module(name)
     from educe.recipes.machine import chosen_device
 
     chosen_device("cpu", "float32")  # times a product: once is enough

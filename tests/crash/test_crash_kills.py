@@ -50,7 +50,9 @@ def test_killed_at_every_event(last: Base, best: Base) -> None:
 def some_deaths(numbers: random.Random, num_events: int) -> list[dict[str, Any]]:
     """Two or three ends of a run: at an event, most often, or after some time."""
     return [
-        {"kill_after": numbers.uniform(0.05, 1.2)} if numbers.random() < 0.3 else {"kill_at": numbers.randint(1, num_events)}
+        {"kill_after": numbers.uniform(0.05, 1.2)}
+        if numbers.random() < 0.3
+        else {"kill_at": numbers.randint(1, num_events)}
         for _ in range(2 + (numbers.random() < 0.3))
     ]
 
@@ -75,7 +77,9 @@ def test_killed_again_and_again(last: Base, best: Base) -> None:
 
 
 @pytest.mark.crash
-def test_one_of_two_ranks_killed_or_both(tmp_path_factory: pytest.TempPathFactory, last: Base, tiny_model: Path) -> None:
+def test_one_of_two_ranks_killed_or_both(
+    tmp_path_factory: pytest.TempPathFactory, last: Base, tiny_model: Path
+) -> None:
     """Over gloo; a rank that lost the other one is ended by who started it, as `--devices` and torchrun do."""
     from crash_cases import End, end_of, server
 
