@@ -132,9 +132,10 @@ def end_of(place: Path) -> End | str:
 
 
 def files_of(place: Path) -> list[str]:
-    """Names of all files but locks and damaged checkpoints that were moved aside; the number of a process is left out."""
-    below = [p for top in ("runs", "cache") for p in (place / top).rglob("*") if p.is_file()]
-    names = [p.relative_to(place).as_posix() for p in below if "damaged-" not in str(p) and p.parent.name != "locks"]
+    """Names of all files but damaged checkpoints that were moved aside, of the cache only what is not finished; the number of a
+    process is left out."""
+    below = [p for p in (place / "runs").rglob("*") if p.is_file() and "damaged-" not in str(p)]
+    names = [p.relative_to(place).as_posix() for p in [*below, *(place / "cache").rglob(".*")]]
     return sorted(re.sub(r"\.\d+\.", ".PID.", name) for name in names)
 
 

@@ -69,7 +69,7 @@ class Events:
     def seen(self, kind: str, paths: list[str], torn: Any = None, *, changes: bool = True) -> None:
         """One event is about to happen. `torn()`: does half of it."""
         with self.lock:
-            if not paths or not all(p.startswith(self.place) for p in paths):
+            if not paths or not all(f"{p}/".startswith(self.place) for p in paths):
                 return
             same = kind == "write" and paths[0] == self.written
             self.written = paths[0] if kind == "write" else ""
@@ -264,6 +264,9 @@ def serve() -> None:
         importlib.import_module(name)
     from educe.recipes.machine import chosen_device
 
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, a third of a small run
     chosen_device("cpu", "float32")  # times a product: once is enough
 
     for line in sys.stdin:
