@@ -62,33 +62,38 @@ class Events:
         self.kill_at = job.get("kill_at", 0)
         self.first, self.times, self.errno = job.get("fail") or (0, 0, 0)
         self.trace: list[list[Any]] = []
+        self.begun = False  # a write was cut short: its rest fails
         self.written = ""  # more writes to the same file are the same event
         self.count = self.able = 0
         self.lock = threading.RLock()
 
-    def seen(self, kind: str, paths: list[str], torn: Any = None, *, changes: bool = True) -> None:
-        """One event is about to happen. `torn()`: does half of it."""
+    def seen(self, kind: str, paths: list[str], half: Any = None, *, changes: bool = True) -> int | None:
+        """One event is about to happen. `half()`: does half of it, which is what a full disk does before it says so: its result."""
         with self.lock:
             if not paths or not all(f"{p}/".startswith(self.place) for p in paths):
-                return
+                return None
             same = kind == "write" and paths[0] == self.written
             self.written = paths[0] if kind == "write" else ""
-            if same:
-                return
+            failing = self.first <= self.able < self.first + self.times
+            if same and not failing:
+                return None
             self.trace.append([kind, *paths, changes])
             self.count += 1
             if self.count == self.kill_at:
-                if torn is not None:
-                    torn()
+                if half is not None:
+                    half()
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)  # other threads must not go on until the signal is here
             if kind in MAKES_ROOM and self.errno not in (errno.EIO, errno.EROFS):
-                return
-            self.able += 1
+                return None
+            self.able += not self.begun
             if self.first <= self.able < self.first + self.times:
-                if torn is not None:
-                    torn()
+                if half is not None and not self.begun and self.errno in (errno.ENOSPC, errno.EDQUOT):
+                    self.begun = True
+                    return int(half())
+                self.begun = False
                 raise OSError(self.errno, os.strerror(self.errno), paths[0])
+            return None
 
     def audit(self, name: str, args: tuple[Any, ...]) -> None:
         if name == "open":
@@ -107,8 +112,9 @@ class Events:
 
             def write(self, data: Any) -> int:
                 view = memoryview(data).cast("B")
-                events.seen("write", [_of(self.fileno())], lambda: super(Raw, self).write(view[: len(view) // 2]))
-                return super().write(data)
+                put = super().write
+                done = events.seen("write", [_of(self.fileno())], lambda: put(view[: len(view) // 2]))
+                return put(data) if done is None else done
 
         def opened(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any) -> Any:
             if isinstance(file, int) or not set(mode) & set("wax+") or "+" in mode:
@@ -263,7 +269,6 @@ def serve() -> None:
     for name in LOADED:
         importlib.import_module(name)
     from educe.recipes.machine import chosen_device
-
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, a third of a small run

@@ -52,14 +52,6 @@ def num_able(base: Base) -> int:
     return sum(e[0] not in ("os.remove", "os.rmdir") for e in base.trace)
 
 
-def test_some_writes_fail(last: Base) -> None:
-    number = num_able(last)
-    points = [number // 3, number // 2, 2 * number // 3, number - 8]
-    tell(
-        "failing writes", len(points), at_writes(last, points, "bare"), "gone on or stopped cleanly, then the same bits"
-    )
-
-
 @pytest.mark.crash
 def test_every_write_fails(last: Base) -> None:
     points = list(range(1, num_able(last) + 1))

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from crash_cases import Base, broken_off, copied, make_base, tell  # noqa: E402
-
-NUM_SOME = 12
+from crash_cases import Base, End, broken_off, copied, end_of, make_base, server, tell  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +26,6 @@ def killed_at(base: Base, points: list[int], start: str) -> dict[str, list[str]]
     """What is wrong, by the event that the run was killed at."""
     found = {k: broken_off(base, base.case(f"kill-{start}-{k}", start), [{"kill_at": k}]) for k in points}
     return {f"event {k} of {start} ({base.trace[k - 1] if start == 'bare' else ''})": w for k, w in found.items() if w}
-
-
-def test_killed_at_some_events(last: Base) -> None:
-    number = last.num_events["bare"]
-    points = [1 + round((number - 1) * i / (NUM_SOME - 1)) for i in range(NUM_SOME)]
-    tell("kill points", len(points), killed_at(last, points, "bare"), "resumed to the same bits")
 
 
 @pytest.mark.crash
@@ -67,10 +59,6 @@ def killed_often(bases: list[Base], number: int, seed: int) -> dict[str, list[st
     return wrong
 
 
-def test_killed_again_while_it_goes_on(last: Base) -> None:
-    tell("double kills", 3, killed_often([last], 3, 5), "resumed to the same bits")
-
-
 @pytest.mark.crash
 def test_killed_again_and_again(last: Base, best: Base) -> None:
     tell("double and triple kills", 200, killed_often([last, best], 200, 7), "resumed to the same bits")
@@ -81,8 +69,6 @@ def test_one_of_two_ranks_killed_or_both(
     tmp_path_factory: pytest.TempPathFactory, last: Base, tiny_model: Path
 ) -> None:
     """Over gloo; a rank that lost the other one is ended by who started it, as `--devices` and torchrun do."""
-    from crash_cases import End, end_of, server
-
     home = tmp_path_factory.mktemp("ranks")
     straight = copied(last.prepared, home / "straight")
     code, said = server().run(straight, ranks=2)

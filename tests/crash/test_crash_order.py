@@ -9,11 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-torch = pytest.importorskip("torch")
-from crash_cases import Base, make_base  # noqa: E402
-
 
 def unsafe(trace: list[list[Any]]) -> list[str]:
     """What is wrong with the order of a trace's events: what a rename moves is flushed before, its place after, and so is
@@ -69,14 +64,6 @@ def late(trace: list[list[Any]]) -> list[str]:
     return wrong
 
 
-def test_a_power_cut_loses_nothing(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> None:
-    base: Base = make_base(tmp_path_factory.mktemp("order"), tiny_model, "last")
-    renames = sum(e[0] == "os.rename" for e in base.trace)
-    wrong = sorted({*unsafe(base.trace), *late(base.trace)})
-    print(f"\norder of calls: {renames} renames, {len(wrong)} unsafe")
-    assert not wrong, "\n".join(wrong)
-
-
 def test_what_is_out_of_order_is_found() -> None:
     good = [
         ["open", "/r/.a.1.part", True], ["write", "/r/.a.1.part", True], ["fsync", "/r/.a.1.part", True],
@@ -92,4 +79,4 @@ def test_what_is_out_of_order_is_found() -> None:
     end = [["os.rename", "/r/.d.1.part", "/r/d", True], ["fsync", "/r", True]]
     assert any(".part is not flushed" in w for w in unsafe(inside + end))
     assert unsafe([*inside, ["fsync", "/r/.d.1.part", True], *end]) == []
-    assert late([["os.mkdir", "/r", True], *good]) == ["4: /r/a is renamed, and /r may be lost"]
+    assert late([["os.mkdir", "/r", True], *good]) == ["5: /r/a is renamed, and /r may be lost"]
