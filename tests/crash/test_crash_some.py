@@ -1,4 +1,4 @@
-"""A few of the crash tests, of every kind; `pytest -m crash -s tests/crash` does all. One file, so that they share a server and a run."""
+"""A few crash tests of every kind, in one file so that they share a server and a run; `pytest -m crash -s tests/crash` does all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from crash_cases import Base, make_base, tell  # noqa: E402
-
 from test_crash_damage import PLAIN, add_garbage, checkpoints, empty, flips, halve, of_checkpoint, of_other, stop  # noqa: E402
 from test_crash_faults import at_writes, num_able  # noqa: E402
 from test_crash_kills import killed_at, killed_often  # noqa: E402
