@@ -359,10 +359,10 @@ def test_a_place_that_killed_processes_left_is_swept(place: Path, begun: Path) -
     run = place / "runs" / "swept"
     shutil.copytree(begun, run)
     newest = max((run / "checkpoints").iterdir())
-    (run / "checkpoints" / ".step-000006.99999.part").mkdir()
-    (run / "checkpoints" / ".step-000006.99999.part" / "weights.safetensors").write_bytes(b"half")
-    newest.rename(newest.with_name(f".{newest.name}.99999.old"))  # killed between two renames
-    (run / ".metrics.jsonl.99999.part").write_bytes(b"half")
+    (run / "checkpoints" / ".step-000006.abc.99999.part").mkdir()
+    (run / "checkpoints" / ".step-000006.abc.99999.part" / "weights.safetensors").write_bytes(b"half")
+    newest.rename(newest.with_name(f".{newest.name}.abc.99999.old"))  # killed between two renames
+    (run / ".metrics.jsonl.abc.99999.part").write_bytes(b"half")
     assert educe.train(recipe(place, "swept", **LITTLE)).finished
     assert [p.name for p in run.rglob(".*") if p.name != ".lock"] == []
     assert Run(run).finished

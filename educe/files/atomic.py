@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 
 from educe.errors import MachineError, UsageError
-from educe.files.hashes import hash_file, hash_json
+from educe.files.hashes import hash_bytes, hash_file, hash_json
 
 MANIFEST = "manifest.json"
 _SELF = "manifest_sha256"
@@ -30,6 +31,16 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, each flushed into the one that holds it: what is written there later is found after
+    a power cut."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -58,7 +69,7 @@ def _full(path: Path) -> MachineError:
 def replacing(path: Path) -> Iterator[Path]:
     """A place to write a file's new content to; it takes the file's name when the block ends well, flushed before and after."""
     with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         part = _beside(path, "part")
         try:
             yield part
@@ -115,7 +126,7 @@ def begin(path: Path) -> Path:
     with told(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         _remove_left_over(path)
         part = _beside(path, "part")
         shutil.rmtree(part, ignore_errors=True)
@@ -165,13 +176,13 @@ def remove(path: Path) -> None:
 def recover(place: Path) -> None:
     """What processes that were killed left in `place`, where no other may write now: unfinished files and directories are deleted,
     one that had been moved aside for a new one that never came gets its name back."""
-    for left in sorted(place.glob(".*.*.old")):
-        path = left.with_name(left.name[1:].rsplit(".", 2)[0])
+    for left in sorted(place.glob(".*.*.*.old")):
+        path = left.with_name(left.name[1:].rsplit(".", 3)[0])
         if path.exists():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.replace(path)
-    for left in place.glob(".*.*.part"):
+    for left in place.glob(".*.*.*.part"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -179,16 +190,24 @@ def recover(place: Path) -> None:
 
 
 def _beside(path: Path, end: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+    return path.with_name(f".{path.name}.{_here()}.{os.getpid()}.{end}")
+
+
+def _here() -> str:
+    """Names what process numbers count within: this machine, or this container on it."""
+    space = Path("/proc/self/ns/pid")
+    return hash_bytes(f"{platform.node()} {space.readlink() if space.is_symlink() else ''}".encode())[:8]
 
 
 def _remove_left_over(path: Path) -> None:
-    """Unfinished places of processes that were killed: the process is gone, and nobody wrote there for an hour (another machine
-    may write to the same disk)."""
+    """Unfinished places of processes that were killed. Another machine may write to the same disk: what was not left here goes
+    when nobody wrote there for an hour."""
     for left in path.parent.glob(f".{path.name}.*.part"):
-        owner = left.name.split(".")[-2]
+        where, owner = left.name.split(".")[-3:-1]
+        if not owner.isdigit() or psutil.pid_exists(int(owner)):
+            continue
         newest = max((p.stat().st_mtime for p in (left, *left.rglob("*"))), default=0.0)
-        if owner.isdigit() and not psutil.pid_exists(int(owner)) and time.time() - newest > 3600:
+        if where == _here() or time.time() - newest > 3600:
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from educe.errors import DataError, Refusal
+from educe.errors import DataError, Refusal, RunError
 from educe.files.atomic import replacing
 
 MAX_DEPTH = 100
@@ -193,15 +193,22 @@ def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that educe wrote. A torn last line (a run that was killed while writing) is left out."""
+    """Rows of a file that educe wrote. A torn last line (a run that was killed while writing) is left out.
+
+    Raises `RunError` for any other line that is no object.
+    """
     rows: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines):
         if not line:
             continue
         try:
-            rows.append(json.loads(line.decode("utf-8")))
+            row = json.loads(line.decode("utf-8"))
         except ValueError:  # not JSON, or cut inside a character
-            if number != len(lines) - 1:
-                raise
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number != len(lines) - 1:
+            fix = "Delete that line, or the file, and run the same command again."
+            raise RunError(2, f"{path}:{number + 1}", "is damaged: not a JSON object.", fix)
     return rows

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import RunError
-from educe.files.atomic import told
+from educe.files.atomic import make_directory, told
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import take
 
@@ -59,7 +59,7 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Only one process may train in a run. The lock dies with its process, however that ends."""
         with told(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             handle = (self.path / ".lock").open("a+b")
         try:
             if not take(handle.fileno()):

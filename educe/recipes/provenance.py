@@ -121,7 +121,12 @@ def finished(
 
     `weights_step`: the step whose weights the run keeps; `checkpoints_s`: seconds that checkpoints held up the last process.
     """
-    steps = [line for line in read_jsonl(run.metrics) if line["kind"] == "step"]
+    needed = {
+        "tokens",
+        "tokens_per_s",
+        "peak_memory_bytes",
+    }  # what a damaged disk made of a line must not end a trained run
+    steps = [line for line in read_jsonl(run.metrics) if line.get("kind") == "step" and needed <= line.keys()]
     training_s = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
     return {
         **provenance,
@@ -130,8 +135,8 @@ def finished(
         "weights_step": weights_step,
         "training_s": training_s,
         "checkpoints_s": checkpoints_s,
-        "tokens_per_s": sum(line["tokens"] for line in steps) / training_s,
-        "peak_memory_bytes": max(int(line["peak_memory_bytes"]) for line in steps),
+        "tokens_per_s": sum(line["tokens"] for line in steps) / training_s if steps else 0.0,
+        "peak_memory_bytes": max((int(line["peak_memory_bytes"]) for line in steps), default=0),
     }
 
 

@@ -97,8 +97,6 @@ def take(
     changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)] if old else []
     if changed and not run.checkpoints.is_dir():
         say(f"{run.path} was begun with other settings ({changed[0]}) and holds no checkpoint: beginning anew")
-    with told(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
     write_text(run.recipe, text)
     write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
     write_ledger(run.ledger, prepared, mixed)
