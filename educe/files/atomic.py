@@ -170,6 +170,7 @@ def remove(path: Path) -> None:
     gone = _beside(path, "part")
     shutil.rmtree(gone, ignore_errors=True)
     path.replace(gone)
+    sync(path.parent)
     shutil.rmtree(gone, ignore_errors=True)
 
 

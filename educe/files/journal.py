@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 from educe.files.atomic import sync, told, write_text
-from educe.files.jsonl import read_jsonl
 
 
 class Journal:
@@ -21,12 +20,13 @@ class Journal:
         self._waiting: list[bytes] = []
         self._told = False
 
-    def begin(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep those lines that earlier processes wrote and that `keep` says yes to. Lines that a dying machine damaged are left
-        out, and said."""
-        lines, damaged = _readable(self.file)
+    def begin(self, keep: Callable[[dict[str, Any]], bool], *, keys: Set[str]) -> None:
+        """Keep those lines that earlier processes wrote and that `keep` says yes to. Lines that a dying machine damaged, or without
+        one of `keys`, are left out, and said."""
+        lines, damaged = _readable(self.file, keys)
         if damaged:
-            self._say(f"{self.file.name}: {damaged} damaged lines are left out")
+            what = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
+            self._say(f"warning: {self.file.name}: {what} left out; the run's history has a gap there")
         kept = [_line(line) for line in lines if keep(line)]
         write_text(self.file, b"".join(kept).decode())
 
@@ -72,19 +72,15 @@ def _line(line: dict[str, Any]) -> bytes:
     return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _readable(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a file, and how many are none. The last one may be torn: its process was killed."""
-    if not file.is_file():
-        return [], 0
-    try:
-        return read_jsonl(file), 0
-    except ValueError:
-        lines, damaged = [], 0
-    for raw in file.read_bytes().split(b"\n"):
+def _readable(file: Path, keys: Set[str]) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a file, and how many are none. The last one may be torn, then its process was killed: that is no damage."""
+    lines: list[dict[str, Any]] = []
+    *whole, _torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    for raw in whole:
         try:
-            line = json.loads(raw.decode("utf-8")) if raw else None
+            line = json.loads(raw.decode("utf-8"))
         except ValueError:
-            line, damaged = None, damaged + 1
-        if isinstance(line, dict):
+            continue
+        if isinstance(line, dict) and keys <= line.keys():
             lines.append(line)
-    return lines, damaged
+    return lines, len(whole) - len(lines)

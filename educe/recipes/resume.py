@@ -29,10 +29,9 @@ _DERIVED = ("prepared",)
 
 def last_of(run: RunDir, say: Say) -> Found | None:
     """The newest good checkpoint, after what killed processes left behind is swept away. Only under the run's lock."""
-    if run.checkpoints.is_dir():
-        with told(run.checkpoints):
-            recover(run.path)
-            recover(run.checkpoints)
+    with told(run.path):
+        recover(run.path)
+        recover(run.checkpoints)
     return newest_checkpoint(run.checkpoints, say)
 
 

@@ -31,7 +31,7 @@ from educe.recipes.trainee import Trainee, loop_config, trainee
 from educe.recipes.watch import Screen, Watch
 from educe.training.checkpoint import load_checkpoint
 from educe.training.loop import train as run_loop
-from educe.training.saver import Kept, Saver
+from educe.training.saver import Kept, Saver, prune
 from educe.training.state import State, StepReport
 from educe.training.watchdog import ASLEEP, Watchdog
 
@@ -107,6 +107,8 @@ def _begin(
     earlier = how_of(run, found, settings)
     take(run, recipe, settings, text, prepared, mixed, say)
     earlier["done"] = steps_done(run)
+    if found is not None and found[1]["finished"]:  # it may have been killed before it had deleted the others
+        prune(run.checkpoints, Kept(newest=1, every=recipe.train.keep_every_steps))
     return _Begun(settings=settings, found=found, earlier=earlier, changes=[*earlier.get("changes", []), *changes])
 
 

@@ -89,10 +89,11 @@ class Watch:
         step, measured = self._state.step, dict(self._history)
         if self._world.leads:  # a run that begins again measures step 0 again; one that was killed at its end, the end
             self._metrics.begin(
-                lambda line: line["step"] <= step > 0 and not (line["kind"] == "dev" and line["step"] not in measured)
+                lambda line: line["step"] <= step > 0 and not (line["kind"] == "dev" and line["step"] not in measured),
+                keys={"step", "kind"},
             )
             last = step if self._ends else step + 1
-            self._samples.begin(lambda line: line["step"] < last and step > 0)
+            self._samples.begin(lambda line: line["step"] < last and step > 0, keys={"step"})
         if step == 0:
             self._answer()
             self._measure()

@@ -37,6 +37,14 @@ class Kept:
     every: int | None = None
 
 
+def prune(place: Path, kept: Kept, *, best: int | None = None) -> None:
+    """Delete the checkpoints that need not stay."""
+    for old in newest_first(place)[kept.newest :]:
+        if step_of(old) != best and not (kept.every and step_of(old) % kept.every == 0):
+            with contextlib.suppress(OSError):  # one too many does no harm; a disk that refuses is told of the next one
+                remove(old)
+
+
 class Saver:
     """Writes a run's checkpoints to `place`, one at a time. All ranks call it, rank 0 writes: the same files whatever their number.
 
@@ -148,12 +156,7 @@ class Saver:
                     write_safetensors(part / name, group)
             finish(part, target, about)
             self.longest_s = max(self.longest_s, time.monotonic() - began)
-            for old in newest_first(self._place)[keep:]:
-                if step_of(old) != best and not (self._kept.every and step_of(old) % self._kept.every == 0):
-                    with contextlib.suppress(
-                        OSError
-                    ):  # one too many does no harm; a disk that refuses is told of the next one
-                        remove(old)
+            prune(self._place, Kept(newest=keep, every=self._kept.every), best=best)
             self._failures = 0
         except Exception as e:  # told by the thread that trains
             self._fail(e, part, target)
