@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from educe import __version__
+from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
 from educe.errors import EduceError, UsageError
 
 if TYPE_CHECKING:
@@ -324,6 +325,7 @@ def main(args: list[str] | None = None) -> Any:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows fewer characters shows the others escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    hide_in_tracebacks()
     with _terminable():
         try:
             code = _run_cli(args)
@@ -348,10 +350,10 @@ def _run_cli(args: list[str] | None) -> int:
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else 0
     except EduceError as e:
-        _tell(e)
+        tell(e)
         return 2
     except click.ClickException as e:
-        e.show()
+        tell_usage(e)
         return 2
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
@@ -388,9 +390,3 @@ def _stopped(e: Exception) -> tuple[int, int] | None:
     if module is not None and isinstance(e, module.Interrupted):
         return int(e.args[0]), int(e.args[1])
     return None
-
-
-def _tell(e: EduceError) -> None:
-    click.echo(click.style(f"{e.code} ", fg="red", bold=True, reset=True) + f"{e.where}", err=True)
-    click.echo(f"  {e.found}", err=True)
-    click.echo(click.style("  → ", fg="green") + e.fix, err=True)

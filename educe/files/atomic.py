@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from educe.files.hashes import hash_file, hash_json
 
 MANIFEST = "manifest.json"
 _SELF = "manifest_sha256"
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 def sync(path: Path) -> None:
@@ -54,13 +56,22 @@ def _full(path: Path) -> MachineError:
     return MachineError(2, str(path), "the disk is full.", "Free some space and run the same command again.")
 
 
+def make_private(path: Path) -> None:
+    """Make a directory, and those above it, that only its owner may enter, whatever the umask; those that exist stay as they are."""
+    for place in reversed((path, *path.parents)):
+        if not place.is_dir():
+            place.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically."""
     with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            part.write_bytes(text.encode("utf-8"))
+            part.unlink(missing_ok=True)
+            with part.open("xb") as f:  # never through a link that somebody laid there
+                f.write(text.encode("utf-8"))
             sync(part)
             part.replace(path)
         except BaseException:
@@ -90,8 +101,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
-    """Build a directory in a temporary place beside `path`, then move it there whole, manifest last.
+def directory(path: Path, *, about: dict[str, Any], private: bool = True) -> Iterator[Path]:
+    """Build a directory in a temporary place beside `path`, then move it there whole, manifest last. `private`: only its owner may
+    enter it.
 
     The manifest holds `about`, each file's size and SHA-256, and a hash of itself; every file and both directories are flushed
     before and after the rename. On any error nothing is left and an older `path` stays as it was: it is moved aside, and
@@ -100,11 +112,11 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
     with told(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent) if private else path.parent.mkdir(parents=True, exist_ok=True)
         part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
         shutil.rmtree(part, ignore_errors=True)
         _remove_left_over(path)
-        part.mkdir()
+        part.mkdir(mode=0o700 if private else 0o777)
         try:
             yield part
             files = sorted(p for p in part.rglob("*") if p.is_file())
@@ -140,24 +152,54 @@ def _remove_left_over(path: Path) -> None:
 
 
 def verify(path: Path) -> dict[str, Any] | str:
-    """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it."""
+    """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it.
+
+    Nothing but the manifest is parsed, no link is followed, and only regular files are opened: a pipe would be read forever.
+    """
+    if path.is_symlink():
+        return "it is a link to another place."
     try:
+        if not _is_plain(path / MANIFEST):
+            return "its manifest is missing or no regular file."
+        if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+            return f"its manifest is larger than {MAX_MANIFEST_BYTES // 2**20} MB."
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listed = [(name, int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
+        listed = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
         hashed = manifest.pop(_SELF, None)
-        if hashed is not None and hashed != hash_json(manifest):
+        if hashed != hash_json(manifest):
             return "its manifest differs from its own SHA-256."
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         return f"its manifest cannot be read ({type(e).__name__})."
-    for name, size, digest in listed:
+    odd = next((name for name in listed if not _stays_inside(name)), None)
+    if odd is not None:
+        return f"its manifest names {odd[:100]!r}, which is outside."
+    for name, (size, digest) in listed.items():
         file = path / name
-        if not file.is_file():
-            return f"{name} is missing."
+        if any(place.is_symlink() for place in (file, *file.parents[: name.count("/")])):
+            return f"{name} is a link to another place."
+        if not _is_plain(file):
+            return f"{name} is missing." if not file.exists() else f"{name} is no regular file."
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}."
         if hash_file(file) != digest:
             return f"{name} differs from its SHA-256."
-    return manifest
+    there = (p for p in path.rglob("*") if (p.is_symlink() or not p.is_dir()) and not p.name.startswith("."))
+    more = sorted({p.relative_to(path).as_posix() for p in there} - {*listed, MANIFEST})
+    return f"it holds {more[0]}, which its manifest does not name." if more else manifest
+
+
+def _is_plain(file: Path) -> bool:
+    """A regular file itself, no link to one."""
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except (OSError, ValueError):  # ValueError: a NUL in its name
+        return False
+
+
+def _stays_inside(name: str) -> bool:
+    """A name as `directory` writes it: relative, with forward slashes, going down only."""
+    pieces = name.split("/")
+    return not ({"", ".", ".."} & set(pieces) or "\\" in name or ":" in pieces[0] or "\0" in name)
 
 
 def need_space(path: Path, needed_bytes: int, what: str) -> None:

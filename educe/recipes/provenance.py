@@ -11,7 +11,7 @@ from typing import Any
 
 from educe.config import Recipe
 from educe.errors import RunError
-from educe.files.atomic import told, write_json, write_text
+from educe.files.atomic import make_private, told, write_json, write_text
 from educe.files.hashes import hash_file, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
@@ -23,6 +23,7 @@ from educe.recipes.ledger import write_ledger
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.trainee import Trainee
+from educe.secrets import redacted_values
 from educe.training.checkpoint import newest_checkpoint
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
@@ -94,7 +95,7 @@ def claim(
                 201, str(run.path), found + more, "Give the recipe another `name:`, or delete that directory."
             )
     with told(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
+        make_private(run.path)
         write_text(run.recipe, text)
         write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
         write_ledger(run.ledger, prepared, mixed)
@@ -113,7 +114,7 @@ def provenance_of(
 ) -> dict[str, Any]:
     """provenance.json as it is while the run goes on; `started` by an earlier process, if one was."""
     hashes = _data_hashes(recipe)
-    return {
+    made = {
         "educe": _version("educe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -150,6 +151,7 @@ def provenance_of(
         "started": started or _now(),
         "finished": None,
     }
+    return dict(redacted_values(made))
 
 
 def finished(provenance: dict[str, Any], run: RunDir, steps_done: int, weights_step: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def save_checkpoint(
             for name, group in files.items():
                 write_safetensors(part / name, group)
         for old in _newest_first(place)[keep:]:
-            if best is None or old != _place_of(place, best):
+            if not old.is_symlink() and (best is None or old != _place_of(place, best)):
                 shutil.rmtree(old)
     else:
         for group in files.values():
