@@ -28,6 +28,10 @@ def refuse_foreign(directory: Path) -> None:
 
     In the Hub's cache, which other tools fill as well, code and pickles may lie beside safetensors: nothing opens them.
     """
+    if (directory / "adapter_config.json").is_file():
+        found_in = "names another model, to which its weights are adapters."
+        fix = "Merge the adapters first (peft's merge_and_unload and save_pretrained), and give that directory."
+        raise ModelError(102, str(directory / "adapter_config.json"), found_in, fix)
     shared = directory.parent.name == "snapshots"
     has_safetensors = any(directory.glob("*.safetensors"))
     for file in sorted(directory.iterdir()):
@@ -42,10 +46,6 @@ def refuse_foreign(directory: Path) -> None:
             raise ModelError(2, str(file), f"is larger than {most // 2**20} MB.", "Download the model again.")
         if not shared and stat.S_ISREG(found.st_mode):
             _refuse_name(file, has_safetensors=has_safetensors)
-    if (directory / "adapter_config.json").is_file():
-        found_in = "names another model, to which its weights are adapters."
-        fix = "Merge the adapters first (peft's merge_and_unload and save_pretrained), and give that directory."
-        raise ModelError(102, str(directory / "adapter_config.json"), found_in, fix)
     for file in sorted(directory.glob("*config.json")):
         _refuse_settings(file)
 
