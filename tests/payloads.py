@@ -1,4 +1,4 @@
-"""Model directories that would run code, follow a link or never end: what is done to a good directory, and the code it is refused with.
+"""Model directories that would run code, follow a link or never end: what is done to a good one, and its refusal's code.
 
 A payload that runs creates its sentinel, a file that must never appear.
 """
@@ -128,7 +128,10 @@ PAYLOADS: dict[str, tuple[Plant, str]] = {
     ),
     "kernels": (_settings("config.json", code=False, use_kernels=True), "E-MODEL-102"),
     "adapters to another model": (_adapters, "E-MODEL-102"),
-    "a class that is none": (_settings("config.json", code=False, architectures=["os"], model_type="os"), "E-MODEL-002"),
+    "a class that is none": (
+        _settings("config.json", code=False, architectures=["os"], model_type="os"),
+        "E-MODEL-002",
+    ),
     "quantized by a module": (
         _settings("config.json", quantization_config={"quant_method": "modeling_x.Y"}),
         "E-MODEL-204",

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from educe.files.hashes import hash_file, hash_json
 MANIFEST = "manifest.json"
 _SELF = "manifest_sha256"
 MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 2**62
 
 
 def sync(path: Path) -> None:
@@ -158,34 +159,45 @@ def verify(path: Path) -> dict[str, Any] | str:
     """
     if path.is_symlink():
         return "it is a link to another place."
+    if not _is_plain(path / MANIFEST):
+        return "its manifest is missing or no regular file."
     try:
-        if not _is_plain(path / MANIFEST):
-            return "its manifest is missing or no regular file."
         if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
             return f"its manifest is larger than {MAX_MANIFEST_BYTES // 2**20} MB."
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         listed = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-        hashed = manifest.pop(_SELF, None)
-        if hashed != hash_json(manifest):
+        if manifest.pop(_SELF, None) != hash_json(manifest):
             return "its manifest differs from its own SHA-256."
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         return f"its manifest cannot be read ({type(e).__name__})."
-    odd = next((name for name in listed if not _stays_inside(name)), None)
+    odd = next((n for n, (size, _) in listed.items() if not _stays_inside(n) or size > MAX_FILE_BYTES), None)
     if odd is not None:
-        return f"its manifest names {odd[:100]!r}, which is outside."
-    for name, (size, digest) in listed.items():
-        file = path / name
-        if any(place.is_symlink() for place in (file, *file.parents[: name.count("/")])):
-            return f"{name} is a link to another place."
-        if not _is_plain(file):
-            return f"{name} is missing." if not file.exists() else f"{name} is no regular file."
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, expected {size}."
-        if hash_file(file) != digest:
-            return f"{name} differs from its SHA-256."
+        return f"its manifest names {odd[:100]!r} of {min(listed[odd][0], MAX_FILE_BYTES):,} bytes, which cannot be inside."
+    try:
+        return next((wrong for name, found in listed.items() if (wrong := _fault(path, name, *found))), "") or (
+            _unlisted(path, listed) or manifest
+        )
+    except OSError as e:
+        return f"it cannot be read: {e.strerror}."
+
+
+def _fault(path: Path, name: str, size: int, digest: str) -> str:
+    """What is wrong with a listed file."""
+    file = path / name
+    if any(place.is_symlink() for place in (file, *file.parents[: name.count("/")])):
+        return f"{name} is a link to another place."
+    if not _is_plain(file):
+        return f"{name} is no regular file." if file.exists() else f"{name} is missing."
+    if file.stat().st_size != size:
+        return f"{name} has {file.stat().st_size} bytes, expected {size}."
+    return f"{name} differs from its SHA-256." if hash_file(file) != digest else ""
+
+
+def _unlisted(path: Path, listed: Collection[str]) -> str:
+    """What lies there besides; systems leave hidden files of their own."""
     there = (p for p in path.rglob("*") if (p.is_symlink() or not p.is_dir()) and not p.name.startswith("."))
     more = sorted({p.relative_to(path).as_posix() for p in there} - {*listed, MANIFEST})
-    return f"it holds {more[0]}, which its manifest does not name." if more else manifest
+    return f"it holds {more[0]}, which its manifest does not name." if more else ""
 
 
 def _is_plain(file: Path) -> bool:
@@ -199,7 +211,8 @@ def _is_plain(file: Path) -> bool:
 def _stays_inside(name: str) -> bool:
     """A name as `directory` writes it: relative, with forward slashes, going down only."""
     pieces = name.split("/")
-    return not ({"", ".", ".."} & set(pieces) or "\\" in name or ":" in pieces[0] or "\0" in name)
+    odd = {"", ".", ".."} & set(pieces) or "\\" in name or ":" in pieces[0] or "\0" in name
+    return not odd and len(name) <= 1000 and max(map(len, pieces)) <= 200
 
 
 def need_space(path: Path, needed_bytes: int, what: str) -> None:
