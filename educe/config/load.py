@@ -22,6 +22,7 @@ from educe.secrets import find_secret
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_EVENTS = 20_000  # keys, values, and ends of blocks
 _Path = Sequence[str | int]
 
 
@@ -129,8 +130,11 @@ def _parse(text: str, shown: str) -> Any:
     yaml.allow_duplicate_keys = False
     try:
         depth = 0
-        for event in yaml.parse(io.StringIO(text)):
+        for number, event in enumerate(yaml.parse(io.StringIO(text))):
             _refuse_event(event, shown)
+            if number > MAX_EVENTS:
+                found = f"has more than {MAX_EVENTS // 2:,} keys and values."
+                raise RecipeError(101, _at(shown, event.start_mark), found, "Give a recipe, not data.")
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             if depth > MAX_DEPTH:
                 found = f"nests deeper than {MAX_DEPTH}."
