@@ -45,7 +45,7 @@ def load_recipe(path: Path) -> Recipe:
         return anchored(recipe, path.resolve().parent, where)
     except (OSError, RuntimeError, ValueError) as e:  # a name too long, ~nobody, a NUL
         fix = "Mend model, runs, template or data."
-        raise RecipeError(103, str(path), f"a path in it cannot be used: {e}.", fix) from e
+        raise RecipeError(103, str(path), f"a path in it cannot be used: {str(e)[:200]}.", fix) from e
 
 
 def parse_recipe(text: str, shown: str) -> Recipe:
