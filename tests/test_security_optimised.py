@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 model, place, found = Path(sys.argv[2]), Path(sys.argv[3]), {}
 from educe.cli.main import main
-from educe.config import parse_recipe
+from educe.config import load_recipe
 from educe.errors import EduceError
 from educe.training.checkpoint import newest_checkpoint
 from payloads import PAYLOADS
@@ -54,12 +54,12 @@ for number, (what, (spoil, words)) in enumerate(TRICKS.items()):
     got = newest_checkpoint(here, said.append)
     found["checkpoint: " + what] = got is not None and got[0].name == "step-000001" and not (here / "ran").exists()
 for what, text in {**RECIPES, **{k: "# " + v.replace("\\n", " ") + "\\n" for k, v in KEYS.items()}}.items():
-    if what not in ("a huge name of a path", "larger than a recipe"):  # what only a file shows
-        try:
-            parse_recipe(RECIPE.format(text), "recipe.yaml")
-            found["recipe: " + what] = False
-        except EduceError:
-            found["recipe: " + what] = True
+    (place / "recipe.yaml").write_text(RECIPE.format(text), encoding="utf-8", errors="surrogatepass")
+    try:
+        load_recipe(place / "recipe.yaml")
+        found["recipe: " + what] = False
+    except EduceError:
+        found["recipe: " + what] = True
 print(json.dumps([__debug__, found]))
 """
 
