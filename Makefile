@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: quickstart test check bench crash zoo clean
+.PHONY: quickstart test check bench crash zoo security clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/educe quickstart --dir quickstart
@@ -46,6 +46,10 @@ $(VENV)/.train: $(VENV)/.base pyproject.toml
 $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	$(PIP) --editable '.[dev]'
 	touch $@ $(VENV)/.train
+
+# The threats of docs/security.md, once more under `python -O` (tests/test_security_optimised.py), and the heavy ones.
+security: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_security_*.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -15,6 +15,7 @@ CODES: dict[str, str] = {
     "E-RECIPE-102": "unknown key",
     "E-RECIPE-103": "value of the wrong type or out of range",
     "E-RECIPE-104": "required key missing",
+    "E-RECIPE-105": "recipe holds a secret",
     "E-RECIPE-201": "settings contradict each other",
     # data: files
     "E-DATA-001": "data file does not exist",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,14 @@ _DATE = datetime.date(1970, 1, 1)
 
 class TooLong(Exception):
     """A template writes more than it may."""
+
+
+class Drawn(Exception):
+    """A template asked for chance: two renderings may agree all the same, so the asking is what counts."""
+
+
+# Where an object lies in memory, as Python writes it: another process writes another number.
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]{4,}>")
 
 
 class _Generation(Extension):
@@ -182,6 +191,10 @@ def _tojson(
     return _TRACE.wrap(text)
 
 
+def _random(*args: Any, **more: Any) -> NoReturn:
+    raise Drawn
+
+
 def _strftime_now(form: str) -> str:
     return _DATE.strftime(pinned(form))
 
@@ -199,7 +212,8 @@ def build_environment() -> jinja2.Environment:
     for name in ("iterable", "sequence"):  # a text is both; asking shows nothing of it
         stock = environment.tests[name]
         environment.tests[name] = lambda value, stock=stock: isinstance(value, str) or stock(value)  # type: ignore[misc]
-    environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
+    environment.filters["random"] = _random
+    environment.globals.update(lipsum=_random, raise_exception=_raise, strftime_now=_strftime_now)
     return environment
 
 
@@ -242,7 +256,10 @@ def run(template: jinja2.Template, job: dict[str, Any]) -> dict[str, Any]:
     _TRACE = Trace(marking=False)
     text = render(template, {**given, "messages": job["messages"]}, limit)
     text.encode()  # a lone surrogate is no text
-    taken = frozenset(MARK.findall(json.dumps(job, ensure_ascii=False)))
+    given_text = json.dumps(job, ensure_ascii=False)
+    if (address := _ADDRESS.search(text)) and address[0] not in given_text:
+        raise Drawn
+    taken = frozenset(MARK.findall(given_text))
     _TRACE = trace = Trace(taken=taken)
     marked, why = "", ""
     try:
@@ -278,6 +295,8 @@ def facts(environment: jinja2.Environment, source: str) -> dict[str, Any]:
 
 
 def _failure(e: BaseException) -> dict[str, Any]:
+    if isinstance(e, Drawn):
+        return {"random": True}
     if isinstance(e, (TooLong, MemoryError)):
         return {"limit": str(e) if isinstance(e, TooLong) else "it asked for more memory than it may use"}
     if isinstance(e, jinja2.TemplateSyntaxError):

@@ -125,7 +125,7 @@ class ChatTemplate:
         if "refused" in answer:
             raise TemplateRefusal("E-CHAT-102", answer["refused"])
         if answer.get("random"):
-            raise TemplateRefusal("E-CHAT-307", "it renders the same row differently twice")
+            raise TemplateRefusal("E-CHAT-307", "it renders the same row differently twice, or may")
         if "lost" in answer:
             return Text(answer["text"], (Piece(answer["text"]),), lost=answer["lost"])
         return self._attributed(answer)

@@ -27,6 +27,7 @@ from educe.files.hashes import hash_bytes
 _LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
 DEFAULT_NAME = "plain"
 MORE_TEMPLATES = "additional_chat_templates"
+MAX_TEMPLATE_BYTES = 2**20  # the longest known has 30 kB
 OWN = OwnTemplate(kind="own")
 # Variables of a template that a row or educe itself gives.
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
@@ -312,6 +313,11 @@ def _source(
 def read_template(file: Path) -> str:
     """A template file's text. Raises `ChatError`."""
     try:
+        if file.exists() and not file.is_file():
+            raise ChatError(1, str(file), "is no regular file.", "Give a file that holds a Jinja template.")
+        if file.stat().st_size > MAX_TEMPLATE_BYTES:
+            found = f"is larger than {MAX_TEMPLATE_BYTES // 2**20} MB."
+            raise ChatError(1, str(file), found, "Give a file that holds a Jinja template.")
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ChatError(1, str(file), f"cannot be read: {e}.", "Save it as UTF-8, readable to you.") from e

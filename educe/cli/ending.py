@@ -10,8 +10,6 @@ from collections.abc import Iterator
 
 import click
 
-from educe.errors import EduceError
-
 
 @contextlib.contextmanager
 def ended_by(number: int, code: int | None = None, word: str = "Ended by a signal.") -> Iterator[None]:
@@ -44,10 +42,3 @@ def saved(e: Exception) -> int | None:
     why = " (the time is over)" if number == module.TIME_LIMIT else ""
     click.echo(f"Saved after step {step}{why}. The same command goes on from there.", err=True)
     return 128 + number if number in (signal.SIGINT, signal.SIGTERM) else 0
-
-
-def tell(e: EduceError) -> None:
-    """A user's mistake on stderr: code and place, what was found, what to do."""
-    click.echo(click.style(f"{e.code} ", fg="red", bold=True, reset=True) + f"{e.where}", err=True)
-    click.echo(f"  {e.found}", err=True)
-    click.echo(click.style("  → ", fg="green") + e.fix, err=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from educe import __version__
-from educe.cli.ending import ended_by, saved, tell
+from educe.cli.ending import ended_by, saved
+from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
 from educe.cli.train import train
 from educe.errors import EduceError, UsageError
 
@@ -296,6 +297,7 @@ def main(args: list[str] | None = None) -> Any:
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows fewer characters shows the others escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    hide_in_tracebacks()
     with ended_by(signal.SIGTERM):
         try:
             code = _run_cli(args)
@@ -323,7 +325,7 @@ def _run_cli(args: list[str] | None) -> int:
         tell(e)
         return 2
     except click.ClickException as e:
-        e.show()
+        tell_usage(e)
         return 2
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)

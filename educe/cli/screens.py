@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from educe.secrets import redacted
+
 if TYPE_CHECKING:
     from educe.training.state import StepReport
 
@@ -22,7 +24,7 @@ NAMES = {"untouched": "untouched", "few_shot": "untouched + examples in the prom
 
 def say(line: str) -> None:
     """One line about what is going on."""
-    console.print(f"[dim]·[/dim] {escape(line)}", soft_wrap=True)
+    console.print(f"[dim]·[/dim] {escape(redacted(line))}", soft_wrap=True)
 
 
 def minutes(seconds: float) -> str:

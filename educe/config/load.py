@@ -18,18 +18,22 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from educe.config.data import Data, FileSplit, Rows
 from educe.config.recipe import FileTemplate, Recipe
 from educe.errors import RecipeError
+from educe.secrets import find_secret
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_EVENTS = 20_000  # keys, values, and ends of blocks
 _Path = Sequence[str | int]
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read, validate and anchor a recipe: relative paths in it are relative to the file."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as f:  # no more than that, whatever its size is said to be: a device has none
+            head = f.read(MAX_BYTES + 1)
+        if len(head) > MAX_BYTES:
             raise RecipeError(1, str(path), f"is larger than {MAX_BYTES} bytes.", "Give a recipe, not data.")
-        text = path.read_text(encoding="utf-8")
+        text = io.TextIOWrapper(io.BytesIO(head), encoding="utf-8").read()  # line ends as in a text file
     except UnicodeDecodeError as e:
         raise RecipeError(1, str(path), "is not UTF-8 text.", "Save it as UTF-8.") from e
     except OSError as e:
@@ -41,11 +45,12 @@ def load_recipe(path: Path) -> Recipe:
         return anchored(recipe, path.resolve().parent, where)
     except (OSError, RuntimeError, ValueError) as e:  # a name too long, ~nobody, a NUL
         fix = "Mend model, runs, template or data."
-        raise RecipeError(103, str(path), f"a path in it cannot be used: {e}.", fix) from e
+        raise RecipeError(103, str(path), f"a path in it cannot be used: {str(e)[:200]}.", fix) from e
 
 
 def parse_recipe(text: str, shown: str) -> Recipe:
     """Validate recipe text. `shown` names the file in messages. Paths stay as written."""
+    _refuse_secret(text, shown)
     tree = _parse(text, shown)
     if not isinstance(tree, Mapping):
         raise RecipeError(101, shown, "is not a mapping of keys.", "Start from `educe init --data FILE`.")
@@ -53,6 +58,19 @@ def parse_recipe(text: str, shown: str) -> Recipe:
         return Recipe.model_validate(_plain(tree))
     except ValidationError as e:
         raise _told(e, tree, shown) from None
+
+
+def _refuse_secret(text: str, shown: str) -> None:
+    """A recipe is copied into every run, shared and versioned: a key in it, a comment included, is told and never repeated.
+
+    Hiding it instead would leave it in the file, and change what the recipe says.
+    """
+    found = find_secret(text)
+    if found is not None:
+        kind, at = found
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        fix = "Take it out of the file and keep it in the environment (HF_TOKEN); revoke it if the file was shared."
+        raise RecipeError(105, f"{shown}:{line}:{column}", f"holds a secret ({kind}).", fix)
 
 
 def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe:
@@ -112,8 +130,11 @@ def _parse(text: str, shown: str) -> Any:
     yaml.allow_duplicate_keys = False
     try:
         depth = 0
-        for event in yaml.parse(io.StringIO(text)):
+        for number, event in enumerate(yaml.parse(io.StringIO(text))):
             _refuse_event(event, shown)
+            if number > MAX_EVENTS:
+                found = f"has more than {MAX_EVENTS // 2:,} keys and values."
+                raise RecipeError(101, _at(shown, event.start_mark), found, "Give a recipe, not data.")
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             if depth > MAX_DEPTH:
                 found = f"nests deeper than {MAX_DEPTH}."

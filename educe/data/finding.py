@@ -15,6 +15,7 @@ from pathlib import Path
 
 from educe.data.sources import SUFFIXES
 from educe.errors import DataError
+from educe.secrets import redacted
 
 HUB = "hf://datasets/"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*")
@@ -135,7 +136,7 @@ def _on_hub(name: str, shown: str) -> list[Path]:
         raise DataError(10, shown, "is no data set on the Hub that can be read.", fix) from e
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as e:
         fix = "Go online once, or give local files."
-        raise DataError(10, shown, f"cannot be fetched: {str(e).splitlines()[0]}", fix) from e
+        raise DataError(10, shown, f"cannot be fetched: {redacted(str(e)).splitlines()[0]}", fix) from e
     names = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
     matching = [place / n for n in names if any(fnmatch.fnmatch(n, w) for w in wanted)]
     found = matching if inside else _data_in(place, names)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from educe.errors import DataError
 
 BLOCK_BYTES = 1 << 18
-MOST_CHARS = 10**9
+MOST_CHARS = 2**28  # as long as a line may be
 # A string (open-ended if the text ends inside it), or what opens, closes or parts values.
 _MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*("|\\?\Z)|[\[\]{},]', re.S)
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -105,12 +105,17 @@ class _Text:
             kept = searched - self._at
             if len(self._text) - self._at > MOST_CHARS or not self._more():
                 self.skip(len(self._text) - self._at)
-                raise self.broken("it ends inside an element" if self._done else "an element is longer than 1 GB")
+                raise self.broken(
+                    "it ends inside an element"
+                    if self._done
+                    else f"an element is longer than {MOST_CHARS:,} characters"
+                )
             searched = self._at + kept
 
     def _more(self) -> bool:
         """Read on; what was passed is forgotten. False at the end."""
-        block = self._stream.read(BLOCK_BYTES)
+        kept = len(self._text) - self._at
+        block = self._stream.read(max(BLOCK_BYTES, kept))  # as much again: what is kept is copied each time
         if self._done:
             return False
         self._done = not block

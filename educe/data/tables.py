@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from educe.errors import DataError, Refusal
+from educe.files.jsonl import MAX_LINE_BYTES
 
-csv.field_size_limit(1 << 30)
+csv.field_size_limit(MAX_LINE_BYTES)
 Found = tuple[int, dict[str, Any] | Refusal]  # (line or number of the row, the row)
 
 
@@ -20,7 +23,7 @@ def csv_rows(stream: BinaryIO, shown: str, delimiter: str, header: Sequence[str]
     quoting: Any = (
         csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     )  # text/tab-separated-values knows no quotes
-    reader = csv.reader(text, delimiter=delimiter, strict=True, quoting=quoting)
+    reader = csv.reader(_bounded(text, shown), delimiter=delimiter, strict=True, quoting=quoting)
     names = list(header)
     line = 1
     try:
@@ -39,9 +42,18 @@ def csv_rows(stream: BinaryIO, shown: str, delimiter: str, header: Sequence[str]
         text.detach()
 
 
+def _bounded(text: io.TextIOWrapper, shown: str) -> Iterator[str]:
+    """The lines with their ends; the reader alone would take in all of one without an end. Raises `DataError`."""
+    for number, line in enumerate(iter(partial(text.readline, MAX_LINE_BYTES), ""), 1):
+        if len(line) == MAX_LINE_BYTES:
+            found = f"is longer than {MAX_LINE_BYTES:,} characters."
+            raise DataError(9, f"{shown}:{number}", found, "Write one row per line.")
+        yield line
+
+
 def _header(row: Sequence[str], shown: str, line: int) -> list[str]:
     names = [name.strip() for name in row]
-    twice = next((n for n in names if names.count(n) > 1), None)
+    twice = next((name for name, number in Counter(names).items() if number > 1), None)
     if twice is not None:
         fix = "Rename one; if the file has no header line, name its columns: header: [...]."
         raise DataError(4, f"{shown}:{line}", f"has two columns named {twice!r}.", fix)

@@ -8,8 +8,9 @@ import json
 import os
 import platform
 import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from educe.files.hashes import hash_bytes, hash_file, hash_json
 
 MANIFEST = "manifest.json"
 _SELF = "manifest_sha256"
+MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 2**62
 
 
 def sync(path: Path) -> None:
@@ -33,13 +36,13 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: Path, *, mode: int = 0o777) -> None:
     """Make a directory and those above it, each flushed into the one that holds it: what is written there later is found after
     a power cut."""
     if path.is_dir():
         return
-    make_directory(path.parent)
-    path.mkdir(exist_ok=True)
+    make_directory(path.parent, mode=mode)
+    path.mkdir(mode, exist_ok=True)
     sync(path.parent)
 
 
@@ -65,13 +68,21 @@ def _full(path: Path) -> MachineError:
     return MachineError(2, str(path), "the disk is full.", "Free some space and run the same command again.")
 
 
+def make_private(path: Path) -> None:
+    """Make a directory, and those above it, that only its owner may enter, whatever the umask; those that exist stay as they are. Each
+    is flushed into the one that holds it: what is written there later is found after a power cut."""
+    make_directory(path, mode=0o700)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place to write a file's new content to; it takes the file's name when the block ends well, flushed before and after."""
     with told(path):
-        make_directory(path.parent)
+        make_private(path.parent)
         part = _beside(path, "part")
         try:
+            part.unlink(missing_ok=True)
+            part.touch(exist_ok=False)  # never through a link that somebody laid there
             yield part
             sync(part)
             part.replace(path)
@@ -108,10 +119,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
+def directory(path: Path, *, about: dict[str, Any], private: bool = True) -> Iterator[Path]:
     """Build a directory in a temporary place beside `path`, then move it there whole, manifest last (`begin`, `finish`). On any
-    error nothing is left and an older `path` stays as it was."""
-    part = begin(path)
+    error nothing is left and an older `path` stays as it was. `private`: only its owner may enter it."""
+    part = begin(path, private=private)
     try:
         yield part
         finish(part, path, about)
@@ -121,16 +132,16 @@ def directory(path: Path, *, about: dict[str, Any]) -> Iterator[Path]:
             raise e
 
 
-def begin(path: Path) -> Path:
+def begin(path: Path, *, private: bool = True) -> Path:
     """An empty temporary place beside `path`, for what will be moved there."""
     with told(path):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        make_directory(path.parent)
+        make_directory(path.parent, mode=0o700 if private else 0o777)
         _remove_left_over(path)
         part = _beside(path, "part")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        part.mkdir(mode=0o700 if private else 0o777)
         return part
 
 
@@ -167,6 +178,9 @@ def abandon(part: Path, path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a directory: it loses its name first, so that half of it never passes for the whole."""
+    if path.is_symlink():
+        path.unlink()
+        return
     gone = _beside(path, "part")
     shutil.rmtree(gone, ignore_errors=True)
     path.replace(gone)
@@ -184,7 +198,7 @@ def recover(place: Path) -> None:
         else:
             left.replace(path)
     for left in place.glob(".*.*.*.part"):
-        if left.is_dir():
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
@@ -213,24 +227,66 @@ def _remove_left_over(path: Path) -> None:
 
 
 def verify(path: Path) -> dict[str, Any] | str:
-    """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it."""
+    """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it.
+
+    Nothing but the manifest is parsed, no link is followed, and only regular files are opened: a pipe would be read forever.
+    """
+    if path.is_symlink():
+        return "it is a link to another place."
+    if not _is_plain(path / MANIFEST):
+        return "its manifest is missing or no regular file."
     try:
+        if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+            return f"its manifest is larger than {MAX_MANIFEST_BYTES // 2**20} MB."
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listed = [(name, int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
-        hashed = manifest.pop(_SELF, None)
-        if hashed is not None and hashed != hash_json(manifest):
+        listed = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+        if manifest.pop(_SELF, None) != hash_json(manifest):
             return "its manifest differs from its own SHA-256."
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         return f"its manifest cannot be read ({type(e).__name__})."
-    for name, size, digest in listed:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing."
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, expected {size}."
-        if hash_file(file) != digest:
-            return f"{name} differs from its SHA-256."
-    return manifest
+    odd = next((n for n, (size, _) in listed.items() if not _stays_inside(n) or size > MAX_FILE_BYTES), None)
+    if odd is not None:
+        return f"its manifest names {odd[:100]!r} of {min(listed[odd][0], MAX_FILE_BYTES):,} bytes, which cannot be inside."
+    try:
+        return next((wrong for name, found in listed.items() if (wrong := _fault(path, name, *found))), "") or (
+            _unlisted(path, listed) or manifest
+        )
+    except OSError as e:
+        return f"it cannot be read: {e.strerror}."
+
+
+def _fault(path: Path, name: str, size: int, digest: str) -> str:
+    """What is wrong with a listed file."""
+    file = path / name
+    if any(place.is_symlink() for place in (file, *file.parents[: name.count("/")])):
+        return f"{name} is a link to another place."
+    if not _is_plain(file):
+        return f"{name} is no regular file." if file.exists() else f"{name} is missing."
+    if file.stat().st_size != size:
+        return f"{name} has {file.stat().st_size} bytes, expected {size}."
+    return f"{name} differs from its SHA-256." if hash_file(file) != digest else ""
+
+
+def _unlisted(path: Path, listed: Collection[str]) -> str:
+    """What lies there besides; systems leave hidden files of their own."""
+    there = (p for p in path.rglob("*") if (p.is_symlink() or not p.is_dir()) and not p.name.startswith("."))
+    more = sorted({p.relative_to(path).as_posix() for p in there} - {*listed, MANIFEST})
+    return f"it holds {more[0]}, which its manifest does not name." if more else ""
+
+
+def _is_plain(file: Path) -> bool:
+    """A regular file itself, no link to one."""
+    try:
+        return stat.S_ISREG(file.lstat().st_mode)
+    except (OSError, ValueError):  # ValueError: a NUL in its name
+        return False
+
+
+def _stays_inside(name: str) -> bool:
+    """A name as `directory` writes it: relative, with forward slashes, going down only."""
+    pieces = name.split("/")
+    odd = {"", ".", ".."} & set(pieces) or "\\" in name or ":" in pieces[0] or "\0" in name
+    return not odd and len(name) <= 1000 and max(map(len, pieces)) <= 200
 
 
 def need_space(path: Path, needed_bytes: int, what: str) -> None:

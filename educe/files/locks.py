@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from educe.files.atomic import told
+from educe.files.atomic import make_private, told
 
 _EVERY_S = 0.2
 
@@ -33,7 +33,7 @@ def take(fd: int) -> bool:
 def one_at_a_time(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of a file that may not exist yet; while another process has it, wait, `waits` called once before."""
     with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         handle = path.open("a+b")
     with handle:
         told_so = False

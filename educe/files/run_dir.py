@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import RunError
-from educe.files.atomic import make_directory, told
+from educe.files.atomic import make_private, told
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import take
 
@@ -52,14 +52,14 @@ class RunDir:
             raise RunError(
                 2, str(file), "is not there yet.", f"Run `educe train {self.recipe}` to its end first."
             ) from e
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise RunError(2, str(file), f"is damaged: {e}.", f"Run `educe train {self.recipe}` again.") from e
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process may train in a run. The lock dies with its process, however that ends."""
         with told(self.path):
-            make_directory(self.path)
+            make_private(self.path)
             handle = (self.path / ".lock").open("a+b")
         try:
             if not take(handle.fileno()):

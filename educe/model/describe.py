@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import ModelError
+from educe.model.foreign import refuse_foreign
 
 _MAX_HEADER_BYTES = 100 * 2**20
 _AGAIN = "Download the model again."
@@ -62,6 +63,10 @@ def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str
         raise ModelError(
             2, str(directory / "config.json"), "describes no language model.", "Give a causal language model."
         )
+    layers = int(text.get("num_hidden_layers", text.get("n_layer", 1)))
+    if layers > len(tensors):  # each would be built before the first is found to have no weights
+        found = f"names {layers} layers, and there are {len(tensors)} tensors."
+        raise ModelError(203, str(directory / "config.json"), found, _AGAIN)
     inner = int(text.get("intermediate_size") or 4 * hidden)
     experts = int(text.get("num_experts_per_tok") or text.get("top_k_experts") or 0)
     heads = int(text.get("num_attention_heads", text.get("n_head", 1)))
@@ -79,7 +84,7 @@ def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str
         num_key_value_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
         normalises_queries=any("q_norm" in n for n in tensors),
-        num_layers=int(text.get("num_hidden_layers", text.get("n_layer", 1))),
+        num_layers=layers,
         vocab_size=int(text.get("vocab_size", 0)),
         max_positions=int(text.get("max_position_embeddings", text.get("n_positions", 2**31))),
         licence=_licence(directory),
@@ -87,17 +92,17 @@ def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str
 
 
 def refuse_unsafe(directory: Path) -> None:
-    """Only safetensors and JSON are loaded: a directory with code to run or pickles alone is refused."""
+    """Only safetensors and JSON are loaded: a directory with code to run, or with pickles, is refused."""
     if not directory.is_dir():
         raise ModelError(
             1, str(directory), "is not a directory.", "Give a model directory or a Hub id such as ORG/NAME."
         )
-    config = _read_config(directory)
-    if "auto_map" in config:
-        found = "wants to run its own code (auto_map)."
-        raise ModelError(102, str(directory / "config.json"), found, "Use a model that transformers supports itself.")
+    if not (directory / "config.json").exists():
+        _read_config(directory)
+    refuse_foreign(directory)
+    _read_config(directory)
     if not any(directory.glob("*.safetensors")):
-        pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
+        pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".gguf")]
         found = f"has no safetensors, only {', '.join(sorted(pickles)[:3])}." if pickles else "has no weights."
         raise ModelError(
             101, str(directory), found, "Convert it once with transformers' save_pretrained, or use another copy."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -43,17 +44,24 @@ def merged(
         model = load_model(base, device, new_ids=new_ids)
         exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
         adapted = load_model(base, exact, tuning, new_ids=new_ids)
-        put(load_file(weights, device=device.kind), adapted)
+        put(_stored(weights, device), adapted)
         exactly = dict(adapted.network.merge_and_unload().named_parameters())
         with torch.no_grad():  # not `network.to(...)`: which tensors stay in fp32 is for the model's class to say
             for name, p in model.network.named_parameters():
                 p.copy_(exactly[name])
         return model
     model = load_model(base, device, tuning, new_ids=new_ids)
-    put(load_file(weights, device=device.kind), model)
+    put(_stored(weights, device), model)
     model.network.set_attn_implementation(answers_with(type(model.network), model.network.config))
     model.network.eval()
     return model
+
+
+def _stored(weights: Path, device: Device) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(weights, device=device.kind))
+    except SafetensorError as e:
+        raise ModelError(2, str(weights), f"is no safetensors file: {e}.", "Train the run again.") from e
 
 
 def put(masters: dict[str, Tensor], model: CausalLM) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationMixin
 
@@ -274,7 +275,7 @@ def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
             output_loading_info=True,
             **unpacked,
         )
-    except (ValueError, OSError, RuntimeError, KeyError) as e:
+    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as e:
         if "out of memory" in str(e):
             fix = "Choose a smaller model or another device."
             raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e

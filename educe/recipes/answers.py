@@ -13,6 +13,7 @@ from educe.config import Recipe
 from educe.errors import EvalError
 from educe.evaluate.compare import Question
 from educe.evaluate.few_shot import choose_examples, with_examples
+from educe.files.atomic import make_private
 from educe.files.hashes import cache_dir, hash_json
 from educe.files.jsonl import read_jsonl, write_jsonl
 from educe.files.run_dir import RunDir
@@ -89,7 +90,7 @@ def answers_of(
             continue
         base = base if base is not None else load_model(prepared.model_dir, device, new_ids=added)
         answers[name], seconds[name] = _ask(base, prepared, ids, recipe, name, on_answers)
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        make_private(cache.parent)
         write_jsonl(cache, [{"seconds": seconds[name]}, *map(asdict, answers[name])])
     del base
     tuned = merged(prepared.model_dir, weights, recipe.tuning, device, new_ids=added)

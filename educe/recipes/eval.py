@@ -11,7 +11,7 @@ from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
 from educe.evaluate.compare import SYSTEMS, grade, regrade, score
 from educe.evaluate.metrics import METRICS
-from educe.files.atomic import told, write_json
+from educe.files.atomic import make_private, told, write_json
 from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.device import Device
@@ -96,7 +96,7 @@ def evaluate(
     )  # of the weights that answer, which may be an earlier step's
     scores = score(graded, metric, seconds, dev_loss=(dev[0], after) if after is not None else None)
     with told(run.answers):
-        run.answers.mkdir(exist_ok=True)
+        make_private(run.answers)
         for name in SYSTEMS:
             file = run.answers / f"{name}.jsonl"
             if name in graded:

@@ -49,7 +49,7 @@ def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatToke
     model = merged(base, weights, recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
     provenance = run.load(run.provenance)
     scores = run.load(run.scores) if run.scores.is_file() else None
-    with directory(target, about={"stage": "export", "run": run.path.name}) as part:
+    with directory(target, about={"stage": "export", "run": run.path.name}, private=False) as part:
         card = _card(recipe.name, provenance, scores, settings)
         write_model(model, base, tokenizer, card, part, system=recipe.data.system)
         _read_back(part, model, device)

@@ -59,7 +59,7 @@ def init(
     name: str = "",
 ) -> Path:
     """Write a recipe beside nothing that exists: an existing file is never overwritten. Returns its path."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UsageError(101, str(out), "exists.", "Give another --out, or delete it.")
     chosen, why_model = (model, "as asked") if model else suit_model()
     say(f"model: {chosen} ({why_model})")

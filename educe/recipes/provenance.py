@@ -18,6 +18,7 @@ from educe.model.device import Device
 from educe.pack.plan import PLAN_VERSION
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.trainee import Trainee
+from educe.secrets import redacted_values
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
@@ -79,7 +80,7 @@ def provenance_of(
 ) -> dict[str, Any]:
     """provenance.json as it is while the run goes on; `how`: see `how_it_is_computed`."""
     hashes = _data_hashes(recipe)
-    return {
+    made = {
         "educe": _version("educe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -112,6 +113,7 @@ def provenance_of(
         "weights_step": None,
         "finished": None,
     }
+    return dict(redacted_values(made))
 
 
 def finished(

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from educe.errors import StoreError
 
 _NAMES = {
     torch.float64: "F64",
@@ -57,12 +59,18 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_like(file: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file on the CPU; of one whose namesake in `like` is sharded only this rank's rows, as such a shard."""
+    """The tensors of a file on the CPU; of one whose namesake in `like` is sharded only this rank's rows, as such a shard.
+
+    Raises `StoreError` for a file of another kind.
+    """
     found = {}
-    with safe_open(file, "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 - no mapping
-            other = like.get(name)
-            found[name] = _rows(stored, name, other) if isinstance(other, DTensor) else stored.get_tensor(name)
+    try:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - no mapping
+                other = like.get(name)
+                found[name] = _rows(stored, name, other) if isinstance(other, DTensor) else stored.get_tensor(name)
+    except SafetensorError as e:  # its hash was right, so it was written so: not by us
+        raise StoreError(1, str(file), f"is no safetensors file: {e}.", "Delete this checkpoint.") from e
     return found
 
 

@@ -1,0 +1,36 @@
+"""What goes to stderr when something is wrong, without the secrets that a message may have picked up on its way."""
+
+from __future__ import annotations
+
+import io
+import sys
+import traceback
+from types import TracebackType
+
+import click
+
+from educe.errors import EduceError
+from educe.secrets import redacted
+
+
+def tell(e: EduceError) -> None:
+    """A user's mistake: code and place, what was found, what to do."""
+    click.echo(click.style(f"{e.code} ", fg="red", bold=True, reset=True) + redacted(e.where), err=True)
+    click.echo(f"  {redacted(e.found)}", err=True)
+    click.echo(click.style("  → ", fg="green") + redacted(e.fix), err=True)
+
+
+def tell_usage(e: click.ClickException) -> None:
+    """A wrong command line, of which it may show a part."""
+    shown = io.StringIO()
+    e.show(file=shown)
+    click.echo(redacted(shown.getvalue()), err=True, nl=False)
+
+
+def hide_in_tracebacks() -> None:
+    """A defect keeps its traceback; what the environment holds secret is hidden in it."""
+    sys.excepthook = _show
+
+
+def _show(kind: type[BaseException], e: BaseException, tb: TracebackType | None) -> None:
+    click.echo(redacted("".join(traceback.format_exception(kind, e, tb))), err=True, nl=False)
