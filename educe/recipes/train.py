@@ -26,6 +26,7 @@ from educe.recipes.machine import chosen_device, device_of_run
 from educe.recipes.memory import MemoryPlan, memory_plan_of
 from educe.recipes.mixing import Mixed, mix
 from educe.recipes.plan import refuse_idle_ranks, too_many_unused
+from educe.recipes.preflight_run import look_after, look_before
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import claim, finished, planned_ranks, provenance_of, settings_of
 from educe.recipes.step_rows import names_of
@@ -97,6 +98,8 @@ def _train(
     if found is not None:
         load_checkpoint(*found, state)
         say(f"going on after step {state.step} of {plan.num_steps}")
+    else:
+        look_before(run, recipe, prepared, facts, mixed, t, settings, say, world)
     provenance = provenance_of(recipe, prepared, facts, device, t, earlier.get("started"), world.size)
     if world.leads:
         need_space(run.path, 14 * sum(m.numel() for m in state.optimizer.masters.values()), "training")
@@ -134,6 +137,7 @@ def _train(
             leave()
             raise Interrupted(asked[0], state.step)
     watch.end(say)
+    look_after(run, prepared, state, plan, say, world)
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step)
         write_json(run.provenance, provenance)

@@ -88,7 +88,9 @@ def train(
         counts = _Counts(*world.sum(_counts(batches)).tolist())
 
         def compute(micro: Sequence[Batch], weight: float = counts.weight) -> list[LossOut]:
-            return accumulate(state, micro, weight, loss_fn, seed=derive(config.seed, "dropout", state.step, world.rank))
+            return accumulate(
+                state, micro, weight, loss_fn, seed=derive(config.seed, "dropout", state.step, world.rank)
+            )
 
         batches, outs = in_room(state, batches, compute, say)
 
@@ -129,9 +131,7 @@ def train(
     return state
 
 
-def accumulate(
-    state: State, batches: Sequence[Batch], weight: float, loss_fn: LossFn, *, seed: int
-) -> list[LossOut]:
+def accumulate(state: State, batches: Sequence[Batch], weight: float, loss_fn: LossFn, *, seed: int) -> list[LossOut]:
     """Forward and backward of a step's micro-batches: gradients are added up in the optimizer, divided by `weight`, the step's sum of
     weights. Dropout follows from `seed`. The losses that come back are detached."""
     torch.manual_seed(seed)
