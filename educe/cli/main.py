@@ -64,14 +64,25 @@ def init(data: str, dev: str | None, test: str | None, model: str | None, out: P
 
 @cli.command()
 @click.argument("recipe", type=RECIPE)
-def check(recipe: Path) -> None:
+@click.option(
+    "--on-model", is_flag=True, help="Load the model too: no leak, the same gradients, save and load, a step."
+)
+@click.option("--all", "every", is_flag=True, help="List every check, those that passed too.")
+@click.option("--json", "as_json", is_flag=True, help="Print verdict, estimate and findings as JSON.")
+def check(recipe: Path, on_model: bool, every: bool, as_json: bool) -> None:
     """Say what a run will do, cost and need before anything is spent."""
+    import json
+
     from educe.cli.check import show_check
     from educe.cli.screens import say
     from educe.recipes.run import check as run_check
 
-    found = run_check(recipe, say=say)
-    show_check(found, recipe)
+    told = (lambda line: click.echo(line, err=True)) if as_json else say
+    found = run_check(recipe, on_model=on_model, argv=sys.argv[1:], say=told)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), ensure_ascii=False, indent=1))
+    else:
+        show_check(found, recipe, every=every)
     sys.exit(0 if found.ready else 2)
 
 
