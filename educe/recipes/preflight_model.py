@@ -52,7 +52,7 @@ _SMALL_EXPORT_BYTES = 2 * 10**9
 # Two ways of rounding the same sums, as shares of their size.
 _APART = {"float32": 1e-5, "bfloat16": 5e-2}
 _LOSS_APART = {"float32": 1e-5, "bfloat16": 2e-2}
-_FIRST_TOKENS = 1024
+_FIRST_TOKENS = 512
 _EPS = 1e-8  # of Adam: a smaller gradient is hardly one
 _MOVED = 0.99
 _ALWAYS_BYTES = 2**28  # so much more memory is no matter
@@ -149,8 +149,10 @@ def gradients_do_not_depend_on_the_split(o: OnModel) -> list[Finding]:
         return [finding("P26", name, "-", "there is one example", skip=True)]
     alone = [[e] for e in rows]
     fits = sum(e.ids_T.size for e in rows) <= o.t.plan.capacity_tokens
-    ways = {"one by one": alone, "one by one, backwards": alone[::-1]}
-    if o.t.packed and fits:
+    ways = {"one by one": alone}
+    if not (o.t.packed and fits):
+        ways["one by one, backwards"] = alone[::-1]
+    else:
         ways |= {"all in one": [rows], "unevenly cut": [g for g in (rows[:1], rows[1:3], rows[3:]) if g]}
     o.model.network.eval()  # without dropout, which is drawn for each micro-batch anew
     kept: dict[str, Tensor] = {}
@@ -195,8 +197,8 @@ def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
         why = _SKIPPED if o.model.sharded is not None else "rows are measured one by one"
         return [finding("P50", name, "-", why, skip=True)]
     store = o.prepared.store("dev")
-    order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:16].tolist()
-    rows = _first_of([store[i] for i in order], 1024)
+    order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:8].tolist()
+    rows = _first_of([store[i] for i in order], _TOKENS)
     if len(rows) < 2:
         return [finding("P50", name, "-", "fewer than two rows are held out", skip=True)]
     packed, alone = ([build_batch(g) for g in groups] for groups in ([rows], [[e] for e in rows]))

@@ -76,7 +76,8 @@ def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: 
         made = tempfile.mkdtemp(dir=place, prefix=PROBE)
     try:
         with told_of_memory("checking"):
-            t = trainee(recipe, prepared, facts, mixed, device_of(recipe), None, say)
+            device = device_of(recipe)  # compiling layers takes a minute, and the checks run them as they are written
+            t = trainee(recipe, prepared, facts, mixed, device, None, say, compiled=False)
             return on_model(recipe, prepared, t, Path(made))
     finally:
         shutil.rmtree(made, ignore_errors=True)
