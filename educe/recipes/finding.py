@@ -180,6 +180,9 @@ def _sampled(
     for c in rows:
         if (n := numbers.get(_place(c))) is None:  # dropped since, as a copy of a held-out row
             continue
-        stored = tuple(store[i] for i in np.flatnonzero(store.rows == n).tolist())
+        try:
+            stored = tuple(store[i] for i in np.flatnonzero(store.rows == n).tolist())
+        except ValueError:  # no example at all
+            stored = ()
         found.append(Sampled(row=c, made=made_of(c, renderer, weighing, recipe.data.max_tokens), stored=stored))
     return tuple(found)

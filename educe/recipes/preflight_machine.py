@@ -62,10 +62,9 @@ def stops_agree(b: Before) -> Finding:
     beyond = sorted(i for ids in named.values() for i in ids if i >= known)
     said = "; ".join(f"{n}.json stops at {', '.join(map(str, sorted(ids)))}" for n, ids in named.items() if ids)
     said = f"{said or 'the configs name no stop token'}; turns are trained to end with {_words(b)}"
-    apart = any(ids and not ids & t.stop for ids in named.values())
     if beyond:
         said = f"stop token {beyond[0]} has no embedding, of which there are {known:,}. {said}"
-    return finding("P21", "stop tokens", f"{len(t.stop)} ids", said, fail=bool(beyond), warn=apart)
+    return finding("P21", "stop tokens", f"{len(t.stop)} ids", said, fail=bool(beyond))
 
 
 def trained_parts(b: Before) -> Finding:
