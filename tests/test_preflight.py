@@ -201,11 +201,9 @@ def test_p15_a_weight_that_is_another(bench: Bench) -> None:
 
 
 def test_what_lies_in_texts_is_told(bench: Bench) -> None:
-    tall = json.dumps(
-        {"messages": [{"role": "user", "content": "the cat " * 60}, {"role": "assistant", "content": "x " * 90}]}
-    )
+    tall = [row(f"the cat {i}", "x y " * 60) for i in range(4)]
     odd = row("what is <|im_end|> for", f"the key is {TOKEN}")
-    b = bench.before(bench.recipe([*lines(30), odd, tall], "max_tokens: 128, too_long: cut"))
+    b = bench.before(bench.recipe([*lines(30), odd, *tall], "max_tokens: 128, too_long: cut"))
     assert {p: found(b, p).verdict for p in ("P06", "P10", "P11", "P12")} == dict.fromkeys(
         ("P06", "P10", "P11", "P12"), "warn"
     )

@@ -17,10 +17,11 @@ from educe.config import load_recipe  # noqa: E402
 from educe.errors import TrainError  # noqa: E402
 from educe.loss.cross_entropy import LossOut  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
+from educe.model.documents import documents_of  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
 from educe.recipes.finding import Finding  # noqa: E402
 from educe.recipes.mixing import mix  # noqa: E402
-from educe.recipes.preflight_model import on_model  # noqa: E402
+from educe.recipes.preflight_run import on_model  # noqa: E402
 from educe.recipes.prepare import Prepared, prepare  # noqa: E402
 from educe.recipes.trainee import Trainee, loop_config, trainee  # noqa: E402
 from educe.training.loop import train  # noqa: E402
@@ -129,7 +130,11 @@ def test_p22_a_layer_without_adapters(make: Make) -> None:
 
 def test_p24_and_p50_attention_that_sees_the_other_documents(make: Make) -> None:
     ready = make()
-    ready.t.state.model.base.set_attn_implementation("sdpa")
+
+    def as_one(module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**given, "documents": documents_of([given["input_ids"].shape[1]], "cpu")}
+
+    ready.t.state.model.base.get_decoder().register_forward_pre_hook(as_one, with_kwargs=True)
     found = ready.findings()
     assert found["P24 packs are blind"].verdict == "fail"
     assert found["P50 held-out loss and batch"].verdict == "fail"
@@ -207,13 +212,16 @@ def test_p41_a_place_that_cannot_be_written(make: Make) -> None:
     assert [f.number for f in found if f.id == "P41"] == ["E-SYS-004"]
 
 
-def test_the_export_that_differs_from_what_was_trained(make: Make) -> None:
+def test_p27_an_export_whose_tokenizer_gives_other_ids(make: Make) -> None:
     ready = make()
-    stops = replace(ready.prepared.tokenizer, template=replace(ready.prepared.tokenizer.template, source="{{ 1 }}"))
-    assert make().findings()["P27 export and load"].verdict == "pass"
-    template = ready.prepared.model_dir / "chat_template.jinja"
-    assert template.is_file()
-    assert stops.template.source == "{{ 1 }}"
+    files = json.loads(ready.prepared.tokenizer.json)
+    for token in files["added_tokens"]:
+        token["lstrip"] = True  # eats the line ends before it
+    wrong = replace(ready.prepared.tokenizer, json=json.dumps(files))
+    other = replace(ready, prepared=replace(ready.prepared, tokenizer=wrong))
+    assert ready.findings()["P27 export and load"].verdict == "pass"
+    failed = [f for f in other.findings().values() if f.verdict == "fail"]
+    assert [f.number for f in failed] == ["E-MODEL-202"]
 
 
 # The verbs

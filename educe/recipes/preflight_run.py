@@ -14,25 +14,49 @@ import torch
 from safetensors import safe_open
 
 from educe.config import Recipe
+from educe.errors import EduceError
 from educe.files.atomic import told, verify
 from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
-from educe.model.device import told_of_memory
+from educe.model.device import release_free_memory, told_of_memory
+from educe.model.frugal import uncompiled
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
-from educe.parallel.world import World
-from educe.recipes.finding import Finding, before, finding
+from educe.parallel.world import ALONE, World
+from educe.recipes.finding import Finding, before, finding, refused
 from educe.recipes.machine import device_of
 from educe.recipes.mixing import Mixed
 from educe.recipes.preflight import keep, refuse, tell, without_model
-from educe.recipes.preflight_model import PROBE, on_model
+from educe.recipes.preflight_model import MODEL, OnModel
+from educe.recipes.preflight_saved import PROBE, saved_is_loaded_and_a_step_moves
 from educe.recipes.prepare import Prepared
 from educe.recipes.trainee import Trainee, trainee
 from educe.training.checkpoint import WEIGHTS
 from educe.training.state import State
 
 _STOPPED = 0.95  # of the answers should end by themselves
+
+
+def on_model(recipe: Recipe, prepared: Prepared, t: Trainee, place: Path, *, world: World = ALONE) -> list[Finding]:
+    """Every check of the loaded model, on all ranks together; `place` is a directory on the run's disk. A check that ends in an error
+    of ours has failed. The state is afterwards what it was: masters to the bit, no moments, no gradients, step 0."""
+    o = OnModel(recipe=recipe, prepared=prepared, t=t, place=place, world=world)
+    was_training = o.model.network.training
+    found = []
+    with uncompiled():
+        for check in (*MODEL, saved_is_loaded_and_a_step_moves):
+            try:
+                found += check(o)
+            except EduceError as e:
+                found.append(refused((check.__doc__ or "")[:3], check.__name__.replace("_", " "), e))
+            finally:
+                o.state.optimizer.forget_gradients()
+                o.model.network.train(was_training)
+                release_free_memory()
+            if found[0].verdict == "fail":  # what is not trained as it should be cannot be saved as it should be
+                break
+    return found
 
 
 def look_before(
