@@ -33,7 +33,7 @@ _ROWS, _TOKENS = 5, 384  # of the set that gradients are compared on
 _LOOKED_AT = 2000  # examples that the set is chosen from
 _COMPARED_BYTES = 2**28  # of gradients that are kept for comparison
 # Gradients of one step, rounded in two ways, as shares of their norm: more than the first is odd, more than the second a mistake
-# in the sum. Measured: 3e-7 (small models, float32), 4e-2 (135M, bfloat16); a mean for each micro-batch would be off by 3e-1.
+# in the sum. Measured: 1e-7 (a small model, float32), 4e-2 (135M, bfloat16); a mean for each micro-batch is off by 7e-1.
 _APART = {"float32": (1e-5, 1e-3), "bfloat16": (1e-1, 2e-1)}
 _LOSS_APART = {"float32": 1e-5, "bfloat16": 2e-2}
 _FIRST_TOKENS = 512
