@@ -88,6 +88,7 @@ CODES: dict[str, str] = {
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",
+    "E-TRAIN-302": "a check before training failed",
     # run directory
     "E-RUN-001": "no run found",
     "E-RUN-002": "run is not finished",

@@ -16,11 +16,18 @@ from educe.errors import CODES
 if TYPE_CHECKING:
     from educe.recipes.check import Check
 
+_VERDICTS = {
+    "fail": "[bold red]✗[/bold red]",
+    "warn": "[yellow]![/yellow]",
+    "pass": "[green]✓[/green]",
+    "skip": "[dim]-[/dim]",
+}
 _COLOURS = {"trained": "black on green", "content": "default", "template": "dim"}
 
 
-def show_check(c: Check, recipe: Path) -> None:
-    """The verdict, what to look at, a table of what the run is, the rows that are not used, three rows as they are trained."""
+def show_check(c: Check, recipe: Path, *, every: bool = False) -> None:
+    """The verdict, what to look at, a table of what the run is, the rows that are not used, three rows as they are trained, the
+    checks (`every`: those that passed too)."""
     s = c.prepared.summary
     unused = s["dropped"] + s["refused"]
     if c.ready:
@@ -48,6 +55,7 @@ def show_check(c: Check, recipe: Path) -> None:
     for preview in c.prepared.previews():
         console.print(f"[dim]{escape(preview['row'])}[/dim]")
         console.print("".join(_run_markup(r) for r in preview["runs"]), soft_wrap=True)
+    _show_findings(c, every=every)
     console.print(f"\nNext: educe train {escape(str(recipe))}" if c.ready else "")
 
 
@@ -162,6 +170,19 @@ def _show_reasons(c: Check) -> None:
         console.print(f"\n[yellow]{reason['code']}[/yellow] {num_rows(reason['count'])}: {CODES[reason['code']]}")
         for line in reason["first"]:
             console.print(f"  {escape(line['where'])} {escape(line['reason'])}", soft_wrap=True)
+
+
+def _show_findings(c: Check, *, every: bool) -> None:
+    """Failures and warnings in full, then how many passed."""
+    from educe.recipes.preflight import passed_line, worst_first
+
+    console.print(f"\n[bold]Checks[/bold]: {passed_line(c.findings)}{'' if every else '; --all lists them'}")
+    for f in worst_first(c.findings):
+        if every or f.verdict in ("fail", "warn"):
+            mark = _VERDICTS[f.verdict]
+            number = "" if f.number == "-" else f"{f.number}. "
+            line = f"{f.id} {escape(f.name)}: {escape(number)}[dim]{escape(f.evidence)}[/dim]"
+            console.print(f"{mark} {line}", soft_wrap=True)
 
 
 def _run_markup(run: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import signal
 import sys
 from pathlib import Path
@@ -65,14 +66,20 @@ def init(data: str, dev: str | None, test: str | None, model: str | None, out: P
 
 @cli.command()
 @click.argument("recipe", type=RECIPE)
-def check(recipe: Path) -> None:
+@click.option(
+    "--on-model", is_flag=True, help="Load the model too: no leak, the same gradients, save and load, a step."
+)
+@click.option("--all", "every", is_flag=True, help="List every check, those that passed too.")
+@click.option("--json", "as_json", is_flag=True, help="Print verdict, estimate and findings as JSON.")
+def check(recipe: Path, on_model: bool, every: bool, as_json: bool) -> None:
     """Say what a run will do, cost and need before anything is spent."""
     from educe.cli.check import show_check
     from educe.cli.screens import say
     from educe.recipes.run import check as run_check
 
-    found = run_check(recipe, say=say)
-    show_check(found, recipe)
+    told = (lambda line: click.echo(line, err=True)) if as_json else say
+    found = run_check(recipe, on_model=on_model, argv=sys.argv[1:], say=told)
+    show_check(found, recipe, every=every) if not as_json else click.echo(json.dumps(found.as_json(), indent=1))
     sys.exit(0 if found.ready else 2)
 
 
@@ -173,8 +180,6 @@ def prepare(recipe: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON, a line for each file.")
 def data(files: tuple[str, ...], as_json: bool) -> None:
     """Say what data files are: format, rows, lengths, what is wrong, what looks odd. FILE may be a recipe."""
-    import json
-
     from educe.cli.data import show_survey
     from educe.recipes.survey import survey
 
@@ -201,7 +206,6 @@ def ledger(
     run: Path | None, status: tuple[str, ...], code: tuple[str, ...], task: tuple[str, ...], row: str, as_json: bool
 ) -> None:
     """Say what became of every row of a run."""
-    import json
     from itertools import islice
 
     from educe.cli.data import show_lines, show_totals
@@ -241,8 +245,6 @@ def rows(run: Path | None, step: int) -> None:
 @click.option("--fixed", type=RECIPE, metavar="OUT", help="Write the corrected template, where one is proposed.")
 def template(what: str, as_json: bool, fixed: Path | None) -> None:
     """Say what a chat template does and whether it can be trained with; propose a corrected one."""
-    import json
-
     from educe.cli.screens import say
     from educe.cli.template import show_template, write_fixed
     from educe.recipes.run import template as run_template

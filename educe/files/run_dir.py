@@ -3,6 +3,7 @@
 recipe.yaml            as given
 recipe.resolved.json   every setting with its value; absolute paths
 provenance.json        versions, machine, hashes of model, template and data
+preflight.json         the checks before the first step and after the last
 ledger.jsonl           what happened to every input row
 metrics.jsonl          one line a step, one a held-out measurement
 samples.jsonl          held-out prompts answered before, during and after training
@@ -35,6 +36,7 @@ class RunDir:
         self.recipe = path / "recipe.yaml"
         self.resolved = path / "recipe.resolved.json"
         self.provenance = path / "provenance.json"
+        self.preflight = path / "preflight.json"
         self.ledger = path / "ledger.jsonl"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"

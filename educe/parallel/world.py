@@ -18,8 +18,8 @@ import torch.distributed as dist
 from educe.errors import MachineError
 
 # Ranks may wait for what rank 0 writes or verifies; one that died is noticed at once, by its closed connection.
-_HOST_WAITS = timedelta(hours=12)
-_DEVICE_WAITS = timedelta(minutes=30)
+HOST_WAITS = timedelta(hours=12)
+DEVICE_WAITS = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +95,8 @@ def join(device: str) -> World:
             raise MachineError(5, "--devices", found, f"Give at most --devices {here}.")
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_DEVICE_WAITS if on_gpu else _HOST_WAITS)
-    return World(rank=rank, size=size, host=dist.new_group(backend="gloo", timeout=_HOST_WAITS))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEVICE_WAITS if on_gpu else HOST_WAITS)
+    return World(rank=rank, size=size, host=dist.new_group(backend="gloo", timeout=HOST_WAITS))
 
 
 def leave() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,22 @@ from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.recipes.build import Input
 from educe.recipes.estimate import Estimate, estimate_run, whether_to_compile
+from educe.recipes.finding import Finding, before
 from educe.recipes.memory import MemoryPlan, memory_of_run, trained_share
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import plan_run, too_many_unused, warnings_of
+from educe.recipes.preflight import without_model, worst_first
 from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare
 from educe.recipes.survey import odd_rows
+
+# Checks whose failure is said above, in words of its own.
+_TOLD = frozenset({"P02"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """What a run would be. `num_undrawn` rows are never drawn by the mixture; `blockers` are reasons it would fail: with none it
-    is ready."""
+    is ready. `findings`: what each check found."""
 
     recipe: Recipe
     facts: ModelFacts
@@ -47,14 +52,38 @@ class Check:
     odd: list[str]
     warnings: list[str]
     blockers: list[str]
+    findings: list[Finding]
 
     @property
     def ready(self) -> bool:
         return not self.blockers
 
+    def as_json(self) -> dict[str, Any]:
+        """The verdict, what the run would be and cost, and every finding."""
+        s = self.prepared.summary
+        return {
+            "ready": self.ready,
+            "blockers": self.blockers,
+            "warnings": self.warnings,
+            "odd": self.odd,
+            "rows": {"in": s["rows_in"], **s["rows"], "dropped": s["dropped"], "refused": s["refused"]},
+            "tokens": s["tokens"],
+            "trained_tokens": s["trained_tokens"],
+            "steps": self.plan.num_steps,
+            "device": self.device,
+            "estimate": asdict(self.estimate),
+            "memory": self.memory.as_json(),
+            "free_disk_bytes": self.free_disk_bytes,
+            "reasons": self.reasons,
+            "findings": [f.as_json() for f in worst_first(self.findings)],
+        }
 
-def check(recipe: Recipe, say: Say) -> Check:
-    """Prepare the data, plan the run, estimate its cost, compare with the machine."""
+
+def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (), on_model: bool = False) -> Check:
+    """Prepare the data, plan the run, estimate its cost, compare with the machine; `on_model` loads the model too and makes a step.
+
+    `text` is the recipe as given, `argv` the words of the command: neither should hold a secret.
+    """
     from educe.recipes.machine import busy, device_of, memory_of, refuse_offload
 
     prepared = prepare(recipe, say)
@@ -79,6 +108,14 @@ def check(recipe: Recipe, say: Say) -> Check:
     if estimate.disk_bytes > free:
         blockers.append(f"needs {estimate.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
     blockers += too_many_unused(recipe, prepared)
+    odd = odd_rows(inputs, names)
+    b = before(recipe, prepared, facts, mixed, plan, needed, device.kind, text=text, argv=argv, odd=odd)
+    findings = without_model(b)
+    if on_model:
+        from educe.recipes.preflight_run import look_on_model
+
+        findings += look_on_model(recipe, prepared, facts, mixed, say)
+    blockers += [str(f) for f in findings if f.verdict == "fail" and f.id not in _TOLD]
     return Check(
         recipe=recipe,
         facts=facts,
@@ -94,9 +131,10 @@ def check(recipe: Recipe, say: Say) -> Check:
         memory_bytes=memory,
         free_disk_bytes=free,
         reasons=_reasons(prepared),
-        odd=odd_rows(inputs, names),
+        odd=odd,
         warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan), *busy(device.kind)],
         blockers=blockers,
+        findings=findings,
     )
 
 

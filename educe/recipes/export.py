@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from educe.chat.tokens import ChatTokenizer
-from educe.errors import ModelError, RunError
+from educe.errors import MachineError, ModelError, RunError
 from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
@@ -21,6 +22,8 @@ from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
+from educe.recipes.finding import finding
+from educe.recipes.preflight import keep
 
 
 def export(run: RunDir, target: Path, say: Say) -> Path:
@@ -31,6 +34,9 @@ def export(run: RunDir, target: Path, say: Say) -> Path:
     device = answering_device(recipe, run, say)
     settings = write_tuned(run, target, device, say).settings
     say(f"read back: logits are the same to the bit ({device.dtype}), token ids and template are those of the training")
+    found = finding("P90", "export", "0 apart", "read back: logits to the bit, token ids and template as in training")
+    with contextlib.suppress(MachineError):  # a run that cannot be written to can be exported all the same
+        keep(run, "export", [found])
     if recipe.data.system is not None:
         say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
     if settings:
@@ -52,7 +58,7 @@ def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatToke
     with directory(target, about={"stage": "export", "run": run.path.name}, private=False) as part:
         card = _card(recipe.name, provenance, scores, settings)
         write_model(model, base, tokenizer, card, part, system=recipe.data.system)
-        _read_back(part, model, device)
+        read_back(part, model, device)
         check_tokenizer(part, tokenizer, system=recipe.data.system)
     return tokenizer
 
@@ -63,7 +69,7 @@ def _serve(place: Path | str, settings: Mapping[str, Any]) -> str:
     return f"vllm serve {shlex.quote(str(place))} --default-chat-template-kwargs {given}"
 
 
-def _read_back(part: Path, model: CausalLM, device: Device) -> None:
+def read_back(part: Path, model: CausalLM, device: Device) -> None:
     """Load what was written, before it gets its name, and compare logits to the bit."""
     again = load_model(part, device)
     batch = random_batch(model.vocabulary)

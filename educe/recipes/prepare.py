@@ -82,7 +82,19 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         say(f"new control tokens, trained with the model: {' '.join(tokenizer.new_tokens)}")
     inputs, names = inputs_of(recipe)
     files = _hashes(inputs)
-    key = hash_json(
+    key = _key(recipe, tokenizer, files, names)
+    place = _place(recipe, key)
+    if open_prepared(place) is None:
+        waits = partial(say, f"another process prepares {key}: waiting for it")
+        with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits):
+            if open_prepared(place) is None:
+                build(recipe, tokenizer, inputs, names, place, {"key": key, "files": files}, say)
+    return _opened(recipe, key, model_dir, tokenizer)
+
+
+def _key(recipe: Recipe, tokenizer: ChatTokenizer, files: list[list[str]], names: list[str]) -> str:
+    """The hash of all that decides what is prepared."""
+    return hash_json(
         {
             "versions": [PREPARE_VERSION, STORE_VERSION],
             "files": files,
@@ -92,13 +104,12 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
             "template": [dict(tokenizer.template.special), recipe.template.settings, tokenizer.eos],
         }
     )[:16]
-    place = _place(recipe, key)
-    if open_prepared(place) is None:
-        waits = partial(say, f"another process prepares {key}: waiting for it")
-        with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits):
-            if open_prepared(place) is None:
-                build(recipe, tokenizer, inputs, names, place, {"key": key, "files": files}, say)
-    return _opened(recipe, key, model_dir, tokenizer)
+
+
+def key_now(recipe: Recipe, model_dir: Path) -> str:
+    """The key that the recipe's files would be prepared under now."""
+    inputs, names = inputs_of(recipe)
+    return _key(recipe, load_tokenizer(model_dir, recipe.template), _hashes(inputs), names)
 
 
 def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:

@@ -124,11 +124,15 @@ def init(
     return run_init(str(data), model, Path(out), say, held[0], held[1], name)
 
 
-def check(recipe: str | Path, *, say: Say = quiet) -> Check:
-    """Everything that can be known before training."""
+def check(recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (), say: Say = quiet) -> Check:
+    """Everything that can be known before training; with `on_model` also what only the loaded model can show."""
     from educe.recipes.check import check as run_check
 
-    return run_check(load_recipe(Path(recipe)), say)
+    path = Path(recipe)
+    loaded = load_recipe(path)
+    if on_model:
+        need_torch()
+    return run_check(loaded, say, text=path.read_text(encoding="utf-8"), argv=argv, on_model=on_model)
 
 
 def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:

@@ -22,6 +22,7 @@ from educe.recipes.machine import chosen_device, device_as_begun
 from educe.recipes.memory import MemoryPlan, memory_plan_of
 from educe.recipes.mixing import Mixed, mix
 from educe.recipes.plan import refuse_idle_ranks, too_many_unused
+from educe.recipes.preflight_run import look_after, look_before
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import finished, how_it_is_computed, provenance_of, settings_of, steps_done
 from educe.recipes.resume import Found, changes_since, how_of, last_of, planned_ranks, refuse_other_plan, take
@@ -145,6 +146,8 @@ def _train(
         refuse_other_plan(run, found, plan.hash, plan.num_steps, begun.changes)
         load_checkpoint(*found, state)
         say(f"going on after step {state.step} of {plan.num_steps}")
+    else:
+        look_before(run, recipe, prepared, facts, mixed, t, begun.settings, say, world)
     computed = how_it_is_computed(device, t, world.size, begun.earlier.get("started")) | {"changes": begun.changes}
     provenance = provenance_of(recipe, prepared, facts, t, computed)
     if world.leads:
@@ -178,6 +181,7 @@ def _train(
     finally:
         saver.wait()
     watch.end(say, found[1]["weights_step"] if found is not None and begun.ends else None)
+    look_after(run, prepared, state, plan, say, world, changed=bool(begun.changes))
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
         write_json(run.provenance, provenance)

@@ -123,4 +123,5 @@ def build_report(run: RunDir) -> str:
         stories=sections.tell_stories(files.samples),
         ledger=ledger,
         cost=sections.cost(files),
+        checks=sections.sort_checks(files.checks),
     )

@@ -12,6 +12,7 @@ from educe.errors import RunError
 from educe.files.run_dir import RunDir
 from educe.report.records import (
     Answered,
+    Checked,
     Comparison,
     Field,
     LedgerRow,
@@ -264,6 +265,15 @@ def _scores(loaded: Any) -> Scores:
     )
 
 
+def _checks(loaded: Any) -> tuple[Checked, ...]:
+    """In the order they were made."""
+    return tuple(
+        Checked(when=when, **{key: _text(row, key) for key in ("id", "name", "verdict", "number", "evidence")})
+        for when in ("before", "after", "export")
+        for row in map(_dict, _list(_dict(loaded).get(when)))
+    )
+
+
 def read_run(run: RunDir) -> RunFiles:
     """Everything the page needs. Files that are not there are not an error; files that are not JSON are named."""
     unreadable: list[str] = []
@@ -301,5 +311,6 @@ def read_run(run: RunDir) -> RunFiles:
         few_shot=answers["few_shot"],
         tuned=answers["tuned"],
         scores=one(run.scores, _scores),
+        checks=one(run.preflight, _checks) or (),
         unreadable=tuple(unreadable),
     )

@@ -188,6 +188,18 @@ class TaskLoss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What one check found. `when`: before training, after it, or at the export; `verdict` is pass, warn, fail or skip."""
+
+    id: str
+    name: str
+    when: str
+    verdict: str
+    number: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
     """All that a run directory holds for the page. `unreadable` names files that are there but are not JSON."""
 
@@ -203,4 +215,5 @@ class RunFiles:
     few_shot: tuple[Answered, ...]
     tuned: tuple[Answered, ...]
     scores: Scores | None
+    checks: tuple[Checked, ...]
     unreadable: tuple[str, ...]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from educe.errors import CODES
 from educe.report import wording
 from educe.report.charts import Bar
-from educe.report.records import Answered, Field, LedgerRow, Point, RunFiles, Sample, Scores, Step
+from educe.report.records import Answered, Checked, Field, LedgerRow, Point, RunFiles, Sample, Scores, Step
 
 _STATUS = {
     "train": "trained",
@@ -288,6 +288,24 @@ def key_figures(files: RunFiles, ledger: Ledger | None) -> list[Figure]:
         note = f"{ledger.trained.trained_tokens:,} tokens carry loss"
         made.append(Figure(label="Rows trained on", value=wording.count(ledger.trained.rows), note=note))
     return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """The checks of a run: those to look at, worst first, and the others."""
+
+    open: tuple[Checked, ...]
+    passed: tuple[Checked, ...]
+    skipped: tuple[Checked, ...]
+
+
+def sort_checks(found: Sequence[Checked]) -> Checks | None:
+    """By verdict; one that is not known is to be looked at. None where nothing was checked."""
+    if not found:
+        return None
+    by = {v: tuple(c for c in found if c.verdict == v) for v in ("fail", "pass", "skip")}
+    rest = tuple(c for c in found if c.verdict not in by)
+    return Checks(open=by["fail"] + rest, passed=by["pass"], skipped=by["skip"])
 
 
 def cost(files: RunFiles) -> list[Field]:

@@ -66,6 +66,11 @@ class TokenStore:
         return self._ids_T, self._offsets
 
     @property
+    def token_weights(self) -> np.ndarray:
+        """The loss weight of every token, end to end as `tokens` has the ids."""
+        return self._weights_T
+
+    @property
     def num_trained(self) -> int:
         return int(np.count_nonzero(self._weights_T))
 

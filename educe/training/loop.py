@@ -86,15 +86,9 @@ def train(
         counts = _Counts(*world.sum(_counts(batches)).tolist())
 
         def compute(micro: Sequence[Batch], weight: float = counts.weight) -> list[LossOut]:
-            torch.manual_seed(derive(config.seed, "dropout", state.step, world.rank))
-            outs = []
-            for k, batch in enumerate(micro):
-                with state.model.gradients(synchronised=k == len(micro) - 1):
-                    out = loss_fn(state.model, batch, weight)
-                    out.loss.backward()  # type: ignore[no-untyped-call]
-                    # what is left of the graph would break up the heap
-                    outs.append(replace(out, loss=out.loss.detach()))
-            return outs
+            return accumulate(
+                state, micro, weight, loss_fn, seed=derive(config.seed, "dropout", state.step, world.rank)
+            )
 
         batches, outs = in_room(state, batches, compute, say)
 
@@ -133,6 +127,20 @@ def train(
         if any(asked):
             break
     return state
+
+
+def accumulate(state: State, batches: Sequence[Batch], weight: float, loss_fn: LossFn, *, seed: int) -> list[LossOut]:
+    """Forward and backward of a step's micro-batches: gradients are added up in the optimizer, divided by `weight`, the step's sum of
+    weights. Dropout follows from `seed`. The losses that come back are detached."""
+    torch.manual_seed(seed)
+    outs = []
+    for k, batch in enumerate(batches):
+        with state.model.gradients(synchronised=k == len(batches) - 1):
+            out = loss_fn(state.model, batch, weight)
+            out.loss.backward()  # type: ignore[no-untyped-call]
+            # what is left of the graph would break up the heap
+            outs.append(replace(out, loss=out.loss.detach()))
+    return outs
 
 
 class _Counts(NamedTuple):

@@ -82,6 +82,11 @@ class Adam:
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
 
+    def gradients(self) -> dict[str, Tensor]:
+        """What was added up since the last step, by name; parameters without a gradient are not in it."""
+        self._gradients()
+        return {name: key.grad for name, key in self._keys().items() if key.grad is not None}
+
     def step(self, learning_rate: float, *, shrink: float = 1.0) -> None:
         """Update with the gradients times `shrink` (what clipping asks for), round into the model, forget the gradients."""
         for group in self._adam.param_groups:

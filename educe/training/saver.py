@@ -56,7 +56,7 @@ class Saver:
     def __init__(self, place: Path, kept: Kept, say: Callable[[str], None], world: World = ALONE) -> None:
         self._place, self._kept, self._say, self._world = place, kept, say, world
         self._thread: threading.Thread | None = None
-        self._problem: Exception | None = None
+        self.problem: Exception | None = None  # why the last one was not written
         self._failures, self._again_at = 0, 0.0
         self.held_up_s = self.longest_s = 0.0  # of the training; of one checkpoint, from its copy to its name
 
@@ -75,11 +75,11 @@ class Saver:
         self._begin(state, about, finished=finished, best=best)
         for wait_s in (*_PATIENCE_S, None) if must else ():
             self._join()
-            problem = self._world.share(str(self._problem) if self._problem is not None else "")
+            problem = self._world.share(str(self.problem) if self.problem is not None else "")
             if not problem:
                 break
             if wait_s is None:
-                raise self._problem or MachineError(4, str(self._place), problem, "See what rank 0 says.")
+                raise self.problem or MachineError(4, str(self._place), problem, "See what rank 0 says.")
             if self._world.leads:
                 self._again_at = started  # told
                 self._tell(f"trying again in {wait_s:.0f} s")
@@ -93,7 +93,7 @@ class Saver:
         """On rank 0: whether a checkpoint that could not be written should be tried again now. Says what went wrong."""
         if self._thread is not None and not self._thread.is_alive():
             self._join()
-        if self._problem is None:
+        if self.problem is None:
             return False
         if not self._again_at:
             wait_s = min(_RETRY_S * 2**self._failures, _LONGEST_RETRY_S)
@@ -106,16 +106,16 @@ class Saver:
         self._join()
 
     def _tell(self, what_next: str) -> None:
-        p = self._problem
+        p = self.problem
         found = f"{p.where} {p.found}" if isinstance(p, MachineError) else str(p)
         self._say(f"warning: a checkpoint was not written: {found} {what_next[0].upper()}{what_next[1:]}.")
 
     def _begin(self, state: State, about: dict[str, Any], *, finished: bool, best: int | None) -> None:
-        """Copy; then write in a thread. What goes wrong is in `_problem`."""
+        """Copy; then write in a thread. What goes wrong is in `problem`."""
         self._join()
-        if self._problem is not None and not self._again_at:
+        if self.problem is not None and not self._again_at:
             self._tell("trying again now")
-        self._problem, self._again_at = None, 0.0
+        self.problem, self._again_at = None, 0.0
         files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: state.optimizer.masters}
         if not finished:
             files[OPTIMIZER] = state.optimizer.state_tensors()
@@ -162,7 +162,7 @@ class Saver:
             self._fail(e, part, target)
 
     def _fail(self, e: Exception, part: Path | None, target: Path) -> None:
-        self._problem = e
+        self.problem = e
         if part is not None:
             try:
                 abandon(part, target)
@@ -173,8 +173,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._problem is not None and not isinstance(self._problem, MachineError):
-            raise self._problem
+        if self.problem is not None and not isinstance(self.problem, MachineError):
+            raise self.problem
 
 
 def _copies_in_memory(state: State, size: int) -> bool:

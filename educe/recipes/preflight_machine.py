@@ -1,0 +1,366 @@
+"""Checks of the model's files, the machine and the run's settings; no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from educe.chat.named import NAMED
+from educe.config import Full, Wsd
+from educe.errors import EduceError
+from educe.model.describe import describe_model
+from educe.recipes.finding import Before, Finding, finding, refused
+from educe.recipes.memory import num_trained
+from educe.seeds import derive
+from educe.training.schedule import learning_rate
+
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+_SECRETS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{20,}"
+    r"|AIza[\w-]{35}|glpat-[\w-]{20,})"
+)
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*>=\s*([0-9][0-9.]*)")
+# Before this nothing of educe was written: a clock that says so is wrong.
+_EARLIEST_S = 1_767_225_600.0  # 2026-01-01
+_CLOCKS_DIFFER_S = 600.0
+# Weights of trained transformers are about normal with this standard deviation.
+_WEIGHT_SD = 0.02
+
+
+def weights_can_be_read(b: Before) -> Finding:
+    """P20: safetensors only, headers that fit their files, plain numbers."""
+    name = "weights on disk"
+    try:
+        facts = describe_model(b.facts.directory, b.recipe.model)
+    except EduceError as e:
+        return refused("P20", name, e)
+    kinds = Counter(kind for file in sorted(facts.directory.glob("*.safetensors")) for kind in _kinds(file))
+    odd = {k: n for k, n in kinds.items() if k not in _PLAIN}
+    said = ", ".join(f"{n:,} tensors {kind}" for kind, n in kinds.most_common())
+    if odd:
+        said += ": numbers that are packed are made plain ones when they are loaded"
+    return finding("P20", name, f"{facts.num_parameters / 1e6:,.1f}M numbers", said, warn=bool(odd))
+
+
+def stops_agree(b: Before) -> Finding:
+    """P21: ids of the tokenizer and of both configs exist in the model, and the stop tokens meet."""
+    t, place, known = b.prepared.tokenizer, b.facts.directory, b.facts.vocab_size
+    named = {n: _stop_ids(place / f"{n}.json") for n in ("config", "generation_config")}
+    beyond = sorted(i for ids in named.values() for i in ids if i >= known)
+    said = "; ".join(f"{n}.json stops at {', '.join(map(str, sorted(ids)))}" for n, ids in named.items() if ids)
+    said = f"{said or 'the configs name no stop token'}; turns are trained to end with {_words(b)}"
+    if beyond:
+        said = f"stop token {beyond[0]} has no embedding, of which there are {known:,}. {said}"
+    return finding("P21", "stop tokens", f"{len(t.stop)} ids", said, fail=bool(beyond))
+
+
+def trained_parts(b: Before) -> Finding:
+    """P22, without the model: what is trained, tied heads, new tokens."""
+    config = _json(b.facts.directory / "config.json")
+    tied = bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)))
+    new = b.prepared.tokenizer.new_tokens
+    trained = num_trained(b.facts, b.recipe.tuning)
+    how = "all weights" if isinstance(b.recipe.tuning, Full) else f"adapters of rank {b.recipe.tuning.rank}"
+    said = f"{how}; the head is {'' if tied else 'not '}the embedding"
+    said += f"; new tokens {' '.join(new)} are trained with them" if new else "; no new tokens"
+    beyond = [w for w, i in new.items() if i > b.facts.vocab_size + len(new)]
+    return finding("P22", "what is trained", f"{trained / 1e6:,.1f}M numbers", said, fail=bool(beyond) or trained < 1)
+
+
+def updates_arrive(b: Before) -> Finding:
+    """P23: the share of updates that rounding would swallow."""
+    low = b.recipe.train.optimizer == "adamw_8bit_bf16"
+    rate = b.recipe.train.learning_rate
+    without = lost_updates(rate, 8)
+    how = "bf16 weights, updates rounded at random: none is lost in the mean" if low else "fp32 masters"
+    share = 0.0 if low else lost_updates(rate, 24)
+    said = f"{how}; bf16 weights rounded to the nearest would lose about {without:.0%} at a rate of {rate:g}"
+    return finding("P23", "lost updates", f"{share:.1%}", said, fail=share > 0.5, warn=share > 0.01)
+
+
+def lost_updates(rate: float, bits: int) -> float:
+    """The share of weights, normal with a deviation of 0.02, whose half unit in the last place (of `bits` significant ones) is more
+    than a first Adam update, which is the rate."""
+    largest = rate * 2.0 ** (bits + 0.5)  # half a unit of w is w / 2^bits to w / 2^(bits + 1)
+    return math.erfc(largest / _WEIGHT_SD / math.sqrt(2))
+
+
+def disk_is_enough(b: Before) -> Finding:
+    """P40: room for the checkpoints that are kept, one being written, and one more."""
+    keep, each = b.recipe.train.keep_checkpoints, 12.0 * num_trained(b.facts, b.recipe.tuning)
+    free = shutil.disk_usage(_existing(b.run.path)).free
+    said = f"{keep} checkpoints of {each / 1e9:.2f} GB are kept; {free / 1e9:.1f} GB are free"
+    number = f"{free / each:,.1f} checkpoints fit"
+    return finding("P40", "disk", number, said, fail=free < (keep + 1) * each, warn=free < (keep + 2) * each)
+
+
+def run_can_be_written(b: Before) -> Finding:
+    """P42: files can be made where the run will be, and others cannot change it."""
+    place = _existing(b.run.path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".preflight-") as f:
+            f.write(b"x")
+    except OSError as e:
+        fix = "choose another place with `runs:`"
+        return finding("P42", "run directory", "not writable", f"{place}: {e.strerror}; {fix}", fail=True)
+    mode = stat.S_IMODE(place.stat().st_mode)
+    open_to_all = bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+    said = f"{place} can be written" + (", by every user of this machine" if open_to_all else "")
+    return finding("P42", "run directory", f"mode {mode:o}", said, warn=open_to_all)
+
+
+def memory_is_enough(b: Before) -> Finding:
+    """P43: the memory plan against what is free, and what there is at all."""
+    total, fits = b.memory.total, b.memory.fits
+    most = _all_memory(b.device)
+    again = f"; {b.memory.recomputed_layers} layers are computed again" if b.memory.recomputed_layers else ""
+    said = f"{b.memory.said().removeprefix('memory: ')}{again}; the {b.device} has {most / 1e9:.1f} GB"
+    return finding("P43", "memory", f"{total / 1e9:.1f} GB", said, fail=total > most, warn=not fits)
+
+
+def seed_is_known(b: Before) -> Finding:
+    """P44: everything random follows from the seed; which bits can be had again."""
+    same = (
+        "the same bits each time"
+        if b.device == "cpu"
+        else "the same rows each time; kernels may add up in another order"
+    )
+    deterministic = getattr(b.recipe.train, "deterministic", getattr(b.recipe, "deterministic", False))
+    said = "deterministic kernels" if deterministic else f"on this {b.device} and these threads {same}"
+    return finding("P44", "seed", str(b.recipe.train.seed), said)
+
+
+def ranks_share_the_step(b: Before) -> Finding:
+    """P45: the ranks' rows of the first step are together the step, none twice."""
+    whole = [tuple(pack) for pack in b.plan.step(0)]
+    dealt = [tuple(pack) for r in range(b.ranks) for pack in b.plan.step(0, r, b.ranks)]
+    equal = Counter(whole) == Counter(dealt)
+    rows = sum(map(len, whole))
+    said = f"{rows:,} examples in {len(whole)} packs over {b.ranks} ranks" if b.ranks > 1 else "one rank has them all"
+    said = said if equal else f"the ranks' packs are not those of the step: {len(dealt)} for {len(whole)}"
+    return finding("P45", "rows of the first step", f"{rows:,} examples", said, fail=not equal)
+
+
+def ranks_are_watched(b: Before) -> Finding:
+    """P46: a rank that hangs ends the others."""
+    if b.ranks == 1:
+        return finding("P46", "ranks that hang", "-", "there is one process", skip=True)
+    from educe.parallel.world import DEVICE_WAITS, HOST_WAITS
+
+    waits = HOST_WAITS if b.device == "cpu" else DEVICE_WAITS
+    said = "a rank that dies is noticed at once; one that hangs after this time"
+    return finding("P46", "ranks that hang", f"{waits.total_seconds() / 60:.0f} min", said)
+
+
+def rates_are_sane(b: Before) -> Finding:
+    """P47: the learning rate at ten points of the run."""
+    train, n = b.recipe.train, b.plan.num_steps
+    decay = train.schedule.decay_share if isinstance(train.schedule, Wsd) else 0.0
+    rates = [
+        learning_rate(
+            k, n, peak=train.learning_rate, warmup_share=train.warmup_share, kind=train.schedule.kind, decay_share=decay
+        )
+        for k in range(n)
+    ]
+    points = sorted({round(k * (n - 1) / 9) for k in range(10)})
+    said = ", ".join(f"step {k + 1} {rates[k]:.2g}" for k in points)
+    bad = not all(math.isfinite(r) and 0 < r <= train.learning_rate * (1 + 1e-9) for r in rates)
+    never = max(rates) < 0.9 * train.learning_rate
+    if never:
+        said = f"the peak, {train.learning_rate:g}, is never reached: {said}"
+    return finding("P47", "learning rate", f"{max(rates):.3g} at most", said, fail=bad, warn=never)
+
+
+def resume_is_clear(b: Before) -> Finding:
+    """P48: a new run, or what would be gone on from, and what changed since."""
+    if not b.run.resolved.is_file():
+        return finding("P48", "resume", "a new run", f"{b.run.path} holds none")
+    settings = b.settings
+    if settings is None:
+        from educe.recipes.provenance import settings_of  # loads transformers: only where there is a run
+
+        try:
+            old = b.run.load(b.run.resolved)["settings"]
+            settings = settings_of(b.recipe, b.prepared, b.facts, int(old["ranks"]))
+        except EduceError as e:
+            return refused("P48", "resume", e)
+        except (KeyError, TypeError, ValueError):
+            said = f"{b.run.resolved} is of another version; give the recipe another name"
+            return finding("P48", "resume", "not readable", said, fail=True)
+    else:
+        old = b.run.load(b.run.resolved)["settings"]
+    changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    steps = [int(p.name[5:]) for p in b.run.checkpoints.glob("step-*") if p.name[5:].isdigit()]
+    number = f"after step {max(steps)}" if steps else "a new run"
+    if changed:
+        k = changed[0]
+        said = f"{k} was {old.get(k)!r:.40}, now {settings.get(k)!r:.40}: give the recipe another name"
+        return finding("P48", "resume", number, said, fail=True)
+    said = f"goes on from {b.run.checkpoints}" if steps else "no checkpoint yet"
+    return finding("P48", "resume", number, said)
+
+
+def clock_is_sane(b: Before) -> Finding:
+    """P49: the clock is not before files that are there, and the random streams are the ones of every machine."""
+    now = time.time()
+    newest = max(p.stat().st_mtime for p in (b.prepared.path / "manifest.json", b.facts.directory / "config.json"))
+    behind = newest - now
+    drawn = derive(0, "order")
+    wrong = drawn != 1_135_334_927_541_815_487
+    said = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+    if behind > _CLOCKS_DIFFER_S:
+        said = f"{said} is {behind / 60:.0f} min before files that were written already"
+    said = "seeds are derived otherwise than on other machines" if wrong else said
+    early = now < _EARLIEST_S or behind > _CLOCKS_DIFFER_S
+    return finding("P49", "clock and seeds", f"{now:.0f}", said, fail=wrong, warn=early)
+
+
+def nothing_runs(b: Before) -> Finding:
+    """P60: neither code nor pickles are loaded; what lies beside is named."""
+    place = b.facts.directory
+    if "auto_map" in _json(place / "config.json"):
+        said = f"{place}/config.json wants to run its own code (auto_map)"
+        return finding("P60", "no code in the model", "auto_map", said, fail=True)
+    beside = sorted(p.name for p in place.iterdir() if p.suffix in (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    said = f"{', '.join(islice(beside, 3))} lie beside and are not read" if beside else "safetensors and JSON alone"
+    return finding("P60", "no code in the model", f"{len(beside)} files not read", said)
+
+
+def template_is_known(b: Before) -> Finding:
+    """P61: whose template it is, that it is the one the rows were prepared with, and that it renders within its limits."""
+    t = b.prepared.tokenizer
+    kept = (b.prepared.path / "chat_template.jinja").read_text(encoding="utf-8")
+    changed = kept != t.template.source
+    same_as = next((n for n, given in NAMED.items() if given.source == t.template.source), "")
+    slow = b.ledger.codes["E-CHAT-103"]
+    said = f"{b.prepared.summary['template']}{f' ({same_as})' if same_as else ''}, {len(kept):,} characters"
+    if changed:
+        said = "the rows were prepared with another one: delete the prepared data"
+    if slow:
+        said += f"; it exceeds its limits of time or size on {slow:,} rows"
+    return finding("P61", "chat template", t.template_hash[:12], said, fail=changed, warn=slow > 0)
+
+
+def no_secrets(b: Before) -> Finding:
+    """P63: nothing that looks like a key in the recipe, which the run keeps, or in the command, which every user sees."""
+    places = {"the recipe": f"{b.text}\n{b.recipe.model_dump_json()}", "the command": "\n".join(b.argv)}
+    found = [(where, m.group()) for where, text in places.items() for m in _SECRETS.finditer(text)]
+    said = "; ".join(dict.fromkeys(f"{where} holds {secret[:5]}…" for where, secret in found))
+    fix = ": take it out, and give tokens by the environment (HF_TOKEN)"
+    number = f"{len(set(found))} found"
+    return finding("P63", "secrets", number, f"{said}{fix}" if found else "none in recipe or command", fail=bool(found))
+
+
+def packages_fit(b: Before) -> Finding:
+    """P64: what is installed is what educe asks for."""
+    wanted = [m.groups() for line in _requirements() if (m := _REQUIREMENT.match(line))]
+    wrong = [f"{name} {have} is older than {least}" for name, least in wanted if (have := _older(name, least))]
+    said = "; ".join(wrong) or "none is older than what educe asks for"
+    return finding("P64", "packages", f"{len(wanted)} looked at", said, fail=bool(wrong))
+
+
+def asserts_do_not_matter(b: Before) -> Finding:
+    """P65: with `python -O` nothing is checked less: no assert is there for safety."""
+    on = bool(sys.flags.optimize)
+    return finding("P65", "python -O", "on" if on else "off", "no check is an assert: the same either way")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path.resolve()
+
+
+def _all_memory(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return float(psutil.virtual_memory().total)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _stop_ids(file: Path) -> set[int]:
+    value = _json(file).get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def _words(b: Before) -> str:
+    return " and ".join(b.prepared.summary["stop"]) or "none (raw text)"
+
+
+def _kinds(file: Path) -> list[str]:
+    """The kinds of numbers of a safetensors file's tensors."""
+    with file.open("rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    return [str(t["dtype"]) for n, t in header.items() if n != "__metadata__"]
+
+
+def _requirements() -> list[str]:
+    """What educe needs to train; its other extras are asked for where they are used."""
+    try:
+        lines = requires("educe") or []
+    except PackageNotFoundError:  # run from its source
+        return []
+    return [line for line in lines if "extra ==" not in line or re.search(r"""extra == ["']train["']""", line)]
+
+
+def _older(name: str, least: str) -> str:
+    """The installed version, where it is older than `least` or missing; else nothing."""
+    try:
+        have = version(name)
+    except PackageNotFoundError:
+        return "(not installed)"
+    return have if _numbers(have) < _numbers(least) else ""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """1.10.2rc1 → (1, 10, 2)."""
+    parts = [re.match(r"\d+", part) for part in text.split("+")[0].split(".")]
+    numbers = [int(p.group()) for p in parts if p]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+MACHINE = (
+    weights_can_be_read,
+    stops_agree,
+    trained_parts,
+    updates_arrive,
+    disk_is_enough,
+    run_can_be_written,
+    memory_is_enough,
+    seed_is_known,
+    ranks_share_the_step,
+    ranks_are_watched,
+    rates_are_sane,
+    resume_is_clear,
+    clock_is_sane,
+    nothing_runs,
+    template_is_known,
+    no_secrets,
+    packages_fit,
+    asserts_do_not_matter,
+)

@@ -1,0 +1,235 @@
+"""Checks that need the loaded model: trained as planned, no leak in packs, gradients and losses that do not depend on how rows are
+put together. Few and short rows are used, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from educe.config import Lora, Recipe
+from educe.loss.cross_entropy import LossOut
+from educe.model.adapters import linear_layers
+from educe.model.load import CausalLM
+from educe.model.proof import packs_are_blind
+from educe.pack.batch import build_batch, halved
+from educe.parallel.world import ALONE, World
+from educe.recipes.finding import Finding, finding
+from educe.recipes.prepare import Prepared
+from educe.recipes.trainee import Trainee
+from educe.seeds import derive, permute
+from educe.training.loop import accumulate
+from educe.training.sft import held_out_loss
+from educe.training.state import State
+from educe.types import Batch, Example
+
+_ROWS, _TOKENS = 5, 384  # of the set that gradients are compared on
+_LOOKED_AT = 2000  # examples that the set is chosen from
+_COMPARED_BYTES = 2**28  # of gradients that are kept for comparison
+# Gradients of one step, rounded in two ways, as shares of their norm: more than the first is odd, more than the second a mistake
+# in the sum. Measured: 1e-7 (a small model, float32), 4e-2 (135M, bfloat16); a mean for each micro-batch is off by 7e-1.
+_APART = {"float32": (1e-5, 1e-3), "bfloat16": (1e-1, 2e-1)}
+_LOSS_APART = {"float32": 1e-5, "bfloat16": 2e-2}
+_FIRST_TOKENS = 512
+SHARDED = "the model is divided over ranks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnModel:
+    """What the checks look at: the trainee before its first step, and where a probe may be written."""
+
+    recipe: Recipe
+    prepared: Prepared
+    t: Trainee
+    place: Path
+    world: World = ALONE
+
+    @property
+    def state(self) -> State:
+        return self.t.state
+
+    @property
+    def model(self) -> CausalLM:
+        return self.t.state.model
+
+
+def parts_are_trained(o: OnModel) -> list[Finding]:
+    """P22: adapters on every linear layer, new tokens among what is trained, and what is trained in what is saved."""
+    trainable, masters = o.model.trainable(), o.state.optimizer.masters
+    trained = sum(m.numel() for m in masters.values())
+    every = sum(p.numel() for p in o.model.network.parameters())
+    wrong = []
+    if isinstance(o.recipe.tuning, Lora):
+        names = [n for n in trainable if "lora_A" in n]
+        bare = [n for n in linear_layers(o.model.base) if ".lora_" not in n and not n.endswith(".base_layer")]
+        if bare or not names:
+            wrong.append(
+                f"{len(names)} of {len(names) + len(bare)} linear layers have adapters, {(bare or ['none'])[0]} has not"
+            )
+    if new := o.prepared.tokenizer.new_tokens:
+        embedding = o.model.base.get_input_embeddings()
+        if not any(p.requires_grad for p in embedding.parameters()):
+            wrong.append(f"the embeddings of {' '.join(new)} are not trained")
+    if trainable.keys() != masters.keys():
+        wrong.append(f"{len(trainable.keys() ^ masters.keys())} trained tensors would not be saved, or the reverse")
+    low = [n for n, m in masters.items() if m.dtype != torch.float32]
+    if low and o.recipe.train.optimizer != "adamw_8bit_bf16":
+        wrong.append(f"{len(low)} masters are no fp32, {low[0]} the first")
+    said = (
+        "; ".join(wrong)
+        or f"in {len(masters):,} tensors, all of them saved; masters are fp32{' but rounded at random' if low else ''}"
+    )
+    number = f"{trained / 1e6:,.1f}M of {every / 1e6:,.1f}M numbers"
+    return [finding("P22", "trained parameters", number, said, fail=bool(wrong) or not trained)]
+
+
+def packs_are_apart(o: OnModel) -> list[Finding]:
+    """P24: other documents of a pack change no bit of a document's states, in the run's arithmetic and attention."""
+    name, model = "packs are blind", o.model
+    if not o.t.packed:
+        return [finding("P24", name, "not packed", f"every row is trained alone: {model.why_unpacked}")]
+    if model.sharded is not None:
+        return [finding("P24", name, "blind", "proved before the model was divided over ranks")]
+    blind = packs_are_blind(model)
+    said = "the same bits whatever stands beside" if blind else model.why_unpacked
+    return [finding("P24", name, "blind" if blind else "a leak", f"{said} ({model.device.dtype})", fail=not blind)]
+
+
+def gradients_do_not_depend_on_the_split(o: OnModel) -> list[Finding]:
+    """P26: a step's gradient as one micro-batch, as one of each row, and unevenly cut."""
+    name, dtype = "gradient and split", o.model.device.dtype
+    if o.model.sharded is not None:
+        return [finding("P26", name, "-", SHARDED, skip=True)]
+    rows = short_rows(o)
+    if len(rows) < 2:
+        return [finding("P26", name, "-", "there is one example", skip=True)]
+    alone = [[e] for e in rows]
+    fits = sum(e.ids_T.size for e in rows) <= o.t.plan.capacity_tokens
+    ways = {"one by one": alone}
+    if not (o.t.packed and fits):
+        ways["one by one, backwards"] = alone[::-1]
+    else:
+        ways |= {"all in one": [rows], "unevenly cut": [g for g in (rows[:1], rows[1:3], rows[3:]) if g]}
+    o.model.network.eval()  # without dropout, which is drawn for each micro-batch anew
+    kept: dict[str, Tensor] = {}
+    apart = {}
+    for way, groups in ways.items():
+        gradient_of(o, [build_batch(group) for group in groups])
+        gradients = o.state.optimizer.gradients()
+        if not kept:
+            kept = {n: gradients[n].detach().to("cpu", copy=True) for n in _some(gradients)}
+        else:
+            apart[way] = _off(kept, gradients)
+        o.state.optimizer.forget_gradients()
+    worst = max(apart, key=lambda way: apart[way] if math.isfinite(apart[way]) else math.inf)
+    trained = [int((e.weights_T > 0).sum()) for e in rows]
+    said = f"{worst} against one by one; {len(rows)} rows with {min(trained)} to {max(trained)} trained tokens, {len(kept):,} tensors"
+    (odd, wrong), off = _APART[dtype], apart[worst]
+    fails = not off <= wrong
+    return [finding("P26", name, f"{off:.1e} apart", f"{said}; at most {odd:g}", fail=fails, warn=off > odd)]
+
+
+def first_loss_is_likely(o: OnModel) -> list[Finding]:
+    """P29: the untouched model's loss on the first step's rows is neither that of a broken model nor near 0."""
+    loss = held_out_loss(o.model, [_part_of(o.t.batches_of(0)[0], _FIRST_TOKENS)])
+    if o.world.size > 1:
+        loss = loss.over(o.world, len(o.prepared.tasks))
+    chance = math.log(o.model.vocabulary)
+    said = f"of the first step's rows, in nats; guessing among all tokens would give {chance:.1f}"
+    broken = not loss.mean <= 1.5 * chance + 1
+    known = loss.mean < 0.02
+    if known:
+        said = f"{said}: the model knows the answers already. Was it trained on them, or does the prompt hold them?"
+    if broken:
+        said = f"{said}: tokenizer and model do not fit, or weights are broken"
+    return [finding("P29", "first loss", f"{loss.mean:.3f}", said, fail=broken, warn=known)]
+
+
+def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
+    """P50: held-out loss is the same for packs and for rows one by one, over all their weight."""
+    name = "held-out loss and batch"
+    if o.model.sharded is not None or not o.t.packed:
+        why = SHARDED if o.model.sharded is not None else "rows are measured one by one"
+        return [finding("P50", name, "-", why, skip=True)]
+    store = o.prepared.store("dev")
+    order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:8].tolist()
+    rows = _first_of([store[i] for i in order], _TOKENS)
+    if len(rows) < 2:
+        return [finding("P50", name, "-", "fewer than two rows are held out", skip=True)]
+    packed, alone = ([build_batch(g) for g in groups] for groups in ([rows], [[e] for e in rows]))
+    one, two = (held_out_loss(o.model, batches) for batches in (packed, alone))
+    counted = [sum(b.total_weight for b in batches) for batches in (packed, alone)]
+    total = sum(float(e.weights_T.sum(dtype="float64")) for e in rows)
+    apart = abs(one.mean - two.mean) / max(1e-9, abs(two.mean))
+    lost = any(abs(c - total) > 1e-6 * total for c in counted)
+    limit = _LOSS_APART[o.model.device.dtype]
+    said = f"{one.mean:.4f} packed, {two.mean:.4f} one by one, {len(rows)} rows; at most {limit:g}"
+    said = f"{counted} of a weight of {total} counted" if lost else said
+    return [finding("P50", name, f"{apart:.1e} apart", said, fail=lost or not apart <= limit)]
+
+
+def gradient_of(o: OnModel, batches: Sequence[Batch]) -> list[LossOut]:
+    """What the loop does for these micro-batches, up to the update."""
+    weight = sum(b.total_weight for b in batches)
+    return accumulate(o.state, batches, weight, o.t.loss, seed=derive(o.recipe.train.seed, "preflight"))
+
+
+def short_rows(o: OnModel) -> list[Example]:
+    """A few short rows of the run that differ as much as can be in how many of their tokens are trained."""
+    store, plan = o.prepared.store("train"), o.t.plan
+    first = np.unique(plan.examples_K[:_LOOKED_AT])
+    short = first[store.lengths[first].argsort(kind="stable")][: 4 * _ROWS]
+    by_trained = short[store.trained_of[short].argsort(kind="stable")]
+    spread = by_trained[np.unique(np.linspace(0, by_trained.size - 1, _ROWS).round().astype(int))]
+    chosen = spread[store.lengths[spread].argsort(kind="stable")]
+    return _first_of([store[int(i)] for i in chosen], min(_TOKENS, plan.capacity_tokens))
+
+
+def _first_of(rows: Sequence[Example], num_tokens: int) -> list[Example]:
+    """The first rows, as many as have together at most so many tokens, but two."""
+    ends = np.cumsum([e.ids_T.size for e in rows])
+    return list(rows[: max(2, int(np.searchsorted(ends, num_tokens, "right")))])
+
+
+def _some(gradients: Mapping[str, Tensor]) -> list[str]:
+    """Names of gradients that can be kept, one at least, spread over the model."""
+    names, left = list(gradients), _COMPARED_BYTES
+    chosen: list[str] = []
+    for k in permute(len(names), derive(0, "gradients")).tolist():
+        size = 4 * gradients[names[k]].numel()
+        if size <= left or not chosen:
+            chosen.append(names[k])
+            left -= size
+    return chosen
+
+
+def _off(kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
+    """How far gradients are from those that were kept, as a share of their norm."""
+    apart = size = 0.0
+    for name, was in kept.items():
+        now = gradients[name].detach().to("cpu", torch.float32)
+        apart += float((now - was.float()).norm().double() ** 2)
+        size += float(was.float().norm().double() ** 2)
+    return math.sqrt(apart / size) if size else math.sqrt(apart)
+
+
+def _part_of(batch: Batch, num_tokens: int) -> Batch:
+    """Its first documents, of about so many tokens."""
+    while batch.num_tokens > num_tokens and batch.lengths_D.size > 1:
+        batch = halved(batch)[0]
+    return batch
+
+
+MODEL: tuple[Callable[[OnModel], list[Finding]], ...] = (
+    parts_are_trained,
+    packs_are_apart,
+    first_loss_is_likely,
+    held_out_loss_counts_every_row,
+    gradients_do_not_depend_on_the_split,
+)

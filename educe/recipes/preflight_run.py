@@ -1,0 +1,177 @@
+"""The checks as `train` makes them before its first step and after its last, and as `check --on-model` does."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from educe.config import Recipe
+from educe.errors import EduceError
+from educe.files.atomic import told, verify
+from educe.files.jsonl import read_jsonl
+from educe.files.run_dir import RunDir
+from educe.model.describe import ModelFacts
+from educe.model.device import release_free_memory, told_of_memory
+from educe.model.frugal import uncompiled
+from educe.model.source import Say
+from educe.pack.plan import PackPlan
+from educe.parallel.world import ALONE, World
+from educe.recipes.finding import Finding, before, finding, refused
+from educe.recipes.machine import device_of
+from educe.recipes.mixing import Mixed
+from educe.recipes.preflight import keep, refuse, tell, without_model
+from educe.recipes.preflight_model import MODEL, OnModel
+from educe.recipes.preflight_saved import PROBE, saved_is_loaded_and_a_step_moves
+from educe.recipes.prepare import Prepared
+from educe.recipes.trainee import Trainee, trainee
+from educe.training.checkpoint import WEIGHTS
+from educe.training.state import State
+
+_STOPPED = 0.95  # of the answers should end by themselves
+
+
+def on_model(recipe: Recipe, prepared: Prepared, t: Trainee, place: Path, *, world: World = ALONE) -> list[Finding]:
+    """Every check of the loaded model, on all ranks together; `place` is a directory on the run's disk. A check that ends in an error
+    of ours has failed. The state is afterwards what it was: masters to the bit, no moments, no gradients, step 0."""
+    o = OnModel(recipe=recipe, prepared=prepared, t=t, place=place, world=world)
+    was_training = o.model.network.training
+    found = []
+    with uncompiled():
+        for check in (*MODEL, saved_is_loaded_and_a_step_moves):
+            try:
+                found += check(o)
+            except EduceError as e:
+                found.append(refused((check.__doc__ or "")[:3], check.__name__.replace("_", " "), e))
+            finally:
+                o.state.optimizer.forget_gradients()
+                o.model.network.train(was_training)
+                release_free_memory()
+            if found[0].verdict == "fail":  # what is not trained as it should be cannot be saved as it should be
+                break
+    return found
+
+
+def look_before(
+    run: RunDir,
+    recipe: Recipe,
+    prepared: Prepared,
+    facts: ModelFacts,
+    mixed: Mixed,
+    t: Trainee,
+    settings: Mapping[str, Any],
+    say: Say,
+    world: World,
+) -> None:
+    """Every check, before a new run's first step. All ranks call it; rank 0 writes. Raises `TrainError` where one has failed."""
+    if world.leads:
+        for left in run.path.glob(f"{PROBE}*"):  # of a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        text = run.recipe.read_text(encoding="utf-8")
+        kind = t.state.model.device_kind
+        b = before(
+            recipe, prepared, facts, mixed, t.plan, t.memory, kind, settings=settings, text=text, argv=sys.argv[1:]
+        )
+        first = [f.as_json() for f in without_model(b)]
+    else:
+        first = []
+    findings = [_finding(f) for f in world.share(first)]
+    if not any(f.verdict == "fail" for f in findings):
+        findings += on_model(recipe, prepared, t, run.path, world=world)
+    findings = [_finding(f) for f in world.share([f.as_json() for f in findings])]
+    if world.leads:
+        keep(run, "before", findings)
+    refuse(run, findings)
+    tell(findings, say)
+
+
+def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, say: Say) -> list[Finding]:
+    """The checks of the loaded model for `educe check --on-model`; nothing of them stays."""
+    place = Path(recipe.runs)
+    with told(place):
+        place.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(dir=place, prefix=PROBE)
+    try:
+        with told_of_memory("checking"):
+            device = device_of(recipe)  # compiling layers takes a minute, and the checks run them as they are written
+            t = trainee(recipe, prepared, facts, mixed, device, None, say, compiled=False)
+            return on_model(recipe, prepared, t, Path(made))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def look_after(
+    run: RunDir, prepared: Prepared, state: State, plan: PackPlan, say: Say, world: World, *, changed: bool
+) -> None:
+    """What a finished run left: tokens as planned, answers that stop, weights that are read back. Rank 0 alone; raises nothing.
+    `changed`: settings were, in the middle of it."""
+    if not world.leads:
+        return
+    findings = [
+        _as_planned(run, prepared, state, plan, changed=changed),
+        _answers_stop(run),
+        _weights_are_kept(run, state),
+    ]
+    keep(run, "after", findings)
+    tell([f for f in findings if f.verdict != "fail"], say)
+    for f in findings:
+        if f.verdict == "fail":
+            say(f"FAILED: {f}")
+
+
+def _as_planned(run: RunDir, prepared: Prepared, state: State, plan: PackPlan, *, changed: bool) -> Finding:
+    """P91: the tokens of every step, as they were counted while it was made, are those of the plan."""
+    if changed:
+        return finding(
+            "P91", "tokens as planned", "-", "settings were changed in the middle: there were two plans", skip=True
+        )
+    lengths, trained_of = (getattr(prepared.store("train"), name) for name in ("lengths", "trained_of"))
+    drawn = plan.examples_K[: plan.pack_edges[plan.step_edges[state.step]]]
+    planned = int(lengths[drawn].sum()), int(trained_of[drawn].sum())
+    steps = {x["step"]: x for x in read_jsonl(run.metrics) if x["kind"] == "step"}
+    done = sum(x["tokens"] for x in steps.values()), sum(x["trained_tokens"] for x in steps.values())
+    said = f"{done[0]:,} tokens in {len(steps):,} steps, {done[1]:,} of them with loss"
+    if done != planned:
+        said = f"{said}; planned were {planned[0]:,} and {planned[1]:,}"
+    return finding("P91", "tokens as planned", f"{done[0]:,} of {planned[0]:,}", said, fail=done != planned)
+
+
+def _answers_stop(run: RunDir) -> Finding:
+    """P92: the tuned model's sample answers end by themselves."""
+    lines = read_jsonl(run.samples) if run.samples.is_file() else []
+    last = max((x["step"] for x in lines), default=0)
+    stopped = [bool(x["stopped"]) for x in lines if x["step"] == last]
+    if not stopped:
+        return finding("P92", "answers stop", "-", "no held-out question was asked", skip=True)
+    number = f"{sum(stopped)} of {len(stopped)}"
+    said = "sample answers end with a stop token; the others are cut at evaluation.max_new_tokens"
+    return finding("P92", "answers stop", number, said, warn=sum(stopped) < _STOPPED * len(stopped))
+
+
+def _weights_are_kept(run: RunDir, state: State) -> Finding:
+    """P93: the last checkpoint verifies, and holds the weights that are in memory."""
+    place = run.checkpoints / f"step-{state.step:06d}"
+    manifest = verify(place)
+    if isinstance(manifest, str):
+        return finding("P93", "final weights", "damaged", f"{place}: {manifest}", fail=True)
+    if state.model.sharded is not None:
+        return finding("P93", "final weights", "verified", f"{place}; each rank has its rows alone in memory")
+    with safe_open(place / WEIGHTS, "pt") as stored:
+        other = [
+            n for n, m in state.optimizer.masters.items() if not torch.equal(stored.get_tensor(n), m.detach().cpu())
+        ]
+    spoilt = [n for n, m in state.optimizer.masters.items() if not math.isfinite(float(m.detach().float().sum()))]
+    wrong = f"{other[0]} is another in the file" if other else f"{spoilt[0]} is no finite number" if spoilt else ""
+    number = f"{len(state.optimizer.masters) - len(other):,} of {len(state.optimizer.masters):,} tensors"
+    return finding("P93", "final weights", number, wrong or "read back, to the bit those in memory", fail=bool(wrong))
+
+
+def _finding(value: Mapping[str, Any]) -> Finding:
+    return Finding(**value)
