@@ -249,9 +249,11 @@ def test_predicted_lost_updates_are_those_that_were_measured() -> None:
 
 def test_p20_and_p60_a_model_directory_that_is_damaged_or_runs_code(bench: Bench) -> None:
     b = bench.before(bench.recipe(lines(12)))
-    (bench.model / "modeling.py").write_text("x = 1")
     assert found(b, "P60").verdict == "pass"
+    (bench.model / "modeling.py").write_text("x = 1")
+    assert found(b, "P60").verdict == "fail"
     assert "modeling.py" in found(b, "P60").evidence
+    (bench.model / "modeling.py").unlink()
     weights = bench.model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     assert found(b, "P20").number == "E-MODEL-002"
@@ -312,7 +314,7 @@ def test_p61_rows_prepared_with_another_template(bench: Bench) -> None:
     assert found(b, "P61").verdict == "fail"
 
 
-@pytest.mark.parametrize("secret", [TOKEN, "sk-" + "a1" * 16, "AKIA" + "Z9" * 8, "ghp_" + "Q7" * 18])
+@pytest.mark.parametrize("secret", [TOKEN, "sk-" + "aB1" * 12, "AKIA" + "Z9" * 8, "ghp_" + "Q7" * 18])
 def test_p63_a_secret_in_the_recipe(bench: Bench, secret: str) -> None:
     b = bench.before(bench.recipe(lines(12)), text=f"# token: {secret}\n")
     f = found(b, "P63")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_a_healthy_model_passes_every_check_and_nothing_is_left(
     wanted = {"P22", "P24", "P26", "P27", "P28", "P29", "P41", "P50"}
     assert {f.id for f in found.values()} == wanted
     assert "P27 export and load" in found
-    assert not list(ready.place.glob(".preflight-*"))
+    assert not list(ready.place.glob(".*"))
     assert ready.t.state.step == 0
     assert ready.t.state.model.network.training
 
@@ -227,7 +228,9 @@ def test_p27_an_export_whose_tokenizer_gives_other_ids(make: Make) -> None:
 # The verbs
 
 
-def test_a_run_keeps_its_checks_and_the_report_shows_them(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_run_keeps_its_checks_and_the_report_shows_them(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(ROWS) + "\n", encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     text = (
@@ -255,9 +258,10 @@ def test_a_run_keeps_its_checks_and_the_report_shows_them(tmp_path: Path, tiny_m
     assert "Checks</h2>" not in run.report().read_text(encoding="utf-8")
 
     shutil.rmtree(run.path)
-    recipe.write_text(f"# hf_{'aB3' * 11}\n{text}", encoding="utf-8")
-    with pytest.raises(TrainError, match="E-TRAIN-302 P63 secrets: 1 found"):
-        educe.train(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["educe", "train", f"hf_{'aB3' * 11}"])
+        with pytest.raises(TrainError, match="E-TRAIN-302 P63 secrets: 1 found"):
+            educe.train(recipe)
     assert not (run.path / "checkpoints").exists()
     recipe.write_text(text, encoding="utf-8")
     assert educe.train(recipe).finished
@@ -280,4 +284,4 @@ def test_check_on_model_as_json(tmp_path: Path, tiny_model: Path, capsys: pytest
     assert value["ready"]
     assert {"P01", "P15", "P26", "P28", "P65"} <= {f["id"] for f in value["findings"]}
     assert value["estimate"]["training_s"] > 0
-    assert not list((tmp_path / "runs").glob(".preflight-*"))
+    assert not list((tmp_path / "runs").glob(".*"))

@@ -19,7 +19,7 @@ from educe.config import parse_recipe
 from educe.data.finding import find_files
 from educe.data.opening import open_data
 from educe.errors import DataError, EduceError, RecipeError, UsageError
-from educe.files.atomic import MANIFEST, directory, verify, write_new, write_text
+from educe.files.atomic import MANIFEST, _beside, directory, verify, write_new, write_text
 from educe.files.hashes import hash_bytes, hash_json
 from educe.training.checkpoint import newest_checkpoint
 
@@ -328,12 +328,12 @@ def test_runs_prepared_data_and_cache_are_the_owners_alone(
 def test_a_temporary_name_is_never_a_link_that_somebody_laid(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.write_text("mine")
-    (tmp_path / f".recipe.yaml.{os.getpid()}.part").symlink_to(mine)
+    _beside(tmp_path / "recipe.yaml", "part").symlink_to(mine)
     write_text(tmp_path / "recipe.yaml", "x")
     assert (mine.read_text(), (tmp_path / "recipe.yaml").read_text()) == ("mine", "x")
     with pytest.raises(UsageError):
         write_new(mine, "y")
-    (tmp_path / f".made.{os.getpid()}.part").symlink_to(tmp_path)
+    _beside(tmp_path / "made", "part").symlink_to(tmp_path)
     with pytest.raises(EduceError), directory(tmp_path / "made", about={}):
         pass
     assert mine.read_text() == "mine"

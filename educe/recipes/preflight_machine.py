@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, requires, version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,16 @@ import psutil
 
 from educe.chat.named import NAMED
 from educe.config import Full, Wsd
-from educe.errors import EduceError
+from educe.errors import EduceError, ModelError
 from educe.model.describe import describe_model
+from educe.model.foreign import refuse_foreign
 from educe.recipes.finding import Before, Finding, finding, refused
 from educe.recipes.memory import num_trained
+from educe.secrets import find_secret
 from educe.seeds import derive
 from educe.training.schedule import learning_rate
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
-_SECRETS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|xox[abprs]-[\w-]{20,}"
-    r"|AIza[\w-]{35}|glpat-[\w-]{20,})"
-)
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*>=\s*([0-9][0-9.]*)")
 # Before this nothing of educe was written: a clock that says so is wrong.
 _EARLIEST_S = 1_767_225_600.0  # 2026-01-01
@@ -111,7 +108,7 @@ def run_can_be_written(b: Before) -> Finding:
     """P42: files can be made where the run will be, and others cannot change it."""
     place = _existing(b.run.path)
     try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".preflight-") as f:
+        with tempfile.TemporaryFile(dir=place) as f:  # it has no name that could stay
             f.write(b"x")
     except OSError as e:
         fix = "choose another place with `runs:`"
@@ -230,13 +227,13 @@ def clock_is_sane(b: Before) -> Finding:
 
 def nothing_runs(b: Before) -> Finding:
     """P60: neither code nor pickles are loaded; what lies beside is named."""
-    place = b.facts.directory
-    if "auto_map" in _json(place / "config.json"):
-        said = f"{place}/config.json wants to run its own code (auto_map)"
-        return finding("P60", "no code in the model", "auto_map", said, fail=True)
-    beside = sorted(p.name for p in place.iterdir() if p.suffix in (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-    said = f"{', '.join(islice(beside, 3))} lie beside and are not read" if beside else "safetensors and JSON alone"
-    return finding("P60", "no code in the model", f"{len(beside)} files not read", said)
+    try:
+        refuse_foreign(b.facts.directory)
+    except ModelError as e:
+        return refused("P60", "no code in the model", e)
+    return finding(
+        "P60", "no code in the model", "0 found", "safetensors and JSON alone are read; no setting names code"
+    )
 
 
 def template_is_known(b: Before) -> Finding:
@@ -257,10 +254,10 @@ def template_is_known(b: Before) -> Finding:
 def no_secrets(b: Before) -> Finding:
     """P63: nothing that looks like a key in the recipe, which the run keeps, or in the command, which every user sees."""
     places = {"the recipe": f"{b.text}\n{b.recipe.model_dump_json()}", "the command": "\n".join(b.argv)}
-    found = [(where, m.group()) for where, text in places.items() for m in _SECRETS.finditer(text)]
-    said = "; ".join(dict.fromkeys(f"{where} holds {secret[:5]}…" for where, secret in found))
+    found = [f"{where} holds a secret ({kind[0]})" for where, text in places.items() if (kind := find_secret(text))]
+    said = "; ".join(found)
     fix = ": take it out, and give tokens by the environment (HF_TOKEN)"
-    number = f"{len(set(found))} found"
+    number = f"{len(found)} found"
     return finding("P63", "secrets", number, f"{said}{fix}" if found else "none in recipe or command", fail=bool(found))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from safetensors import safe_open
 
 from educe.config import Recipe
 from educe.errors import EduceError
-from educe.files.atomic import told, verify
+from educe.files.atomic import abandon, begin, verify
 from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
@@ -29,7 +27,7 @@ from educe.recipes.machine import device_of
 from educe.recipes.mixing import Mixed
 from educe.recipes.preflight import keep, refuse, tell, without_model
 from educe.recipes.preflight_model import MODEL, OnModel
-from educe.recipes.preflight_saved import PROBE, saved_is_loaded_and_a_step_moves
+from educe.recipes.preflight_saved import saved_is_loaded_and_a_step_moves
 from educe.recipes.prepare import Prepared
 from educe.recipes.trainee import Trainee, trainee
 from educe.training.checkpoint import WEIGHTS
@@ -72,8 +70,6 @@ def look_before(
 ) -> None:
     """Every check, before a new run's first step. All ranks call it; rank 0 writes. Raises `TrainError` where one has failed."""
     if world.leads:
-        for left in run.path.glob(f"{PROBE}*"):  # of a process that was killed here
-            shutil.rmtree(left, ignore_errors=True)
         text = run.recipe.read_text(encoding="utf-8")
         kind = t.state.model.device_kind
         b = before(
@@ -94,17 +90,15 @@ def look_before(
 
 def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, say: Say) -> list[Finding]:
     """The checks of the loaded model for `educe check --on-model`; nothing of them stays."""
-    place = Path(recipe.runs)
-    with told(place):
-        place.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(dir=place, prefix=PROBE)
+    place = Path(recipe.runs) / "check"
+    made = begin(place)
     try:
         with told_of_memory("checking"):
             device = device_of(recipe)  # compiling layers takes a minute, and the checks run them as they are written
             t = trainee(recipe, prepared, facts, mixed, device, None, say, compiled=False)
-            return on_model(recipe, prepared, t, Path(made))
+            return on_model(recipe, prepared, t, made)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        abandon(made, place)
 
 
 def look_after(

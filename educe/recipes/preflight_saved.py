@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from educe.config import Lora
 from educe.errors import EduceError
-from educe.files.atomic import directory, told
+from educe.files.atomic import abandon, begin, directory, sync, told
 from educe.model.device import release_free_memory
 from educe.model.export import check_tokenizer, merged, write_model
 from educe.model.load import CausalLM, quiet
@@ -29,7 +27,7 @@ from educe.training.checkpoint import WEIGHTS, load_checkpoint, newest_checkpoin
 from educe.training.saver import Kept, Saver
 from educe.types import Batch
 
-PROBE = ".preflight-"
+PROBE = "preflight"
 _EPS = 1e-8  # of Adam: a smaller gradient is hardly one
 _MOVED = 0.99
 _SMALL_EXPORT_BYTES = 2 * 10**9
@@ -41,12 +39,14 @@ def saved_is_loaded_and_a_step_moves(o: OnModel) -> list[Finding]:
     if o.model.sharded is not None:
         names = {"P41": "probe checkpoint", "P27": "save and load", "P28": "one step"}
         return [finding(id, name, "-", SHARDED, skip=True) for id, name in names.items()]
-    with told(o.place):
-        place = Path(tempfile.mkdtemp(dir=o.place, prefix=PROBE))
+    probe = o.place / PROBE
+    place = begin(probe)  # in the way of what is swept when its process was killed
     try:
+        with told(place):
+            sync(o.place)
         return _saved_and_stepped(o, place)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        abandon(place, probe)
 
 
 def _saved_and_stepped(o: OnModel, place: Path) -> list[Finding]:
