@@ -343,4 +343,4 @@ def test_a_failed_check_refuses_the_run_and_is_kept(tmp_path: Path) -> None:
     assert [f["id"] for f in kept["before"]] == ["P05", "P13", "P63"]
     assert kept["after"] == [good.as_json()]
     assert [f.verdict for f in worst_first([good, odd, bad])] == ["fail", "warn", "pass"]
-    assert passed_line([good, odd, bad]) == "1 checks passed (1 warn, 1 failed)"
+    assert passed_line([good, odd, bad]) == "1 check passed (1 warn, 1 failed)"

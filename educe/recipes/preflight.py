@@ -39,9 +39,11 @@ def worst_first(findings: Sequence[Finding]) -> list[Finding]:
 def passed_line(findings: Sequence[Finding]) -> str:
     """So many passed, and what did not."""
     counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "warn", "fail", "skip")}
-    words = {"warn": "warn", "fail": "failed", "skip": "do not apply"}
+    words = {"warn": "warn", "fail": "failed", "skip": "does not apply" if counts["skip"] == 1 else "do not apply"}
     others = [f"{counts[v]} {word}" for v, word in words.items() if counts[v]]
-    return f"{counts['pass']} checks passed" + (f" ({', '.join(others)})" if others else "")
+    return f"{counts['pass']} check{'' if counts['pass'] == 1 else 's'} passed" + (
+        f" ({', '.join(others)})" if others else ""
+    )
 
 
 def keep(run: RunDir, when: str, findings: Sequence[Finding]) -> None:

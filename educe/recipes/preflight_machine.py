@@ -27,6 +27,7 @@ from educe.recipes.memory import num_trained
 from educe.secrets import find_secret
 from educe.seeds import derive
 from educe.training.schedule import learning_rate
+from educe.training.watchdog import HANG_AFTER_S, lasted
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*>=\s*([0-9][0-9.]*)")
@@ -151,15 +152,11 @@ def ranks_share_the_step(b: Before) -> Finding:
     return finding("P45", "rows of the first step", f"{rows:,} examples", said, fail=not equal)
 
 
-def ranks_are_watched(b: Before) -> Finding:
-    """P46: a rank that hangs ends the others."""
-    if b.ranks == 1:
-        return finding("P46", "ranks that hang", "-", "there is one process", skip=True)
-    from educe.parallel.world import DEVICE_WAITS, HOST_WAITS
-
-    waits = HOST_WAITS if b.device == "cpu" else DEVICE_WAITS
-    said = "a rank that dies is noticed at once; one that hangs after this time"
-    return finding("P46", "ranks that hang", f"{waits.total_seconds() / 60:.0f} min", said)
+def hangs_are_seen(b: Before) -> Finding:
+    """P46: a run that hangs ends, and says where."""
+    who = "the run" if b.ranks == 1 else "any rank"
+    said = f"where {who} gives no sign of life for so long (--hang-after), stacks are written and it ends"
+    return finding("P46", "hangs", lasted(HANG_AFTER_S), said)
 
 
 def rates_are_sane(b: Before) -> Finding:
@@ -351,7 +348,7 @@ MACHINE = (
     memory_is_enough,
     seed_is_known,
     ranks_share_the_step,
-    ranks_are_watched,
+    hangs_are_seen,
     rates_are_sane,
     resume_is_clear,
     clock_is_sane,

@@ -27,6 +27,7 @@ from educe.parallel.launch import HUNG, WAITED
 
 Say = Callable[[str], None]
 
+HANG_AFTER_S = 1800.0  # where the command says nothing
 FIRST_S = 600.0  # until the first step is done: kernels are compiled, layers tried
 QUIET_S = 120.0
 # Reads what the run does from its pipe; when that ends, and stacks were written meanwhile, says so.
