@@ -134,6 +134,13 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(place: Path, straight: 
 
     shutil.copytree(run, place / "fewer" / "broken")
 
+    process = after(begun("broken.yaml"), run, saved + 1)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, said
+    assert saved < (saved := max(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir()))
+    assert f"Saved after step {saved}. The same command goes on from there." in said
+
     out = begun("broken.yaml").communicate(timeout=200)[0]
     assert f"going on after step {saved}" in out
     ends = [next((r / "checkpoints").iterdir()) for r in (run, straight)]
