@@ -64,6 +64,7 @@ print(json.dumps([__debug__, found]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="pipes and links are others there")
 def test_nothing_hangs_on_an_assert(tiny_model: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONOPTIMIZE": "1", "EDUCE_CACHE": str(tmp_path / "cache")}
