@@ -69,13 +69,22 @@ def test_what_became_foreign_after_training_is_refused(tiny_model: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_in_the_hubs_cache_what_others_fetched_is_not_opened(tiny_model: Path, tmp_path: Path) -> None:
-    """Other tools fetch code and pickles into the same cache: a model with safetensors stays usable, and nothing else is opened."""
-    model = tmp_path / "models--a--b" / "snapshots" / "abc"
+FETCHED = ("pytorch_model.bin", "training_args.bin", "modeling_x.py")
+LEFT = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth")
+
+
+@pytest.mark.parametrize("place,names", [("models--a--b/snapshots/abc", FETCHED), ("checkpoint-500", LEFT)])
+def test_what_others_left_beside_weights_is_not_opened(
+    tiny_model: Path, tmp_path: Path, place: str, names: tuple[str, ...]
+) -> None:
+    """Other tools fetch code and pickles into the Hub's cache, and transformers' Trainer leaves pickles beside its weights: such a
+    model stays usable, and nothing else is opened."""
+    model = tmp_path / place
     shutil.copytree(tiny_model, model)
-    (model / "pytorch_model.bin").write_bytes(bomb(tmp_path / "ran"))
-    (model / "training_args.bin").write_bytes(bomb(tmp_path / "ran"))
-    (model / "modeling_x.py").write_text(module(tmp_path / "ran"))
+    for name in names:
+        (model / name).write_bytes(
+            module(tmp_path / "ran").encode() if name.endswith(".py") else bomb(tmp_path / "ran")
+        )
     opened: list[str] = []
     watching = True
 
@@ -89,7 +98,7 @@ def test_in_the_hubs_cache_what_others_fetched_is_not_opened(tiny_model: Path, t
     watching = False
     assert exit_code == 0, said
     assert "config.json" in opened
-    assert not {"pytorch_model.bin", "training_args.bin", "modeling_x.py"} & set(opened)
+    assert not set(names) & set(opened)
     assert not (tmp_path / "ran").exists()
 
 

@@ -6,6 +6,7 @@ A model directory is foreign, whoever named it. Nothing here executes or unpickl
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from educe.errors import ModelError
 
 _PICKLES = frozenset((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"))
+# What transformers' own Trainer leaves beside its weights: no loader of models opens it.
+_OF_TRAINERS = re.compile(r"(training_args\.bin|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth)$")
 _CODE = frozenset((".py", ".pyc", ".so", ".pyd"))
 _MAX_SETTINGS_BYTES = 16 * 2**20
 _MAX_TEXT_BYTES = 512 * 2**20  # tokenizers and indexes: the largest known have 35 MB
@@ -54,7 +57,7 @@ def _refuse_name(file: Path, *, has_safetensors: bool) -> None:
     fix = "Use a copy of the directory without it; nothing here needs it."
     if file.suffix.lower() in _CODE:
         raise ModelError(102, str(file), "is code, and a model needs none.", fix)
-    if file.suffix.lower() in _PICKLES and has_safetensors:
+    if file.suffix.lower() in _PICKLES and has_safetensors and not _OF_TRAINERS.match(file.name):
         raise ModelError(101, str(file), "may be a pickle, which runs code when it is opened.", fix)
 
 
