@@ -16,6 +16,7 @@ from educe.training.saver import Saver
 
 # By name: SIGUSR1 is not on Windows. Batch systems send it when a job's time is nearly over.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+_DISK_BYTES_PER_S = 2e8  # until a checkpoint was timed
 TIME_LIMIT = 0  # in the place of a signal's number
 
 
@@ -38,15 +39,19 @@ class Stopping:
     least one step is made, or a run that is always stopped too early would never end.
     """
 
-    def __init__(self, signals: list[int], stop_at: float | None, saver: Saver, world: World) -> None:
+    def __init__(
+        self, signals: list[int], stop_at: float | None, saver: Saver, checkpoint_bytes: int, world: World
+    ) -> None:
         self._signals, self._stop_at, self._saver, self._world = signals, stop_at, saver, world
+        self._first_s = checkpoint_bytes / _DISK_BYTES_PER_S
         self._last = time.monotonic()
 
     def asked(self) -> Asked:
         """After a step."""
         now = time.monotonic()
         step_s, self._last = now - self._last, now
-        late = self._stop_at is not None and now + step_s + self._saver.longest_s > self._stop_at
+        save_s = self._saver.longest_s or self._first_s
+        late = self._stop_at is not None and now + step_s + save_s > self._stop_at
         mine = [*(float(self._signals.count(n)) for n in _SIGNALS), float(late), float(self._saver.is_due_again)]
         *counts, late_anywhere, again = self._world.sum(np.array(mine)).tolist()
         stop = [n for n, count in zip(_SIGNALS, counts, strict=True) if count]

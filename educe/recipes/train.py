@@ -204,7 +204,8 @@ def _steps(
     full = plan.first_full_step(prepared.store("train").lengths, state.step) + 1
     stopped: list[int] = []
     with signals() as received:
-        stopping = Stopping(received, how.stop_at, saver, world)
+        size = 12 * sum(m.numel() for m in state.optimizer.masters.values())
+        stopping = Stopping(received, how.stop_at, saver, size, world)
 
         def stop(state: State, report: StepReport) -> bool:
             if report.step == full:
