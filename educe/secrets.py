@@ -13,10 +13,10 @@ from typing import Any
 _FORMS = {
     "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z0-9 ]*PRIVATE KEY-----|[\s\S]*)",
     "password in an address": r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)",
-    "bearer token": r"(?i:\bbearer)\s+(?=\S*\d)[\w.~+/-]{16,}=*",
-    "Hub token": r"\bhf_[A-Za-z0-9]{16,}",
+    "bearer token": r"(?i:\bbearer)\s+(?=\S*\d)[\w.~+-]{20,}=*(?!\S)",
+    "Hub token": r"\bhf_[A-Za-z0-9]{30,}",
     "Anthropic key": r"\bsk-ant-[\w-]{16,}",
-    "OpenAI key": r"\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}",
+    "OpenAI key": r"\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}+(?!\.\w)",
     "AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})",
     "Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
@@ -26,7 +26,7 @@ _FORMS = {
 _FORM = re.compile("|".join(f"(?P<k{i}>{form})" for i, form in enumerate(_FORMS.values())))
 _KINDS = list(_FORMS)
 _NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?)$", re.I)
-_MIN_CHARACTERS = 12  # a shorter value is a word that text may hold by chance
+_MIN_CHARACTERS = 16  # a shorter value is a word that text may hold by chance
 
 
 def is_secret_name(variable: str) -> bool:

@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_moved_aside(
     newer = saved(tmp_path, state, {}, finished=False, keep=2)
     damage(newer / name)
     said: list[str] = []
-    found = newest_checkpoint(tmp_path, said.append)
+    found = newest_checkpoint(tmp_path, said.append, quarantine=True)
     assert found is not None
     assert found[0] == older
     assert len(said) == 1
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_moved_aside(
     assert (tmp_path / f"damaged-{newer.name}").is_dir()
     assert not newer.exists()
     damage(older / name)
-    assert newest_checkpoint(tmp_path, said.append) is None
+    assert newest_checkpoint(tmp_path, said.append, quarantine=True) is None
 
 
 def test_old_checkpoints_go_and_a_finished_one_is_weights_alone(tiny_model: Path, tmp_path: Path) -> None:

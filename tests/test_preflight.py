@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("torch")
 from educe.config import Recipe, load_recipe
 from educe.errors import TrainError
+from educe.files.atomic import directory
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.pack.plan import PackPlan
@@ -28,6 +29,7 @@ from educe.recipes.plan import plan_run
 from educe.recipes.preflight import CHECKS, keep, passed_line, refuse, without_model, worst_first
 from educe.recipes.preflight_machine import _older, lost_updates
 from educe.recipes.prepare import Prepared, prepare
+from educe.recipes.provenance import settings_of
 
 from check_command import row
 
@@ -293,12 +295,15 @@ def test_p47_is_a_table_of_ten_points(bench: Bench) -> None:
 
 def test_p48_a_run_of_other_settings(bench: Bench) -> None:
     b = bench.before(bench.recipe(lines(12)))
-    b.run.path.mkdir(parents=True)
-    for given, verdict in (({"train.seed": 0}, "pass"), ({"train.seed": 1}, "fail")):
-        b.run.resolved.write_text(json.dumps({"settings": given}))
-        assert found(replace(b, settings={"train.seed": 0}), "P48").verdict == verdict
-    (b.run.checkpoints / "step-000007").mkdir(parents=True)
-    assert found(replace(b, settings={"train.seed": 0}), "P48").number == "after step 7"
+    assert found(b, "P48").number == "a new run"
+    settings = settings_of(b.recipe, b.prepared, b.facts, 1)
+    for step, seed, verdict in ((2, 0, "pass"), (3, 1, "fail")):
+        about = {"step": step, "finished": False, "settings": {**settings, "train.seed": seed}}
+        with directory(b.run.checkpoints / f"step-{step:06d}", about=about) as part:
+            (part / "weights.safetensors").write_bytes(b"x")
+        f = found(b, "P48")
+        assert f.verdict == verdict
+        assert f.number == f"after step {step}" if verdict == "pass" else "train.seed was 1, now 0" in f.evidence
 
 
 def test_p49_a_clock_that_is_behind(bench: Bench) -> None:

@@ -330,17 +330,17 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_tried_again(
     place.write_text("no directory")
     state.step = 1
     writer.save(state, {}, finished=False)
-    assert not writer.is_due_again
+    assert not writer.retry_now()
     assert "a checkpoint was not written" in said[0]
     assert "trying again" in said[0]
     time.sleep(0.1)
-    assert writer.is_due_again
+    assert writer.retry_now()
     assert len(said) == 1
     place.unlink()
     (tmp_path / "aside").rename(place)
     writer.save(state, {}, finished=False)
     writer.wait()
-    assert not writer.is_due_again
+    assert not writer.retry_now()
     assert sorted(p.name for p in place.iterdir()) == ["step-000000", "step-000001"]
 
 

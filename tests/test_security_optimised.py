@@ -51,7 +51,7 @@ for number, (what, (spoil, words)) in enumerate(TRICKS.items()):
     make(here, 1)
     spoil(make(here, 2))
     said = []
-    got = newest_checkpoint(here, said.append)
+    got = newest_checkpoint(here, said.append, quarantine=True)
     found["checkpoint: " + what] = got is not None and got[0].name == "step-000001" and not (here / "ran").exists()
 for what, text in {**RECIPES, **{k: "# " + v.replace("\\n", " ") + "\\n" for k, v in KEYS.items()}}.items():
     (place / "recipe.yaml").write_text(RECIPE.format(text), encoding="utf-8", errors="surrogatepass")

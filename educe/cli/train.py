@@ -40,7 +40,7 @@ def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tupl
         words += [word for field in allow for word in ("--allow", field)]
         raise SystemExit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
     stay_with_parent()
-    with _asked_before_there_was_anything():
+    with _asked_while_nothing_is_trained():
         from educe.cli.screens import TrainScreen, say, shown
         from educe.recipes.run import train as run_train
 
@@ -58,9 +58,9 @@ def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tupl
         click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")
 
 
-def _asked_before_there_was_anything() -> contextlib.AbstractContextManager[None]:
-    """SIGUSR1 while nothing is trained yet: a batch system's job is over, and begins again."""
+def _asked_while_nothing_is_trained() -> contextlib.AbstractContextManager[None]:
+    """SIGUSR1 before the first step, after the last one, or a second time: a batch system's job is over, and is queued again."""
     if not hasattr(signal, "SIGUSR1"):
         return contextlib.nullcontext()
-    word = "Ended by SIGUSR1 before a step was made: nothing to save. The same command begins again."
+    word = "Ended by SIGUSR1. The same command goes on from the last checkpoint, or begins where there is none."
     return ended_by(signal.SIGUSR1, 0, word)

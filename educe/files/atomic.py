@@ -36,6 +36,20 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+# Of a disk or a system at its limits, not of what lies there.
+_MAY_PASS = frozenset(
+    (
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EACCES,
+        errno.EPERM,
+        getattr(errno, "ESTALE", errno.EIO),
+    )
+)
+
+
 def make_directory(path: Path, *, mode: int = 0o777) -> None:
     """Make a directory and those above it, each flushed into the one that holds it: what is written there later is found after
     a power cut."""
@@ -229,8 +243,19 @@ def _remove_left_over(path: Path) -> None:
 def verify(path: Path) -> dict[str, Any] | str:
     """The manifest of a directory made by `directory`, or a sentence saying what is wrong with it.
 
-    Nothing but the manifest is parsed, no link is followed, and only regular files are opened: a pipe would be read forever.
+    Nothing but the manifest is parsed, no link is followed, and only regular files are opened: a pipe would be read forever. Raises
+    `MachineError` where the disk refuses for a reason that may pass.
     """
+    try:
+        return _verified(path)
+    except OSError as e:
+        if e.errno not in _MAY_PASS:
+            return f"it cannot be read: {e.strerror}."
+        fix = "Look to the disk and run the same command again. Where it stays so, move that directory elsewhere."
+        raise MachineError(4, str(path), f"cannot be read: {e.strerror}.", fix) from e
+
+
+def _verified(path: Path) -> dict[str, Any] | str:
     if path.is_symlink():
         return "it is a link to another place."
     if not _is_plain(path / MANIFEST):
@@ -242,17 +267,13 @@ def verify(path: Path) -> dict[str, Any] | str:
         listed = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
         if manifest.pop(_SELF, None) != hash_json(manifest):
             return "its manifest differs from its own SHA-256."
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         return f"its manifest cannot be read ({type(e).__name__})."
     odd = next((n for n, (size, _) in listed.items() if not _stays_inside(n) or size > MAX_FILE_BYTES), None)
     if odd is not None:
         return f"its manifest names {odd[:100]!r} of {min(listed[odd][0], MAX_FILE_BYTES):,} bytes, which cannot be inside."
-    try:
-        return next((wrong for name, found in listed.items() if (wrong := _fault(path, name, *found))), "") or (
-            _unlisted(path, listed) or manifest
-        )
-    except OSError as e:
-        return f"it cannot be read: {e.strerror}."
+    faults = (wrong for name, found in listed.items() if (wrong := _fault(path, name, *found)))
+    return next(faults, "") or _unlisted(path, listed) or manifest
 
 
 def _fault(path: Path, name: str, size: int, digest: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,17 @@ def hash_json(value: Any) -> str:
 def hash_file(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hash_file_once(path: Path) -> str:
+    """The same, computed once in a process for a file that keeps its size and time."""
+    found = path.stat()
+    return _hash_seen(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_seen(path: Path, _size: int, _time: int) -> str:
+    return hash_file(path)
 
 
 def cache_dir() -> Path:

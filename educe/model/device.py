@@ -6,11 +6,13 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from educe.errors import MachineError
@@ -132,6 +134,32 @@ def deterministic(on: bool) -> Iterator[None]:
         raise MachineError(5, "train.deterministic", found, "Set it to false, or train on another device.") from e
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take: what the system has, or what its container or batch job may."""
+    free = int(psutil.virtual_memory().available)
+    for group in _groups():
+        try:
+            most, used = ((group / f"memory.{n}").read_text(encoding="utf-8").strip() for n in ("max", "current"))
+            files = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(encoding="utf-8"), re.M)
+        except OSError:
+            continue
+        if most != "max":
+            free = min(free, int(most) - int(used) + (int(files[1]) if files else 0))
+    return max(free, 0)
+
+
+def _groups() -> list[Path]:
+    """Directories of this process's control group and those above it (Linux, docs.kernel.org, "Control Group v2")."""
+    try:
+        line = next(
+            x for x in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines() if x.startswith("0::")
+        )
+    except (OSError, StopIteration):
+        return []
+    own = Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/")
+    return [own, *own.parents[: len(own.parts) - 3]]
 
 
 def release_free_memory() -> None:

@@ -111,11 +111,13 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
     odd = odd_rows(inputs, names)
     b = before(recipe, prepared, facts, mixed, plan, needed, device.kind, text=text, argv=argv, odd=odd)
     findings = without_model(b)
-    if on_model:
+    blockers += [str(f) for f in findings if f.verdict == "fail" and f.id not in _TOLD]
+    if on_model and not blockers:  # a model that does not fit is not loaded to see that
         from educe.recipes.preflight_run import look_on_model
 
-        findings += look_on_model(recipe, prepared, facts, mixed, say)
-    blockers += [str(f) for f in findings if f.verdict == "fail" and f.id not in _TOLD]
+        loaded = look_on_model(recipe, prepared, facts, mixed, say)
+        findings += loaded
+        blockers += [str(f) for f in loaded if f.verdict == "fail"]
     return Check(
         recipe=recipe,
         facts=facts,

@@ -77,4 +77,6 @@ def memory_of(kind: str) -> int:
 
         free, _ = torch.cuda.mem_get_info()
         return int(free + torch.cuda.memory_reserved())  # what others have taken is not ours
-    return int(psutil.virtual_memory().available)
+    from educe.model.device import free_host_memory
+
+    return free_host_memory()

@@ -73,5 +73,5 @@ def refuse(run: RunDir, findings: Sequence[Finding]) -> None:
     failed = [f for f in worst_first(findings) if f.verdict == "fail"]
     if failed:
         others = f" {', '.join(f.id for f in failed[1:])} failed too." if len(failed) > 1 else ""
-        fix = f"Mend that; all findings are in {run.preflight}, and `educe check {run.recipe} --on-model` makes them again."
+        fix = f"Mend that; all findings are in {run.preflight}, and `educe check RECIPE --on-model` makes them again."
         raise TrainError(302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence}.{others}", fix)

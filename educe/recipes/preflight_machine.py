@@ -22,6 +22,7 @@ from educe.config import Full, Wsd
 from educe.errors import EduceError, ModelError
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
+from educe.recipes.estimate import checkpoint_bytes
 from educe.recipes.finding import Before, Finding, finding, refused
 from educe.recipes.memory import num_trained
 from educe.secrets import find_secret
@@ -62,7 +63,10 @@ def stops_agree(b: Before) -> Finding:
     said = f"{said or 'the configs name no stop token'}; turns are trained to end with {_words(b)}"
     if beyond:
         said = f"stop token {beyond[0]} has no embedding, of which there are {known:,}. {said}"
-    return finding("P21", "stop tokens", f"{len(t.stop)} ids", said, fail=bool(beyond))
+    apart = any(named.values()) and not any(ids & set(t.stop) for ids in named.values())
+    if apart:
+        said += ": no server would stop there by itself; the export names both"
+    return finding("P21", "stop tokens", f"{len(t.stop)} ids", said, fail=bool(beyond), warn=apart)
 
 
 def trained_parts(b: Before) -> Finding:
@@ -74,7 +78,7 @@ def trained_parts(b: Before) -> Finding:
     how = "all weights" if isinstance(b.recipe.tuning, Full) else f"adapters of rank {b.recipe.tuning.rank}"
     said = f"{how}; the head is {'' if tied else 'not '}the embedding"
     said += f"; new tokens {' '.join(new)} are trained with them" if new else "; no new tokens"
-    beyond = [w for w, i in new.items() if i > b.facts.vocab_size + len(new)]
+    beyond = [w for w, i in new.items() if i >= b.facts.vocab_size + len(new)]
     return finding("P22", "what is trained", f"{trained / 1e6:,.1f}M numbers", said, fail=bool(beyond) or trained < 1)
 
 
@@ -98,9 +102,10 @@ def lost_updates(rate: float, bits: int) -> float:
 
 def disk_is_enough(b: Before) -> Finding:
     """P40: room for the checkpoints that are kept, one being written, and one more."""
-    keep, each = b.recipe.train.keep_checkpoints, 12.0 * num_trained(b.facts, b.recipe.tuning)
-    free = shutil.disk_usage(_existing(b.run.path)).free
-    said = f"{keep} checkpoints of {each / 1e9:.2f} GB are kept; {free / 1e9:.1f} GB are free"
+    keep, each = b.recipe.train.keep_checkpoints, checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
+    theirs = sum(p.stat().st_size for p in b.run.checkpoints.rglob("*") if p.is_file())
+    free = shutil.disk_usage(_existing(b.run.path)).free + theirs
+    said = f"{keep} checkpoints of {each / 1e9:.2f} GB are kept; {free / 1e9:.1f} GB are free or hold them already"
     number = f"{free / each:,.1f} checkpoints fit"
     return finding("P40", "disk", number, said, fail=free < (keep + 1) * each, warn=free < (keep + 2) * each)
 
@@ -180,31 +185,24 @@ def rates_are_sane(b: Before) -> Finding:
 
 def resume_is_clear(b: Before) -> Finding:
     """P48: a new run, or what would be gone on from, and what changed since."""
-    if not b.run.resolved.is_file():
-        return finding("P48", "resume", "a new run", f"{b.run.path} holds none")
-    settings = b.settings
-    if settings is None:
-        from educe.recipes.provenance import settings_of  # loads transformers: only where there is a run
+    if (
+        b.settings is not None or not b.run.checkpoints.is_dir()
+    ):  # a run that claimed its directory has been through this
+        return finding("P48", "resume", "a new run", f"{b.run.path} holds no checkpoint")
+    from educe.recipes.provenance import settings_of  # loads torch: only where there is a run
+    from educe.recipes.resume import changes_since
+    from educe.training.checkpoint import newest_checkpoint
 
-        try:
-            old = b.run.load(b.run.resolved)["settings"]
-            settings = settings_of(b.recipe, b.prepared, b.facts, int(old["ranks"]))
-        except EduceError as e:
-            return refused("P48", "resume", e)
-        except (KeyError, TypeError, ValueError):
-            said = f"{b.run.resolved} is of another version; give the recipe another name"
-            return finding("P48", "resume", "not readable", said, fail=True)
-    else:
-        old = b.run.load(b.run.resolved)["settings"]
-    changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
-    steps = [int(p.name[5:]) for p in b.run.checkpoints.glob("step-*") if p.name[5:].isdigit()]
-    number = f"after step {max(steps)}" if steps else "a new run"
-    if changed:
-        k = changed[0]
-        said = f"{k} was {old.get(k)!r:.40}, now {settings.get(k)!r:.40}: give the recipe another name"
-        return finding("P48", "resume", number, said, fail=True)
-    said = f"goes on from {b.run.checkpoints}" if steps else "no checkpoint yet"
-    return finding("P48", "resume", number, said)
+    said: list[str] = []
+    found = newest_checkpoint(b.run.checkpoints, said.append)
+    if found is None:
+        return finding("P48", "resume", "a new run", "; ".join(said) or "no checkpoint yet")
+    try:
+        settings = settings_of(b.recipe, b.prepared, b.facts, int(found[1]["settings"]["ranks"]))
+        changes_since(b.run, found, b.recipe, settings, (), said.append)
+    except EduceError as e:
+        return refused("P48", "resume", e)
+    return finding("P48", "resume", f"after step {found[1]['step']}", "; ".join([f"goes on from {found[0]}", *said]))
 
 
 def clock_is_sane(b: Before) -> Finding:

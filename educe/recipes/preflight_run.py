@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from educe.config import Recipe
-from educe.errors import EduceError
+from educe.errors import EduceError, MachineError
 from educe.files.atomic import abandon, begin, verify
 from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
@@ -30,7 +31,7 @@ from educe.recipes.preflight_model import MODEL, OnModel
 from educe.recipes.preflight_saved import saved_is_loaded_and_a_step_moves
 from educe.recipes.prepare import Prepared
 from educe.recipes.trainee import Trainee, trainee
-from educe.training.checkpoint import WEIGHTS
+from educe.training.checkpoint import WEIGHTS, place_of
 from educe.training.state import State
 
 _STOPPED = 0.95  # of the answers should end by themselves
@@ -47,6 +48,8 @@ def on_model(recipe: Recipe, prepared: Prepared, t: Trainee, place: Path, *, wor
             try:
                 found += check(o)
             except EduceError as e:
+                if world.size > 1:  # the other ranks are in the middle of it
+                    raise
                 found.append(refused((check.__doc__ or "")[:3], check.__name__.replace("_", " "), e))
             finally:
                 o.state.optimizer.forget_gradients()
@@ -108,12 +111,19 @@ def look_after(
     `changed`: settings were, in the middle of it."""
     if not world.leads:
         return
-    findings = [
-        _as_planned(run, prepared, state, plan, changed=changed),
-        _answers_stop(run),
-        _weights_are_kept(run, state),
-    ]
-    keep(run, "after", findings)
+    findings = []
+    looks: dict[str, Callable[[], Finding]] = {
+        "P91": lambda: _as_planned(run, prepared, state, plan, changed=changed),
+        "P92": lambda: _answers_stop(run),
+        "P93": lambda: _weights_are_kept(run, state),
+    }
+    for id, look in looks.items():
+        try:
+            findings.append(look())
+        except EduceError as e:
+            findings.append(refused(id, "after the run", e))
+    with contextlib.suppress(MachineError):  # a full disk does not undo a trained run
+        keep(run, "after", findings)
     tell([f for f in findings if f.verdict != "fail"], say)
     for f in findings:
         if f.verdict == "fail":
@@ -129,7 +139,8 @@ def _as_planned(run: RunDir, prepared: Prepared, state: State, plan: PackPlan, *
     lengths, trained_of = (getattr(prepared.store("train"), name) for name in ("lengths", "trained_of"))
     drawn = plan.examples_K[: plan.pack_edges[plan.step_edges[state.step]]]
     planned = int(lengths[drawn].sum()), int(trained_of[drawn].sum())
-    steps = {x["step"]: x for x in read_jsonl(run.metrics) if x["kind"] == "step"}
+    needed = {"step", "tokens", "trained_tokens"}
+    steps = {x["step"]: x for x in read_jsonl(run.metrics) if x.get("kind") == "step" and needed <= x.keys()}
     done = sum(x["tokens"] for x in steps.values()), sum(x["trained_tokens"] for x in steps.values())
     said = f"{done[0]:,} tokens in {len(steps):,} steps, {done[1]:,} of them with loss"
     if done != planned:
@@ -140,8 +151,8 @@ def _as_planned(run: RunDir, prepared: Prepared, state: State, plan: PackPlan, *
 def _answers_stop(run: RunDir) -> Finding:
     """P92: the tuned model's sample answers end by themselves."""
     lines = read_jsonl(run.samples) if run.samples.is_file() else []
-    last = max((x["step"] for x in lines), default=0)
-    stopped = [bool(x["stopped"]) for x in lines if x["step"] == last]
+    last = max((x.get("step", 0) for x in lines), default=0)
+    stopped = [bool(x["stopped"]) for x in lines if x.get("step") == last and "stopped" in x]
     if not stopped:
         return finding("P92", "answers stop", "-", "no held-out question was asked", skip=True)
     number = f"{sum(stopped)} of {len(stopped)}"
@@ -151,7 +162,7 @@ def _answers_stop(run: RunDir) -> Finding:
 
 def _weights_are_kept(run: RunDir, state: State) -> Finding:
     """P93: the last checkpoint verifies, and holds the weights that are in memory."""
-    place = run.checkpoints / f"step-{state.step:06d}"
+    place = place_of(run.checkpoints, state.step)
     manifest = verify(place)
     if isinstance(manifest, str):
         return finding("P93", "final weights", "damaged", f"{place}: {manifest}", fail=True)

@@ -27,7 +27,7 @@ from educe.data.formats import FORMATS
 from educe.data.reading import MIXED, Expression, Reading
 from educe.data.sources import container_of
 from educe.errors import DataError, RecipeError
-from educe.files.hashes import cache_dir, hash_file, hash_json
+from educe.files.hashes import cache_dir, hash_file_once, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
 from educe.model.source import Say
@@ -194,7 +194,7 @@ def reading_of(name: str, data: Data) -> Reading:
 
 def _hashes(inputs: Sequence[Input]) -> list[list[str]]:
     """What the files hold, and as what they are read: a name can decide that."""
-    return [[i.role, *(f"{container_of(f)} {hash_file(f)}" for f in i.files)] for i in inputs]
+    return [[i.role, *(f"{container_of(f)} {hash_file_once(f)}" for f in i.files)] for i in inputs]
 
 
 def _decisive(data: Data) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from educe.config import Recipe
 from educe.errors import RunError
-from educe.files.hashes import hash_file, hash_json
+from educe.files.hashes import hash_file_once, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
@@ -67,6 +69,8 @@ def how_it_is_computed(device: Device, t: Trainee, ranks: int, started: str | No
         "compiled": t.compiled,
         "ranks": ranks,
         "memory": t.memory.as_json(),
+        "packages": {p: _version(p) for p in _PACKAGES},
+        "threads": torch.get_num_threads(),
         "started": started or _now(),
     }
 
@@ -84,7 +88,6 @@ def provenance_of(
         "educe": _version("educe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: _version(p) for p in _PACKAGES},
         **how,
         "model": {
             "name": recipe.model,
@@ -162,16 +165,13 @@ def _data_files(recipe: Recipe) -> dict[str, list[Path]]:
 
 def _data_hashes(recipe: Recipe) -> dict[str, str]:
     """One hash for the files of each task and split."""
-    hashes = {name: [hash_file(f) for f in files] for name, files in _data_files(recipe).items()}
+    hashes = {name: [hash_file_once(f) for f in files] for name, files in _data_files(recipe).items()}
     return {name: found[0] if len(found) == 1 else hash_json(found) for name, found in hashes.items()}
 
 
 def _weights_hash(directory: Path) -> str:
-    """Hash of the model's weights and config. Files of gigabytes are hashed by size and time, small models by content."""
-    files = [*sorted(directory.glob("*.safetensors")), directory / "config.json"]
-    if sum(f.stat().st_size for f in files) <= 2**30:
-        return hash_json([hash_file(f) for f in files])
-    return "stat:" + hash_json([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    """Hash of the model's weights and config, by content."""
+    return hash_json([hash_file_once(f) for f in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]])
 
 
 def _version(package: str) -> str:

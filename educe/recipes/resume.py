@@ -32,7 +32,7 @@ def last_of(run: RunDir, say: Say) -> Found | None:
     with told(run.path):
         recover(run.path)
         recover(run.checkpoints)
-    return newest_checkpoint(run.checkpoints, say)
+    return newest_checkpoint(run.checkpoints, say, quarantine=True)
 
 
 def planned_ranks(run: RunDir, found: Found | None, here: int, *, chosen: bool, say: Say) -> int:
@@ -112,9 +112,19 @@ def how_of(run: RunDir, found: Found | None, settings: Mapping[str, Any]) -> dic
         return {}
     try:
         earlier = run.load(run.provenance)
-        return {k: earlier[k] for k in ("device", "memory", "compiled", "ranks", "started", "changes")}
+        return {
+            k: earlier[k]
+            for k in ("device", "memory", "compiled", "ranks", "packages", "threads", "started", "changes")
+        }
     except (RunError, KeyError, TypeError):
         return {}
+
+
+def other_bits(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What to say where a run goes on in other versions or with another number of threads: it may round otherwise."""
+    before, here = ({**how.get("packages", {}), "threads": how.get("threads")} for how in (earlier, now))
+    other = [f"{k} was {before[k]}, now {v}" for k, v in here.items() if k in before and before[k] not in (v, None)]
+    return f"warning: the bits may differ from here on: {'; '.join(other)}" if other else ""
 
 
 def refuse_other_plan(run: RunDir, found: Found, plan_hash: str, num_steps: int, changes: Collection[Any]) -> None:

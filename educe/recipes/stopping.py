@@ -35,7 +35,8 @@ class Asked:
 class Stopping:
     """Asks all ranks, once a step, what any of them was asked for: they stop after the same step.
 
-    `stop_at` (time.monotonic) is when the run must have ended: another step and another checkpoint have to fit before it. At
+    `stop_at` (time.monotonic) is when the run must have ended: another step, as long as the longest so far with what was
+    done beside it, and another checkpoint have to fit before it. At
     least one step is made, or a run that is always stopped too early would never end.
     """
 
@@ -44,15 +45,15 @@ class Stopping:
     ) -> None:
         self._signals, self._stop_at, self._saver, self._world = signals, stop_at, saver, world
         self._first_s = checkpoint_bytes / _DISK_BYTES_PER_S
-        self._last = time.monotonic()
+        self._last, self._longest_s = time.monotonic(), 0.0
 
     def asked(self) -> Asked:
         """After a step."""
         now = time.monotonic()
-        step_s, self._last = now - self._last, now
-        save_s = self._saver.longest_s or self._first_s
-        late = self._stop_at is not None and now + step_s + save_s > self._stop_at
-        mine = [*(float(self._signals.count(n)) for n in _SIGNALS), float(late), float(self._saver.is_due_again)]
+        self._longest_s, self._last = max(self._longest_s, now - self._last), now
+        save_s = (self._saver.longest_s or self._first_s) * (2 if self._saver.busy else 1)
+        late = self._stop_at is not None and now + self._longest_s + save_s > self._stop_at
+        mine = [*(float(self._signals.count(n)) for n in _SIGNALS), float(late), float(self._saver.retry_now())]
         *counts, late_anywhere, again = self._world.sum(np.array(mine)).tolist()
         stop = [n for n, count in zip(_SIGNALS, counts, strict=True) if count]
         return Asked(stop=(*stop, *([TIME_LIMIT] if late_anywhere else [])), save=bool(again))

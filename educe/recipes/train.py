@@ -12,12 +12,14 @@ from educe.config import Recipe
 from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.run_dir import RunDir
+from educe.loss.cross_entropy import LossOut
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.device import Device, deterministic, told_of_memory
+from educe.model.load import CausalLM
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.parallel.world import World, join, leave
-from educe.recipes.estimate import remember_speed, speed_key
+from educe.recipes.estimate import checkpoint_bytes, remember_speed, speed_key
 from educe.recipes.machine import chosen_device, device_as_begun
 from educe.recipes.memory import MemoryPlan, memory_plan_of
 from educe.recipes.mixing import Mixed, mix
@@ -25,7 +27,16 @@ from educe.recipes.plan import refuse_idle_ranks, too_many_unused
 from educe.recipes.preflight_run import look_after, look_before
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import finished, how_it_is_computed, provenance_of, settings_of, steps_done
-from educe.recipes.resume import Found, changes_since, how_of, last_of, planned_ranks, refuse_other_plan, take
+from educe.recipes.resume import (
+    Found,
+    changes_since,
+    how_of,
+    last_of,
+    other_bits,
+    planned_ranks,
+    refuse_other_plan,
+    take,
+)
 from educe.recipes.step_rows import names_of
 from educe.recipes.stopping import Interrupted, Stopping, signals
 from educe.recipes.trainee import Trainee, loop_config, trainee
@@ -35,6 +46,7 @@ from educe.training.loop import train as run_loop
 from educe.training.saver import Kept, Saver, prune
 from educe.training.state import State, StepReport
 from educe.training.watchdog import ASLEEP, Watchdog
+from educe.types import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +161,13 @@ def _train(
     else:
         look_before(run, recipe, prepared, facts, mixed, t, begun.settings, say, world)
     computed = how_it_is_computed(device, t, world.size, begun.earlier.get("started")) | {"changes": begun.changes}
-    provenance = provenance_of(recipe, prepared, facts, t, computed)
+    if word := other_bits(begun.earlier, computed):
+        say(word)
+    provenance = {}
     if world.leads:
-        need_space(run.path, 14 * sum(m.numel() for m in state.optimizer.masters.values()), "training")
+        provenance = provenance_of(recipe, prepared, facts, t, computed)
+        if found is None:
+            need_space(run.path, checkpoint_bytes(recipe, trained_numbers(state)), "its first checkpoint")
         write_json(run.provenance, provenance)
 
     kept = Kept(newest=recipe.train.keep_checkpoints, every=recipe.train.keep_every_steps)
@@ -177,9 +193,10 @@ def _train(
     watch.begin()
     try:
         if not begun.ends and not watch.has_stalled:  # as it may have when it was killed while it ended
-            _steps(recipe, prepared, t, watch, saver, how, say, world)
-    finally:
+            _steps(recipe, prepared, t, watch, saver, how, say, world, dog)
+    except Exception:  # not a second Ctrl-C: that ends at once
         saver.wait()
+        raise
     watch.end(say, found[1]["weights_step"] if found is not None and begun.ends else None)
     look_after(run, prepared, state, plan, say, world, changed=bool(begun.changes))
     if world.leads:
@@ -198,13 +215,14 @@ def _steps(
     how: How,
     say: Say,
     world: World,
+    dog: Watchdog,
 ) -> None:
     """The loop, until it ends or is asked to. Raises `Interrupted`."""
     state, plan = t.state, t.plan
     full = plan.first_full_step(prepared.store("train").lengths, state.step) + 1
     stopped: list[int] = []
     with signals() as received:
-        size = 12 * sum(m.numel() for m in state.optimizer.masters.values())
+        size = checkpoint_bytes(recipe, trained_numbers(state))
         stopping = Stopping(received, how.stop_at, saver, size, world)
 
         def stop(state: State, report: StepReport) -> bool:
@@ -216,10 +234,14 @@ def _steps(
                 watch.save()
             return bool(asked.stop) or watch.has_stalled
 
+        def loss(model: CausalLM, batch: Batch, denominator: float) -> LossOut:
+            dog.beat(f"step {state.step + 1}")  # a step of many micro-batches may take longer than a hang may
+            return t.loss(model, batch, denominator)
+
         run_loop(
             state,
             t.batches_of,
-            t.loss,
+            loss,
             [watch.on_step, stop],
             loop_config(recipe, prepared, plan.num_steps),
             world=world,
@@ -235,6 +257,10 @@ def _steps(
             watch.save(must=True)
             leave()
             raise Interrupted(stopped[0], state.step)
+
+
+def trained_numbers(state: State) -> int:
+    return sum(m.numel() for m in state.optimizer.masters.values())
 
 
 def _decided(earlier: dict[str, Any], recipe: Recipe, world: World) -> MemoryPlan | None:

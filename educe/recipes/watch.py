@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from educe.chat.prompt import expected_answer, render_prompt
 from educe.config import Recipe
+from educe.files.atomic import verify
 from educe.files.journal import Journal
 from educe.files.run_dir import RunDir
 from educe.model.device import release_free_memory
@@ -20,7 +21,7 @@ from educe.pack.plan import PackPlan, plan_once
 from educe.parallel.world import ALONE, World
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
-from educe.training.checkpoint import load_weights
+from educe.training.checkpoint import load_weights, place_of
 from educe.training.patience import History, best_step, far_above, has_stalled
 from educe.training.saver import Saver
 from educe.training.sft import held_out_loss
@@ -149,9 +150,7 @@ class Watch:
             self.save(done=True, must=True)
         self._measure()
         self._answer()
-        if self._world.leads:
-            for journal in (self._metrics, self._samples):
-                journal.settle(must=True)
+        self._settle(must=True)
 
     def _take_best(self, say: Say) -> None:
         """Put the weights of the lowest held-out loss into the model, where they are not its own."""
@@ -176,8 +175,11 @@ class Watch:
 
     def _load(self, step: int) -> str | None:
         self._saver.wait()  # it may be the one that is being written
-        self._world.wait()
-        return load_weights(self._run.checkpoints, step, self._state)
+        found = verify(place_of(self._run.checkpoints, step)) if self._world.leads else ""
+        problem: str = self._world.share(found if isinstance(found, str) else "")  # all ranks take it, or none
+        if not problem:
+            load_weights(self._run.checkpoints, step, self._state)
+        return problem or None
 
     def save(self, *, done: bool = False, must: bool = False) -> None:
         """A checkpoint; `must`: written when this comes back."""
@@ -185,11 +187,14 @@ class Watch:
         about = {**self._about, "held_out": [list(measured) for measured in self._history]}
         if done:
             about["weights_step"] = self.weights_step
-        if self._world.leads:
-            for journal in (self._metrics, self._samples):
-                journal.settle(must=must)  # a checkpoint never knows more steps than they do
+        self._settle(must=False)  # a checkpoint knows no more steps than they do
         best = best_step(self._history) if self._keeps_best and not done else None
         self._saver.save(self._state, about, finished=done, best=best, must=must)
+        self._settle(must=must)
+
+    def _settle(self, *, must: bool) -> None:
+        for journal in (self._metrics, self._samples) if self._world.leads else ():
+            journal.settle(must=must)
 
     def _measure(self) -> None:
         if len(self._dev) and not (self._history and self._history[-1][0] == self._state.step):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from educe.files.atomic import verify
+from educe.files.atomic import told, verify
 from educe.training.spikes import Spikes
 from educe.training.state import State
 from educe.training.streamed import read_like
@@ -16,16 +16,26 @@ WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 MOMENTS = ("moment1", "moment2")  # of the shape of what they belong to
 
 
-def newest_checkpoint(place: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its manifest. A damaged one is moved aside, and said."""
+def newest_checkpoint(
+    place: Path, say: Callable[[str], None], *, quarantine: bool = False
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its manifest. A damaged one is said, and with `quarantine` moved aside: only for who
+    holds the run's lock, since another process may be replacing what is read here.
+
+    Raises `MachineError` where the disk refuses to say: that is no damage, and may pass.
+    """
     for candidate in newest_first(place):
         manifest = verify(candidate)
         if not isinstance(manifest, str):
             return candidate, manifest
-        aside = candidate.with_name(f"damaged-{candidate.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        candidate.replace(aside)
-        say(f"checkpoint {candidate.name} is damaged: {manifest} Moved to {aside.name}; going back to the one before.")
+        said = f"checkpoint {candidate.name} is damaged: {manifest}"
+        if quarantine:
+            aside = candidate.with_name(f"damaged-{candidate.name}")
+            with told(candidate):
+                shutil.rmtree(aside, ignore_errors=True)
+                candidate.replace(aside)
+            said += f" Moved to {aside.name}; going back to the one before."
+        say(said)
     return None
 
 
@@ -40,14 +50,9 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], state: State) ->
     state.spikes = Spikes(manifest["usual_losses"])
 
 
-def load_weights(place: Path, step: int, state: State) -> str | None:
-    """Put the weights of step `step` into `state`, which keeps its own count of steps; or a sentence why they cannot be."""
-    checkpoint = place_of(place, step)
-    manifest = verify(checkpoint)
-    if isinstance(manifest, str):
-        return manifest
-    state.optimizer.load(read_like(checkpoint / WEIGHTS, state.optimizer.masters), {})
-    return None
+def load_weights(place: Path, step: int, state: State) -> None:
+    """Put the weights of the verified checkpoint of step `step` into `state`, which keeps its own count of steps."""
+    state.optimizer.load(read_like(place_of(place, step) / WEIGHTS, state.optimizer.masters), {})
 
 
 def place_of(place: Path, step: int) -> Path:

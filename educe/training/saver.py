@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import Tensor
 
 from educe.errors import MachineError
 from educe.files.atomic import abandon, begin, finish, need_space, remove, told
+from educe.model.device import free_host_memory
 from educe.parallel.world import ALONE, World
 from educe.training.checkpoint import OPTIMIZER, WEIGHTS, newest_first, place_of, step_of
 from educe.training.state import State
@@ -57,7 +57,8 @@ class Saver:
         self._place, self._kept, self._say, self._world = place, kept, say, world
         self._thread: threading.Thread | None = None
         self.problem: Exception | None = None  # why the last one was not written
-        self._failures, self._again_at = 0, 0.0
+        self._told, self._failures, self._again_at = False, 0, 0.0
+        self._written: tuple[int, bool] | None = None  # step, and whether it is the last
         self.held_up_s = self.longest_s = 0.0  # of the training; of one checkpoint, from its copy to its name
 
     def save(
@@ -72,50 +73,62 @@ class Saver:
         started = time.monotonic()
         at = {"step": state.step, "finished": finished, "halvings": state.halvings, "usual_losses": state.spikes.recent}
         about = {**about, **at}
-        self._begin(state, about, finished=finished, best=best)
-        for wait_s in (*_PATIENCE_S, None) if must else ():
-            self._join()
-            problem = self._world.share(str(self.problem) if self.problem is not None else "")
-            if not problem:
-                break
-            if wait_s is None:
+        if self._written != (state.step, finished):  # a stop may fall on the step of a checkpoint
+            self._begin(state, about, finished=finished, best=best)
+        waits = list(_PATIENCE_S)
+        while must and (problem := self._outcome()):
+            if not waits:
                 raise self.problem or MachineError(4, str(self._place), problem, "See what rank 0 says.")
-            if self._world.leads:
-                self._again_at = started  # told
-                self._tell(f"trying again in {wait_s:.0f} s")
+            wait_s = waits.pop(0)
+            self._tell(f"trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
             self._begin(state, about, finished=finished, best=best)
         self.held_up_s += time.monotonic() - started
         return place_of(self._place, state.step)
 
-    @property
-    def is_due_again(self) -> bool:
-        """On rank 0: whether a checkpoint that could not be written should be tried again now. Says what went wrong."""
+    def retry_now(self) -> bool:
+        """On rank 0: whether a checkpoint that could not be written should be tried again now. Says, once, what went wrong."""
         if self._thread is not None and not self._thread.is_alive():
-            self._join()
+            self.wait()
         if self.problem is None:
             return False
-        if not self._again_at:
+        if not self._told:
             wait_s = min(_RETRY_S * 2**self._failures, _LONGEST_RETRY_S)
             self._failures, self._again_at = self._failures + 1, time.monotonic() + wait_s
             self._tell(f"training goes on, the checkpoints before it are whole; trying again in {wait_s:.0f} s")
         return time.monotonic() >= self._again_at
 
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written."""
-        self._join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _outcome(self) -> str:
+        """Why the last one is not written, on every rank; empty where it is."""
+        self.wait()
+        why: str = self._world.share(f"{type(self.problem).__name__}: {self.problem}" if self.problem else "")
+        if why:
+            self._written = None
+        return why
 
     def _tell(self, what_next: str) -> None:
-        p = self.problem
-        found = f"{p.where} {p.found}" if isinstance(p, MachineError) else str(p)
-        self._say(f"warning: a checkpoint was not written: {found} {what_next[0].upper()}{what_next[1:]}.")
+        p, self._told = self.problem, True
+        found = f"{p.where} {p.found}" if isinstance(p, MachineError) else f"{type(p).__name__}: {p}."
+        if self._world.leads:
+            self._say(f"warning: a checkpoint was not written: {found} {what_next[0].upper()}{what_next[1:]}.")
 
     def _begin(self, state: State, about: dict[str, Any], *, finished: bool, best: int | None) -> None:
         """Copy; then write in a thread. What goes wrong is in `problem`."""
-        self._join()
-        if self.problem is not None and not self._again_at:
+        self.wait()
+        if self.problem is not None and not self._told:
             self._tell("trying again now")
-        self.problem, self._again_at = None, 0.0
+        self.problem, self._told, self._written = None, False, (state.step, finished)
         files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: state.optimizer.masters}
         if not finished:
             files[OPTIMIZER] = state.optimizer.state_tensors()
@@ -137,7 +150,7 @@ class Saver:
                 else:
                     with told(target):
                         write_safetensors(part / name, group)
-        except MachineError as e:
+        except Exception as e:  # told, and tried again: the other ranks wait for this one
             self._fail(e, part, target)
             for group in left.values():
                 _give_rows(group)  # the others do
@@ -162,24 +175,17 @@ class Saver:
             self._fail(e, part, target)
 
     def _fail(self, e: Exception, part: Path | None, target: Path) -> None:
-        self.problem = e
+        self.problem, self._written = e, None
         if part is not None:
             try:
                 abandon(part, target)
             except OSError:
                 return  # the next process of the run sweeps
 
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self.problem is not None and not isinstance(self.problem, MachineError):
-            raise self.problem
-
 
 def _copies_in_memory(state: State, size: int) -> bool:
     """Copied from a GPU, it is out of the way sooner than in a file. Beside weights in the host's memory it would be one more."""
-    return state.model.device.kind == "cuda" and int(psutil.virtual_memory().available) > size + _SPARE_MEMORY
+    return state.model.device.kind == "cuda" and free_host_memory() > size + _SPARE_MEMORY
 
 
 def _give_rows(group: Mapping[str, Tensor]) -> None:
