@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from educe.chat.named import NAMED
-from educe.config import Full, Wsd
+from educe.config import Full, Recipe, Wsd
 from educe.errors import EduceError, ModelError
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
@@ -162,16 +162,18 @@ def ranks_are_watched(b: Before) -> Finding:
     return finding("P46", "ranks that hang", f"{waits.total_seconds() / 60:.0f} min", said)
 
 
+def rates_of_steps(recipe: Recipe, n: int) -> list[float]:
+    """The learning rate of each of a run's `n` steps, as the recipe says it."""
+    train, kind = recipe.train, recipe.train.schedule.kind
+    decay = train.schedule.decay_share if isinstance(train.schedule, Wsd) else 0.0
+    peak, warmup = train.learning_rate, train.warmup_share
+    return [learning_rate(k, n, peak=peak, warmup_share=warmup, kind=kind, decay_share=decay) for k in range(n)]
+
+
 def rates_are_sane(b: Before) -> Finding:
     """P47: the learning rate at ten points of the run."""
     train, n = b.recipe.train, b.plan.num_steps
-    decay = train.schedule.decay_share if isinstance(train.schedule, Wsd) else 0.0
-    rates = [
-        learning_rate(
-            k, n, peak=train.learning_rate, warmup_share=train.warmup_share, kind=train.schedule.kind, decay_share=decay
-        )
-        for k in range(n)
-    ]
+    rates = rates_of_steps(b.recipe, n)
     points = sorted({round(k * (n - 1) / 9) for k in range(10)})
     said = ", ".join(f"step {k + 1} {rates[k]:.2g}" for k in points)
     bad = not all(math.isfinite(r) and 0 < r <= train.learning_rate * (1 + 1e-9) for r in rates)
@@ -205,6 +207,9 @@ def resume_is_clear(b: Before) -> Finding:
     if changed:
         k = changed[0]
         said = f"{k} was {old.get(k)!r:.40}, now {settings.get(k)!r:.40}: give the recipe another name"
+        return finding("P48", "resume", number, said, fail=True)
+    if steps and b.settings is not None:  # a run asks before its first step only
+        said = f"training would begin at step 1, though {b.run.checkpoints} has one: those steps would be lost"
         return finding("P48", "resume", number, said, fail=True)
     said = f"goes on from {b.run.checkpoints}" if steps else "no checkpoint yet"
     return finding("P48", "resume", number, said)
