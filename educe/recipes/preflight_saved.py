@@ -147,12 +147,15 @@ def _exported(o: OnModel, weights: Path, place: Path) -> list[Finding]:
         return [finding("P27", name, "-", why, skip=True)]
     p, tokenizer, system = o.prepared, o.prepared.tokenizer, o.recipe.data.system
     target = place / "export"
-    with quiet(), directory(target, about={"probe": True}) as part:
-        model = merged(p.model_dir, weights, o.recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
-        write_model(model, p.model_dir, tokenizer, "", part, system=system)
-        read_back(part, model, device)
-        check_tokenizer(part, tokenizer, system=system)
-        planned = Counter(str(t.dtype).removeprefix("torch.") for t in model.network.state_dict().values())
+    try:
+        with quiet(), directory(target, about={"probe": True}) as part:
+            model = merged(p.model_dir, weights, o.recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
+            write_model(model, p.model_dir, tokenizer, "", part, system=system)
+            read_back(part, model, device)
+            check_tokenizer(part, tokenizer, system=system)
+            planned = Counter(str(t.dtype).removeprefix("torch.") for t in model.network.state_dict().values())
+    except EduceError as e:
+        return [refused("P27", name, e)]
     on_disk = {dtype for file in target.glob("*.safetensors") for dtype in _dtypes(file)}
     stops = json.loads((target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     stops = stops if isinstance(stops, list) else [stops]
