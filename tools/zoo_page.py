@@ -12,19 +12,20 @@ from educe.errors import CODES
 ROOT = Path(__file__).parents[1]
 HEAD = """# The bug zoo
 
-Thirty failures of fine-tuning programs that say nothing and spoil the model; each has happened in a real one. `tests/zoo` makes each
-again, in the real program on a small real model, and shows that the check named here notices it, and that it passes without the
-failure: `make zoo`, and a few of them in every run of the tests.
+Thirty failures of fine-tuning programs that say nothing and spoil the model; each has happened in a real one. `tests/zoo` makes
+each again, in the real program on a small real model, and shows that the check named here notices it, and says nothing of a setup
+without it: `make zoo`, and a few of them in every run of the tests.
 
-{caught} of {all} are caught. *Fails*: no step is made, or the run says at its end that it failed. *Warns*: it may be meant; the run says
-so and goes on. An error ends the command, or refuses the row and lists it in the ledger.
+{caught} of {all} are caught, {late} of these not before the run's end. *Fails*: no step is made, or the run says at its end that it
+failed. *Warns*: it may be meant; the run says so and goes on. An error ends the command, or refuses the row and lists it in the
+ledger. Where more than one thing is in a failure's way, the first are taken out, and it is said which.
 
 | | the failure | made again by | caught by | |
 |---|---|---|---|---|
 """
 HEALTH = """
-Ten setups in which nothing is wrong raise no alarm, neither a failed check nor a warning (P92 apart: runs of a few steps teach no model
-to end its answers):
+Ten setups in which nothing is wrong raise no alarm, neither a failed check nor a warning (P92 apart: runs of a few steps teach no
+model to end its answers):
 
 """
 NAMES = {
@@ -40,7 +41,13 @@ def page(zoo: Iterable[Any], healthy: Iterable[str]) -> str:
     failures = list(zoo)
     caught = sum(bool(f.by) for f in failures)
     rows = [f"| {f.number} | {f.what} | {f.how} | {_said(f.by)} | {'yes' if f.by else 'no'} |\n" for f in failures]
-    return HEAD.format(caught=caught, all=len(failures)) + "".join(rows) + HEALTH + "".join(f"- {h}\n" for h in healthy)
+    late = sum(f.by[:2] == "P9" for f in failures)
+    return (
+        HEAD.format(caught=caught, all=len(failures), late=late)
+        + "".join(rows)
+        + HEALTH
+        + "".join(f"- {h}\n" for h in healthy)
+    )
 
 
 def _said(by: str) -> str:

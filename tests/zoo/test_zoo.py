@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from conftest import ROOT  # noqa: E402
-from test_engine import _one_thread  # noqa: E402, F401
 from zoo_healthy import HEALTHY  # noqa: E402
 from zoo_list import ZOO  # noqa: E402
 from zoo_stand import Failure, Stand  # noqa: E402
+
+from conftest import ROOT  # noqa: E402
+from test_engine import _one_thread  # noqa: E402, F401
 
 sys.path.insert(0, str(ROOT / "tools"))
 from zoo_page import page  # noqa: E402
@@ -62,7 +63,7 @@ def test_a_failure_is_noticed(f: Failure, place: Path) -> None:
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_setup_raises_no_alarm(name: str, place: Path) -> None:
-    """Every check before the first step of a real run passes, and every one after the last but P92: two steps teach no model to stop."""
+    """Every check of a real run passes, before its first step and after its last; but P92: a few steps teach no model to stop."""
     there = ROOT.parent / "shared" / "data"
     with pytest.MonkeyPatch.context() as patch:
         stand = Stand.at(place / f"healthy-{HEALTHY[name].__name__}", place / "model", patch)

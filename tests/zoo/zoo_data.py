@@ -15,9 +15,9 @@ from educe.chat.too_long import Cut
 from educe.pack.plan import PackPlan
 from educe.recipes import part, prepare
 from educe.types import Example
+from zoo_stand import DATA, ROWS, TRAIN, Failure, Stand, row, talk
 
 from conftest import CHATML
-from zoo_stand import DATA, ROWS, TRAIN, Failure, Stand, row, talk
 
 BOS = "<|endoftext|>"  # id 0
 Change = Callable[[Example, ChatTokenizer], np.ndarray]
@@ -206,7 +206,7 @@ IN_DATA = (
     Failure(
         number=19,
         what="A process reads the prepared data that another one is writing",
-        how="neither lock nor manifest is asked, the ids are half there",
+        how="neither lock nor manifest is asked (which would say E-STORE-301), and half of the ids are there",
         by="E-STORE-001",
         show=half_written_store,
     ),

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
 from zoo_stand import DATA, ROWS, TRAIN, Stand, talk
 
 HELD = "dev: {kind: share, share: 0.2}"
@@ -101,8 +100,8 @@ def with_reasoning(stand: Stand, shared: Path | None) -> Path:
 
 
 def pieces_of_words(stand: Stand, shared: Path | None) -> Path:
-    """A sentencepiece tokenizer that falls back to bytes, and adapters in bf16."""
-    tokenizer_of(stand, shared, "mistral_v3_spm")
+    """A tokenizer of pieces that falls back to bytes, whose template begins with its first token; adapters in bf16."""
+    tokenizer_of(stand, shared, "gemma2")
     return stand.recipe("tuning: {kind: lora, rank: 4}\n" + DATA + TRAIN, ROWS, dtype="bfloat16")
 
 
@@ -116,5 +115,5 @@ HEALTHY: dict[str, Healthy] = {
     "a base model with the template `plain`": base_model,
     "raw text replayed": raw_text_replayed,
     "a template with reasoning (Qwen3)": with_reasoning,
-    "a sentencepiece tokenizer, LoRA in bfloat16 (Mistral v3)": pieces_of_words,
+    "a tokenizer of pieces and bytes, LoRA in bfloat16 (Gemma 2)": pieces_of_words,
 }

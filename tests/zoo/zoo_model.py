@@ -21,7 +21,6 @@ from educe.training.saver import Saver
 from educe.training.sft import SftLoss, held_out_loss
 from educe.types import Batch
 from transformers import GPT2Config, GPT2LMHeadModel
-
 from zoo_stand import DATA, TRAIN, Failure, Stand
 
 LORA = "tuning: {kind: lora, rank: 4}\n"

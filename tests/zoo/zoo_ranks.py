@@ -1,4 +1,4 @@
-"""Failures of several ranks. Run as `python zoo_ranks.py PLACE MODEL` by each of two processes (gloo); PLACE/found.json is rank 0's."""
+"""Failures of several ranks. Two processes (gloo) run `python zoo_ranks.py PLACE MODEL`; PLACE/found.json has what rank 0 found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from educe.parallel.world import World, join, leave
 from educe.recipes.trainee import Trainee
 from educe.training import loop
 from educe.training.means import Means
-
 from zoo_stand import Failure, Stand
 
 HERE = Path(__file__).parent

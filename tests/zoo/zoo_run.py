@@ -15,9 +15,9 @@ from educe.recipes import train as of_train
 from educe.training import loop
 from educe.training.sft import SftLoss
 from educe.types import Batch
+from zoo_stand import RUN, Failure, Stand
 
 from small_runs import Dying
-from zoo_stand import RUN, Failure, Stand
 
 
 def broken_off(stand: Stand, step: int = 6) -> Any:
