@@ -243,8 +243,8 @@ def test_a_run_keeps_its_checks_and_the_report_shows_them(
     run = educe.train(recipe, say=said.append)
     kept = json.loads(run.dir.preflight.read_text(encoding="utf-8"))
     assert len(kept["before"]) > 35
-    assert [f["id"] for f in kept["after"]] == ["P91", "P92", "P93"]
-    assert [f["verdict"] for f in kept["after"] if f["id"] != "P92"] == ["pass", "pass"]
+    assert [f["id"] for f in kept["after"]] == ["P91", "P92", "P93", "P94"]
+    assert [f["verdict"] for f in kept["after"] if f["id"] != "P92"] == ["pass"] * 3
     assert any("checks passed" in line for line in said)
     run.export(tmp_path / "out")
     assert json.loads(run.dir.preflight.read_text(encoding="utf-8"))["export"][0]["id"] == "P90"

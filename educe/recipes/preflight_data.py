@@ -21,10 +21,13 @@ from educe.types import Message
 
 def files_are_the_same(b: Before) -> Finding:
     """P01: what was prepared is of the bytes that the files hold now."""
-    now = key_now(b.recipe, b.prepared.model_dir)
+    now, files = key_now(b.recipe, b.prepared.model_dir)
     fix = "They were changed while they were prepared: run the same command again."
     said = f"prepared of files with the key {now}" if now == b.prepared.key else f"the files now give {now}. {fix}"
-    return finding("P01", "data files", b.prepared.key, said, fail=now != b.prepared.key)
+    other = b.prepared.made_of not in (None, files)
+    if other and now == b.prepared.key:
+        said = f"what is prepared was made of other files: delete {b.prepared.path}"
+    return finding("P01", "data files", b.prepared.key, said, fail=other or now != b.prepared.key)
 
 
 def rows_are_used(b: Before) -> Finding:

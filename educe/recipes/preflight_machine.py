@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from educe.chat.named import NAMED
-from educe.config import Full, Wsd
+from educe.config import Full, Recipe, Wsd
 from educe.errors import EduceError, ModelError
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
@@ -164,16 +164,18 @@ def hangs_are_seen(b: Before) -> Finding:
     return finding("P46", "hangs", lasted(HANG_AFTER_S), said)
 
 
+def rates_of_steps(recipe: Recipe, n: int) -> list[float]:
+    """The learning rate of each of a run's `n` steps, as the recipe says it."""
+    train, kind = recipe.train, recipe.train.schedule.kind
+    decay = train.schedule.decay_share if isinstance(train.schedule, Wsd) else 0.0
+    peak, warmup = train.learning_rate, train.warmup_share
+    return [learning_rate(k, n, peak=peak, warmup_share=warmup, kind=kind, decay_share=decay) for k in range(n)]
+
+
 def rates_are_sane(b: Before) -> Finding:
     """P47: the learning rate at ten points of the run."""
     train, n = b.recipe.train, b.plan.num_steps
-    decay = train.schedule.decay_share if isinstance(train.schedule, Wsd) else 0.0
-    rates = [
-        learning_rate(
-            k, n, peak=train.learning_rate, warmup_share=train.warmup_share, kind=train.schedule.kind, decay_share=decay
-        )
-        for k in range(n)
-    ]
+    rates = rates_of_steps(b.recipe, n)
     points = sorted({round(k * (n - 1) / 9) for k in range(10)})
     said = ", ".join(f"step {k + 1} {rates[k]:.2g}" for k in points)
     bad = not all(math.isfinite(r) and 0 < r <= train.learning_rate * (1 + 1e-9) for r in rates)
@@ -185,24 +187,26 @@ def rates_are_sane(b: Before) -> Finding:
 
 def resume_is_clear(b: Before) -> Finding:
     """P48: a new run, or what would be gone on from, and what changed since."""
-    if (
-        b.settings is not None or not b.run.checkpoints.is_dir()
-    ):  # a run that claimed its directory has been through this
+    steps = [p.name for p in b.run.checkpoints.glob("step-*")]
+    if b.settings is not None and steps:  # a run asks before its first step alone, when its directory is its own
+        said = f"training would begin at step 1, though {b.run.checkpoints} has {max(steps)}: those steps would be lost"
+        return finding("P48", "resume", "a new run", said, fail=True)
+    if not steps:
         return finding("P48", "resume", "a new run", f"{b.run.path} holds no checkpoint")
     from educe.recipes.provenance import settings_of  # loads torch: only where there is a run
     from educe.recipes.resume import changes_since
     from educe.training.checkpoint import newest_checkpoint
 
-    said: list[str] = []
-    found = newest_checkpoint(b.run.checkpoints, said.append)
+    heard: list[str] = []
+    found = newest_checkpoint(b.run.checkpoints, heard.append)
     if found is None:
-        return finding("P48", "resume", "a new run", "; ".join(said) or "no checkpoint yet")
+        return finding("P48", "resume", "a new run", "; ".join(heard) or "no checkpoint yet")
     try:
         settings = settings_of(b.recipe, b.prepared, b.facts, int(found[1]["settings"]["ranks"]))
-        changes_since(b.run, found, b.recipe, settings, (), said.append)
+        changes_since(b.run, found, b.recipe, settings, (), heard.append)
     except EduceError as e:
         return refused("P48", "resume", e)
-    return finding("P48", "resume", f"after step {found[1]['step']}", "; ".join([f"goes on from {found[0]}", *said]))
+    return finding("P48", "resume", f"after step {found[1]['step']}", "; ".join([f"goes on from {found[0]}", *heard]))
 
 
 def clock_is_sane(b: Before) -> Finding:

@@ -4,7 +4,9 @@ put together. Few and short rows are used, and nothing is changed.
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from educe.config import Lora, Recipe
+from educe.files.hashes import hash_bytes
 from educe.loss.cross_entropy import LossOut
 from educe.model.adapters import linear_layers
 from educe.model.load import CausalLM
 from educe.model.proof import packs_are_blind
-from educe.pack.batch import build_batch, halved
+from educe.pack.batch import build_batch, even, halved, rank_step
 from educe.parallel.world import ALONE, World
 from educe.recipes.finding import Finding, finding
 from educe.recipes.prepare import Prepared
 from educe.recipes.trainee import Trainee
 from educe.seeds import derive, permute
-from educe.training.loop import accumulate
+from educe.training.loop import accumulate, counts_of
 from educe.training.sft import held_out_loss
 from educe.training.state import State
 from educe.types import Batch, Example
@@ -102,37 +106,53 @@ def packs_are_apart(o: OnModel) -> list[Finding]:
 
 
 def gradients_do_not_depend_on_the_split(o: OnModel) -> list[Finding]:
-    """P26: a step's gradient as one micro-batch, as one of each row, and unevenly cut."""
+    """P26: a step's gradient as one micro-batch, as one of each row, and unevenly cut; over ranks, on one of them and dealt to all."""
     name, dtype = "gradient and split", o.model.device.dtype
-    if o.model.sharded is not None:
-        return [finding("P26", name, "-", SHARDED, skip=True)]
     rows = short_rows(o)
     if len(rows) < 2:
         return [finding("P26", name, "-", "there is one example", skip=True)]
-    alone = [[e] for e in rows]
-    fits = sum(e.ids_T.size for e in rows) <= o.t.plan.capacity_tokens
-    ways = {"one by one": alone}
-    if not (o.t.packed and fits):
-        ways["one by one, backwards"] = alone[::-1]
-    else:
-        ways |= {"all in one": [rows], "unevenly cut": [g for g in (rows[:1], rows[1:3], rows[3:]) if g]}
+    ways = _ways_over_ranks(o, rows) if o.world.size > 1 else _ways(o, rows)
     o.model.network.eval()  # without dropout, which is drawn for each micro-batch anew
     kept: dict[str, Tensor] = {}
     apart = {}
-    for way, groups in ways.items():
-        gradient_of(o, [build_batch(group) for group in groups])
-        gradients = o.state.optimizer.gradients()
+    for way, batches in ways.items():
+        gradient_of(o, batches)
+        gradients = {n: _local(g) for n, g in o.state.optimizer.gradients().items()}
         if not kept:
             kept = {n: gradients[n].detach().to("cpu", copy=True) for n in _some(gradients)}
         else:
-            apart[way] = _off(kept, gradients)
+            apart[way] = _off(kept, gradients, o.world)
         o.state.optimizer.forget_gradients()
     worst = max(apart, key=lambda way: apart[way] if math.isfinite(apart[way]) else math.inf)
     trained = [int((e.weights_T > 0).sum()) for e in rows]
-    said = f"{worst} against one by one; {len(rows)} rows with {min(trained)} to {max(trained)} trained tokens, {len(kept):,} tensors"
+    said = f"{worst} against {next(iter(ways))}; {len(rows)} rows with {min(trained)} to {max(trained)} trained tokens"
+    said += f", {len(kept):,} tensors"
     (odd, wrong), off = _APART[dtype], apart[worst]
     fails = not off <= wrong
     return [finding("P26", name, f"{off:.1e} apart", f"{said}; at most {odd:g}", fail=fails, warn=off > odd)]
+
+
+def ranks_share_the_work(o: OnModel) -> list[Finding]:
+    """P45: in the first and the last step every rank has as many micro-batches, and together they have the step's rows, each once."""
+    if o.world.size == 1:
+        return []
+    name, store, wrong = "work of the ranks", o.prepared.store("train"), ""
+    steps = sorted({0, o.t.plan.num_steps - 1})
+    for step in steps:
+        mine = o.t.batches_of(step)
+        marks = [hash_bytes(b.ids_P.tobytes()) for b in mine if b.total_weight]
+        said = [json.loads(text) for text in o.world.each(json.dumps([len(mine), marks]))]
+        numbers = [number for number, _ in said]
+        packs = [np.concatenate([store[i].ids_T for i in pack]).astype(np.int64) for pack in o.t.plan.step(step)]
+        planned = Counter(hash_bytes(ids_P.tobytes()) for ids_P in packs)
+        if len(set(numbers)) > 1:
+            wrong = (
+                wrong or f"in step {step + 1} the ranks have {numbers} micro-batches: they would wait for each other"
+            )
+        elif Counter(mark for _, marks in said for mark in marks) != planned:
+            wrong = wrong or f"in step {step + 1} the ranks' rows are not the step's, each once"
+    found = wrong or f"as many micro-batches on each of {o.world.size} ranks, and each row of the step once"
+    return [finding("P45", name, f"{len(steps)} steps", found, fail=bool(wrong))]
 
 
 def first_loss_is_likely(o: OnModel) -> list[Finding]:
@@ -154,29 +174,53 @@ def first_loss_is_likely(o: OnModel) -> list[Finding]:
 def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
     """P50: held-out loss is the same for packs and for rows one by one, over all their weight."""
     name = "held-out loss and batch"
-    if o.model.sharded is not None or not o.t.packed:
-        why = SHARDED if o.model.sharded is not None else "rows are measured one by one"
-        return [finding("P50", name, "-", why, skip=True)]
+    if o.world.size == 1 and not o.t.packed:
+        return [finding("P50", name, "-", "rows are measured one by one", skip=True)]
     store = o.prepared.store("dev")
     order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:8].tolist()
     rows = _first_of([store[i] for i in order], _TOKENS)
     if len(rows) < 2:
         return [finding("P50", name, "-", "fewer than two rows are held out", skip=True)]
     packed, alone = ([build_batch(g) for g in groups] for groups in ([rows], [[e] for e in rows]))
+    way = "packed"
+    if o.world.size > 1:  # each rank measures every row by itself, then its share of them
+        way, mine = "over the ranks", alone[o.world.rank :: o.world.size]
+        packed = even(mine, -(-len(alone) // o.world.size))
     one, two = (held_out_loss(o.model, batches) for batches in (packed, alone))
     counted = [sum(b.total_weight for b in batches) for batches in (packed, alone)]
+    if o.world.size > 1:
+        one = one.over(o.world, len(o.prepared.tasks))
+        counted[0] = float(o.world.sum(np.array([counted[0]]))[0])
     total = sum(float(e.weights_T.sum(dtype="float64")) for e in rows)
     apart = abs(one.mean - two.mean) / max(1e-9, abs(two.mean))
     lost = any(abs(c - total) > 1e-6 * total for c in counted)
     limit = _LOSS_APART[o.model.device.dtype]
-    said = f"{one.mean:.4f} packed, {two.mean:.4f} one by one, {len(rows)} rows; at most {limit:g}"
+    said = f"{one.mean:.4f} {way}, {two.mean:.4f} one by one, {len(rows)} rows; at most {limit:g}"
     said = f"{counted} of a weight of {total} counted" if lost else said
     return [finding("P50", name, f"{apart:.1e} apart", said, fail=lost or not apart <= limit)]
 
 
+def _ways(o: OnModel, rows: Sequence[Example]) -> dict[str, list[Batch]]:
+    alone = [[e] for e in rows]
+    groups: dict[str, Sequence[Sequence[Example]]] = {"one by one": alone}
+    if not (o.t.packed and sum(e.ids_T.size for e in rows) <= o.t.plan.capacity_tokens):
+        groups["one by one, backwards"] = alone[::-1]
+    else:
+        groups |= {"all in one": [rows], "unevenly cut": [g for g in (rows[:1], rows[1:3], rows[3:]) if g]}
+    return {way: [build_batch(group) for group in cut] for way, cut in groups.items()}
+
+
+def _ways_over_ranks(o: OnModel, rows: Sequence[Example]) -> dict[str, list[Batch]]:
+    """The same rows on rank 0 alone, and dealt as a step's packs are."""
+    alone, loss_weights = [[e] for e in rows], [1.0] * len(o.prepared.tasks)
+    mine = [build_batch(group) for group in alone] if o.world.leads else []
+    dealt = rank_step(alone, loss_weights, o.world.rank, o.world.size)
+    return {"on one rank": even(mine, len(alone)), "dealt to the ranks": dealt}
+
+
 def gradient_of(o: OnModel, batches: Sequence[Batch]) -> list[LossOut]:
     """What the loop does for these micro-batches, up to the update."""
-    weight = sum(b.total_weight for b in batches)
+    weight = counts_of(batches, o.world).weight
     return accumulate(o.state, batches, weight, o.t.loss, seed=derive(o.recipe.train.seed, "preflight"))
 
 
@@ -209,13 +253,20 @@ def _some(gradients: Mapping[str, Tensor]) -> list[str]:
     return chosen
 
 
-def _off(kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
-    """How far gradients are from those that were kept, as a share of their norm."""
+def _local(gradient: Tensor) -> Tensor:
+    """This rank's rows of it."""
+    local: Tensor = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return local
+
+
+def _off(kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor], world: World) -> float:
+    """How far gradients are from those that were kept, as a share of their norm, over all ranks."""
     apart = size = 0.0
     for name, was in kept.items():
         now = gradients[name].detach().to("cpu", torch.float32)
         apart += float((now - was.float()).norm().double() ** 2)
         size += float(was.float().norm().double() ** 2)
+    apart, size = world.sum(np.array([apart, size])).tolist()
     return math.sqrt(apart / size) if size else math.sqrt(apart)
 
 
@@ -228,6 +279,7 @@ def _part_of(batch: Batch, num_tokens: int) -> Batch:
 
 MODEL: tuple[Callable[[OnModel], list[Finding]], ...] = (
     parts_are_trained,
+    ranks_share_the_work,
     packs_are_apart,
     first_loss_is_likely,
     held_out_loss_counts_every_row,

@@ -27,6 +27,7 @@ from educe.recipes.finding import Finding, before, finding, refused
 from educe.recipes.machine import device_of
 from educe.recipes.mixing import Mixed
 from educe.recipes.preflight import keep, refuse, tell, without_model
+from educe.recipes.preflight_machine import rates_of_steps
 from educe.recipes.preflight_model import MODEL, OnModel
 from educe.recipes.preflight_saved import saved_is_loaded_and_a_step_moves
 from educe.recipes.prepare import Prepared
@@ -55,7 +56,8 @@ def on_model(recipe: Recipe, prepared: Prepared, t: Trainee, place: Path, *, wor
                 o.state.optimizer.forget_gradients()
                 o.model.network.train(was_training)
                 release_free_memory()
-            if found[0].verdict == "fail":  # what is not trained as it should be cannot be saved as it should be
+            # what is not trained as it should be cannot be saved so, and ranks that do unlike work would wait for ever
+            if any(f.verdict == "fail" for f in found if f.id in ("P22", "P45")):
                 break
     return found
 
@@ -105,10 +107,18 @@ def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: 
 
 
 def look_after(
-    run: RunDir, prepared: Prepared, state: State, plan: PackPlan, say: Say, world: World, *, changed: bool
+    run: RunDir,
+    recipe: Recipe,
+    prepared: Prepared,
+    state: State,
+    plan: PackPlan,
+    say: Say,
+    world: World,
+    *,
+    changed: bool,
 ) -> None:
-    """What a finished run left: tokens as planned, answers that stop, weights that are read back. Rank 0 alone; raises nothing.
-    `changed`: settings were, in the middle of it."""
+    """What a finished run left: tokens and rates as planned, answers that stop, weights that are read back. Rank 0 alone;
+    raises nothing. `changed`: settings were, in the middle of it."""
     if not world.leads:
         return
     findings = []
@@ -116,6 +126,7 @@ def look_after(
         "P91": lambda: _as_planned(run, prepared, state, plan, changed=changed),
         "P92": lambda: _answers_stop(run),
         "P93": lambda: _weights_are_kept(run, state),
+        "P94": lambda: _rates_as_planned(run, recipe, plan, changed=changed),
     }
     for id, look in looks.items():
         try:
@@ -146,6 +157,21 @@ def _as_planned(run: RunDir, prepared: Prepared, state: State, plan: PackPlan, *
     if done != planned:
         said = f"{said}; planned were {planned[0]:,} and {planned[1]:,}"
     return finding("P91", "tokens as planned", f"{done[0]:,} of {planned[0]:,}", said, fail=done != planned)
+
+
+def _rates_as_planned(run: RunDir, recipe: Recipe, plan: PackPlan, *, changed: bool) -> Finding:
+    """P94: every step was made at the recipe's rate, by whichever process of the run."""
+    name = "rates as planned"
+    if changed:
+        return finding("P94", name, "-", "settings were changed in the middle: there were two plans", skip=True)
+    planned = rates_of_steps(recipe, plan.num_steps)
+    made = {x["step"]: x["learning_rate"] for x in read_jsonl(run.metrics) if x["kind"] == "step"}
+    off = sorted(k for k, rate in made.items() if not math.isclose(rate, planned[k - 1], rel_tol=1e-6))
+    said = "the learning rate of every step is the recipe's"
+    if off:
+        said = f"step {off[0]} was made at {made[off[0]]:.3g}; the recipe's rate there is {planned[off[0] - 1]:.3g}"
+    number = f"{len(made) - len(off):,} of {len(made):,} steps"
+    return finding("P94", name, number, said, fail=bool(off))
 
 
 def _answers_stop(run: RunDir) -> Finding:

@@ -35,7 +35,7 @@ _ALWAYS_BYTES = 2**28  # so much more memory is no matter
 
 
 def saved_is_loaded_and_a_step_moves(o: OnModel) -> list[Finding]:
-    """P41, P27 and P28: a checkpoint is written, one real step made, the checkpoint loaded: the logits are those before."""
+    """P41, P27 and P28: a checkpoint is written while weights change, a real step made, and it is loaded: the logits are as before."""
     if o.model.sharded is not None:
         names = {"P41": "probe checkpoint", "P27": "save and load", "P28": "one step"}
         return [finding(id, name, "-", SHARDED, skip=True) for id, name in names.items()]
@@ -57,7 +57,11 @@ def _saved_and_stepped(o: OnModel, place: Path) -> list[Finding]:
     try:
         writer = Saver(place, Kept(), said.append)
         writer.save(state, {"probe": True}, finished=False)
-        writer.wait()
+        _negate(o)  # training goes on while a checkpoint is written: it must hold what was, not what is
+        try:
+            writer.wait()
+        finally:
+            _negate(o)
         if writer.problem is not None:
             raise writer.problem
     except EduceError as e:
@@ -87,6 +91,13 @@ def _saved_and_stepped(o: OnModel, place: Path) -> list[Finding]:
     )
     findings.insert(1, finding("P27", "save and load", f"{apart:g} apart", said_of, fail=not same))
     return [*findings, *_exported(o, probe[0] / WEIGHTS, place)]
+
+
+def _negate(o: OnModel) -> None:
+    """Every master, to the bit undone by doing it again."""
+    with torch.no_grad():
+        for m in o.state.optimizer.masters.values():
+            m.neg_()
 
 
 def _step(o: OnModel, weights: Path, frozen: dict[str, int]) -> Finding:
@@ -136,12 +147,15 @@ def _exported(o: OnModel, weights: Path, place: Path) -> list[Finding]:
         return [finding("P27", name, "-", why, skip=True)]
     p, tokenizer, system = o.prepared, o.prepared.tokenizer, o.recipe.data.system
     target = place / "export"
-    with quiet(), directory(target, about={"probe": True}) as part:
-        model = merged(p.model_dir, weights, o.recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
-        write_model(model, p.model_dir, tokenizer, "", part, system=system)
-        read_back(part, model, device)
-        check_tokenizer(part, tokenizer, system=system)
-        planned = Counter(str(t.dtype).removeprefix("torch.") for t in model.network.state_dict().values())
+    try:
+        with quiet(), directory(target, about={"probe": True}) as part:
+            model = merged(p.model_dir, weights, o.recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
+            write_model(model, p.model_dir, tokenizer, "", part, system=system)
+            read_back(part, model, device)
+            check_tokenizer(part, tokenizer, system=system)
+            planned = Counter(str(t.dtype).removeprefix("torch.") for t in model.network.state_dict().values())
+    except EduceError as e:
+        return [refused("P27", name, e)]
     on_disk = {dtype for file in target.glob("*.safetensors") for dtype in _dtypes(file)}
     stops = json.loads((target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     stops = stops if isinstance(stops, list) else [stops]

@@ -27,6 +27,7 @@ from educe.data.formats import FORMATS
 from educe.data.reading import MIXED, Expression, Reading
 from educe.data.sources import container_of
 from educe.errors import DataError, RecipeError
+from educe.files.atomic import MANIFEST
 from educe.files.hashes import cache_dir, hash_file_once, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
@@ -68,6 +69,12 @@ class Prepared:
         """Rows of `dev`, `test` or `shots` (a sample of the training rows)."""
         return [_conversation(line) for line in read_jsonl(self.path / f"{name}.jsonl")]
 
+    @property
+    def made_of(self) -> list[list[str]] | None:
+        """The hashes of the files it was made of; None where an earlier version made it."""
+        made_of: list[list[str]] | None = json.loads((self.path / MANIFEST).read_text(encoding="utf-8")).get("made_of")
+        return made_of
+
     def previews(self) -> Any:
         return json.loads((self.path / "preview.json").read_text(encoding="utf-8"))
 
@@ -88,7 +95,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         waits = partial(say, f"another process prepares {key}: waiting for it")
         with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits):
             if open_prepared(place) is None:
-                build(recipe, tokenizer, inputs, names, place, {"key": key, "files": files}, say)
+                build(recipe, tokenizer, inputs, names, place, {"key": key, "made_of": files}, say)
     return _opened(recipe, key, model_dir, tokenizer)
 
 
@@ -106,10 +113,11 @@ def _key(recipe: Recipe, tokenizer: ChatTokenizer, files: list[list[str]], names
     )[:16]
 
 
-def key_now(recipe: Recipe, model_dir: Path) -> str:
-    """The key that the recipe's files would be prepared under now."""
+def key_now(recipe: Recipe, model_dir: Path) -> tuple[str, list[list[str]]]:
+    """The key that the recipe's files would be prepared under now, and their hashes."""
     inputs, names = inputs_of(recipe)
-    return _key(recipe, load_tokenizer(model_dir, recipe.template), _hashes(inputs), names)
+    files = _hashes(inputs)
+    return _key(recipe, load_tokenizer(model_dir, recipe.template), files, names), files
 
 
 def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:

@@ -198,7 +198,7 @@ def _train(
         saver.wait()
         raise
     watch.end(say, found[1]["weights_step"] if found is not None and begun.ends else None)
-    look_after(run, prepared, state, plan, say, world, changed=bool(begun.changes))
+    look_after(run, recipe, prepared, state, plan, say, world, changed=bool(begun.changes))
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
         write_json(run.provenance, provenance)

@@ -83,7 +83,7 @@ def train(
     """
     began = started = time.perf_counter()
     for batches in ahead(batches_of, state.step, config.total_steps):
-        counts = _Counts(*world.sum(_counts(batches)).tolist())
+        counts = counts_of(batches, world)
 
         def compute(micro: Sequence[Batch], weight: float = counts.weight) -> list[LossOut]:
             return accumulate(
@@ -143,7 +143,7 @@ def accumulate(state: State, batches: Sequence[Batch], weight: float, loss_fn: L
     return outs
 
 
-class _Counts(NamedTuple):
+class Counts(NamedTuple):
     """Of a step over all ranks."""
 
     weight: float
@@ -151,10 +151,11 @@ class _Counts(NamedTuple):
     trained: float
 
 
-def _counts(batches: Sequence[Batch]) -> np.ndarray:
+def counts_of(batches: Sequence[Batch], world: World = ALONE) -> Counts:
+    """Of the micro-batches of a step, every rank's: what its gradient is divided by must not be one rank's alone."""
     rows = [(b.total_weight, b.num_tokens, b.targets_N.size) for b in batches if b.total_weight]
     counts: np.ndarray = np.array(rows, np.float64).reshape(-1, 3).sum(0)
-    return counts
+    return Counts(*world.sum(counts).tolist())
 
 
 def _not_finite(
