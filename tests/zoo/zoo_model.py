@@ -159,7 +159,7 @@ def stops_not_written(stand: Stand, wrong: bool) -> set[str]:
 def later_weights_saved(stand: Stand, wrong: bool) -> set[str]:
     """Nothing is copied before training goes on: the thread reads what is there when it comes to it."""
     if wrong:
-        finish, join, go = Saver._finish, Saver._join, threading.Event()
+        finish, join, go = Saver._finish, Saver.wait, threading.Event()
 
         def late(self: Saver, *a: Any) -> None:
             go.wait()
@@ -173,7 +173,7 @@ def later_weights_saved(stand: Stand, wrong: bool) -> set[str]:
         stand.patch.setattr(saver, "_copies_in_memory", lambda state, size: True)
         stand.patch.setattr(saver, "gathered", lambda group: list(group.items()))
         stand.patch.setattr(Saver, "_finish", late)
-        stand.patch.setattr(Saver, "_join", joined)
+        stand.patch.setattr(Saver, "wait", joined)
     return stand.look_on_model(stand.recipe())
 
 
