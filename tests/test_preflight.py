@@ -304,6 +304,8 @@ def test_p48_a_run_of_other_settings(bench: Bench) -> None:
         f = found(b, "P48")
         assert f.verdict == verdict
         assert f.number == f"after step {step}" if verdict == "pass" else "train.seed was 1, now 0" in f.evidence
+    anew = found(replace(b, settings=settings), "P48")  # a run that found no checkpoint, where some lie
+    assert (anew.number, anew.verdict) == ("a new run", "fail")
 
 
 def test_p49_a_clock_that_is_behind(bench: Bench) -> None:

@@ -156,7 +156,6 @@ IN_DATA = (
         how="weights of all stop ids set to 0 where examples are made",
         by="P06 fail",
         show=stop_masked_by_id,
-        fast=True,
     ),
     Failure(
         number=5,

@@ -249,6 +249,7 @@ IN_MODEL = (
         how="nothing is copied, and the thread that writes comes late",
         by="P27 fail",
         show=later_weights_saved,
+        fast=True,
     ),
     Failure(
         number=29,
