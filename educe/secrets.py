@@ -13,7 +13,7 @@ from typing import Any
 _FORMS = {
     "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z0-9 ]*PRIVATE KEY-----|[\s\S]*)",
     "password in an address": r"(?<=://)[^\s/:@'\"]*:[^\s/@'\"]+(?=@)",
-    "bearer token": r"(?i:\bbearer)\s+(?=\S*\d)[\w.~+-]{20,}=*(?!\S)",
+    "bearer token": r"(?i:\bbearer)\s+(?=\S*\d)[\w.~+-]{20,}+=*(?!/)",
     "Hub token": r"\bhf_[A-Za-z0-9]{30,}",
     "Anthropic key": r"\bsk-ant-[\w-]{16,}",
     "OpenAI key": r"\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}+(?!\.\w)",

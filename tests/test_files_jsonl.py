@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from educe.errors import Refusal
+from educe.errors import Refusal, RunError
 from educe.files import jsonl
 from educe.files.jsonl import MAX_DEPTH, parse_json, read_jsonl, write_jsonl
 from hypothesis import given, settings
@@ -173,7 +173,7 @@ def test_damage_before_the_last_line_is_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for damaged in (b'{"a": 1}\n{"b": \n{"c": 3}\n', b'{"a": 1}\n\xff\n'):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"Expecting value|decode"):
+        with pytest.raises(RunError, match=r"E-RUN-002 .*rows\.jsonl:2 is damaged"):
             read_jsonl(path)
     with pytest.raises(ValueError, match="Out of range"):
         write_jsonl(path, [{"a": float("nan")}])

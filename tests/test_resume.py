@@ -142,7 +142,7 @@ def test_another_version_of_a_stage_is_refused(place: Path, begun: Path, monkeyp
         educe.train(recipe(place, "begun", **LITTLE))
 
 
-@pytest.mark.parametrize("what", ["learning rate", "data", "total steps", "batch"])
+@pytest.mark.parametrize("what", ["learning rate", "data"])
 def test_a_change_that_is_allowed_is_made_and_kept_in_the_records(place: Path, begun: Path, what: str) -> None:
     name, field = f"allowed-{what.replace(' ', '-')}", {w: f for w, f, _ in REFUSED}[what]
     shutil.copytree(begun, place / "runs" / name)
@@ -188,9 +188,16 @@ def test_a_run_that_is_not_finished_is_no_model(place: Path, begun: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "file", ["provenance.json", "recipe.resolved.json", "metrics.jsonl", "ledger.jsonl", "preview.json"]
+    "file,how",
+    [
+        ("provenance.json", "gone"),
+        ("provenance.json", "torn"),
+        ("recipe.resolved.json", "flipped"),
+        ("metrics.jsonl", "flipped"),
+        ("ledger.jsonl", "gone"),
+        ("preview.json", "torn"),
+    ],
 )
-@pytest.mark.parametrize("how", ["gone", "torn", "flipped"])
 def test_a_damaged_record_costs_nothing(place: Path, begun: Path, file: str, how: str) -> None:
     straight = place / "runs" / "straight"
     if not straight.exists():

@@ -165,6 +165,8 @@ def finish(part: Path, path: Path, about: dict[str, Any]) -> None:
     The manifest holds `about`, each file's size and SHA-256, and a hash of itself; every file and both directories are flushed
     before and after the rename. An older `path` is moved aside, and deleted only when the new one is in place.
     """
+    if "files" in about:
+        raise ValueError("the manifest has files of its own")
     with told(path):
         files = sorted(p for p in part.rglob("*") if p.is_file())
         listed = {p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files}
