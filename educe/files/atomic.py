@@ -93,6 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A place to write a file's new content to; it takes the file's name when the block ends well, flushed before and after."""
     with told(path):
         make_private(path.parent)
+        _remove_left_over(path)
         part = _beside(path, "part")
         try:
             part.unlink(missing_ok=True)
@@ -239,7 +240,7 @@ def _remove_left_over(path: Path) -> None:
             continue
         newest = max((p.stat().st_mtime for p in (left, *left.rglob("*"))), default=0.0)
         if where == _here() or time.time() - newest > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> dict[str, Any] | str:

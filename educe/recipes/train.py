@@ -201,9 +201,9 @@ def _train(
     look_after(run, recipe, prepared, state, plan, say, world, changed=bool(begun.changes))
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
-        write_json(run.provenance, provenance)
         speed = provenance["tokens_per_s"] / world.size
         remember_speed(speed_key(recipe, device.kind, device.dtype), speed)
+        write_json(run.provenance, provenance)  # the last word: a run that was killed before it ends once more
 
 
 def _steps(
