@@ -238,9 +238,10 @@ def _remove_left_over(path: Path) -> None:
         where, owner = left.name.split(".")[-3:-1]
         if not owner.isdigit() or psutil.pid_exists(int(owner)):
             continue
-        newest = max((p.stat().st_mtime for p in (left, *left.rglob("*"))), default=0.0)
-        if where == _here() or time.time() - newest > 3600:
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps too
+            newest = max((p.stat().st_mtime for p in (left, *left.rglob("*"))), default=0.0)
+            if where == _here() or time.time() - newest > 3600:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> dict[str, Any] | str:
