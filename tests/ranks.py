@@ -15,16 +15,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from educe.config import Full, Lora
-from educe.errors import TrainError
+from educe.errors import MachineError, TrainError
+from educe.files.atomic import verify
 from educe.model.device import Device
 from educe.model.load import load_model
 from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan, plan_packs
 from educe.parallel.world import World, join
 from educe.seeds import permute
+from educe.training import saver as saver_room
 from educe.training.checkpoint import load_checkpoint, newest_checkpoint
 from educe.training.loop import LoopConfig, train
 from educe.training.optim import Adam, AdamSettings
+from educe.training.saver import Kept, Saver
 from educe.training.sft import SftLoss, held_out_loss, sft_loss
 from educe.training.state import State, StepReport
 from torch import Tensor
@@ -210,7 +213,27 @@ def spoilt(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     raise AssertionError
 
 
-JOBS = {"spoilt": spoilt, "steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
+def refused(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """A checkpoint that rank 0 cannot write, then one of the same step that must be written: first in vain, then with room."""
+    saver_room._PATIENCE_S = (0.01, 0.01)
+    state, at = fresh(model_dir, FULL, world), place / f"refused-{world.size}"
+    if world.leads:
+        at.write_text("no directory")
+    writer = Saver(at, Kept(), lambda line: None, world)
+    writer.save(state, {}, finished=False)
+    try:
+        writer.save(state, {}, finished=False, must=True)
+        raise AssertionError
+    except MachineError:
+        world.wait()
+    if world.leads:
+        at.unlink()
+    world.wait()
+    written = writer.save(state, {}, finished=False, must=True)
+    return {"refused": isinstance(verify(written), dict)}
+
+
+JOBS = {"refused": refused, "spoilt": spoilt, "steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
 
 if __name__ == "__main__":
     jobs, place, model_dir = sys.argv[1].split(", "), Path(sys.argv[2]), Path(sys.argv[3])

@@ -56,7 +56,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     place = tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
     one, four = [ranks.steps(place, tiny_model, ALONE)], results("steps", place, tiny_model, 4)
-    return {0: place, 1: one, 2: results("steps, resharded, spoilt", place, tiny_model, 2), 4: four}
+    return {0: place, 1: one, 2: results("steps, resharded, refused, spoilt", place, tiny_model, 2), 4: four}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -113,6 +113,11 @@ def test_the_rank_whose_loss_is_no_number_is_named_by_all(found: dict[int, Any])
     assert [one["each"] for one in found[4]] == [["", "né", "néné", "nénéné"]] * 4
     for one in found[2]:
         assert "E-TRAIN-301 step 1 (rows of 1, 1)" in one["spoilt"]
+
+
+def test_ranks_try_a_refused_checkpoint_again_together(found: dict[int, Any]) -> None:
+    """Rank 0 alone knows that it was refused: were it alone to copy again, the others would wait for ever."""
+    assert [one["refused"] for one in found[2]] == [True, True]
 
 
 def test_a_streamed_file_is_safetensors(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from educe.files.hashes import hash_bytes, hash_json
 from educe.training.checkpoint import newest_checkpoint
 
 from payloads import bomb
-from small_run import command, write_job
+from security_job import command, write_job
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="pipes, links and permissions are others there")
 

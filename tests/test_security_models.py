@@ -18,7 +18,7 @@ from educe.model.device import Device
 from educe.model.load import load_model
 
 from payloads import LOADED, PAYLOADS, Plant, bomb, module
-from small_run import TRAIN, command, write_job
+from security_job import TRAIN, command, write_job
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="pipes, links and sparse files are others there")
 # What `describe_model` or the tokenizer's reader finds: loading the network alone does not look there.

@@ -25,7 +25,7 @@ from educe.config import load_recipe
 from educe.errors import EduceError
 from educe.training.checkpoint import newest_checkpoint
 from payloads import PAYLOADS
-from small_run import write_job
+from security_job import write_job
 from test_security_files import TRICKS, make
 from test_security_secrets import KEYS, RECIPE
 from test_security_secrets import TRICKS as RECIPES

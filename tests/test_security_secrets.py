@@ -20,7 +20,7 @@ from educe.secrets import find_secret, public_environment, redacted, redacted_va
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from small_run import write_job
+from security_job import write_job
 
 # The core of each key: none of it may be found anywhere. Written in pieces, so that no scanner takes this file for a leak.
 CORE = "Zq3" + "x7Kp" * 8

@@ -314,12 +314,14 @@ def _stays_inside(name: str) -> bool:
     return not odd and len(name) <= 1000 and max(map(len, pieces)) <= 200
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 def need_space(path: Path, needed_bytes: int, what: str) -> None:
     """Refuse before the work, not in the middle of it, when `path`'s disk has too little room."""
-    probe = path
-    while not probe.exists():
-        probe = probe.parent
-    free = shutil.disk_usage(probe).free
+    free = shutil.disk_usage(existing(path)).free
     if free < needed_bytes:
         found = f"{what} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free."
         raise MachineError(2, str(path), found, "Free some space or choose another place with `runs:` in the recipe.")

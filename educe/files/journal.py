@@ -36,11 +36,7 @@ class Journal:
         try:
             self._write()
         except OSError as e:
-            if not self._told:
-                self._say(
-                    f"warning: {self.file} cannot be written: {e.strerror}. Its lines are kept, to be written later."
-                )
-            self._told = True
+            self._tell(e)
 
     def settle(self, *, must: bool) -> None:
         """Flush to the device what is written. With `must` nothing waits any more; raises `MachineError` where that cannot be."""
@@ -48,10 +44,16 @@ class Journal:
             self._write()
             if self.file.exists():
                 sync(self.file)
-        except OSError:
+        except OSError as e:
             if must:
                 with told(self.file):
                     raise
+            self._tell(e)
+
+    def _tell(self, e: OSError) -> None:
+        if not self._told:
+            self._say(f"warning: {self.file} cannot be written: {e.strerror}. Its lines are kept, to be written later.")
+        self._told = True
 
     def _write(self) -> None:
         """All that waits, or nothing: half a line is taken back."""

@@ -13,6 +13,7 @@ import orjson
 
 from educe.config import Recipe
 from educe.data.finding import passed_over
+from educe.files.atomic import existing
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
@@ -98,7 +99,7 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
     memory = memory_of(device.kind)
     compiled, why = whether_to_compile(recipe, facts, plan, device, share, packed=True)
     needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled)
-    free = shutil.disk_usage(_existing(Path(recipe.runs))).free
+    free = shutil.disk_usage(existing(Path(recipe.runs))).free
     blockers = []
     if not needed.fits:
         blockers.append(
@@ -147,12 +148,6 @@ def _about_files(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
             names = ", ".join(p.name for p in aside[:3]) + (f" and {len(aside) - 3} more" if len(aside) > 3 else "")
             said.append(f"{rows.files}: not read, by their names: {names}")
     return said
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _reasons(prepared: Prepared) -> list[dict[str, Any]]:

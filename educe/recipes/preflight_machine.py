@@ -20,6 +20,7 @@ import psutil
 from educe.chat.named import NAMED
 from educe.config import Full, Recipe, Wsd
 from educe.errors import EduceError, ModelError
+from educe.files.atomic import existing
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
 from educe.recipes.estimate import checkpoint_bytes
@@ -65,7 +66,7 @@ def stops_agree(b: Before) -> Finding:
         said = f"stop token {beyond[0]} has no embedding, of which there are {known:,}. {said}"
     apart = any(named.values()) and not any(ids & set(t.stop) for ids in named.values())
     if apart:
-        said += ": no server would stop there by itself; the export names both"
+        said += ": the model's own files name other stop tokens; the export names those that are trained"
     return finding("P21", "stop tokens", f"{len(t.stop)} ids", said, fail=bool(beyond), warn=apart)
 
 
@@ -104,7 +105,7 @@ def disk_is_enough(b: Before) -> Finding:
     """P40: room for the checkpoints that are kept, one being written, and one more."""
     keep, each = b.recipe.train.keep_checkpoints, checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
     theirs = sum(p.stat().st_size for p in b.run.checkpoints.rglob("*") if p.is_file())
-    free = shutil.disk_usage(_existing(b.run.path)).free + theirs
+    free = shutil.disk_usage(existing(b.run.path)).free + theirs
     said = f"{keep} checkpoints of {each / 1e9:.2f} GB are kept; {free / 1e9:.1f} GB are free or hold them already"
     number = f"{free / each:,.1f} checkpoints fit"
     return finding("P40", "disk", number, said, fail=free < (keep + 1) * each, warn=free < (keep + 2) * each)
@@ -112,7 +113,7 @@ def disk_is_enough(b: Before) -> Finding:
 
 def run_can_be_written(b: Before) -> Finding:
     """P42: files can be made where the run will be, and others cannot change it."""
-    place = _existing(b.run.path)
+    place = existing(b.run.path)
     try:
         with tempfile.TemporaryFile(dir=place) as f:  # it has no name that could stay
             f.write(b"x")
@@ -141,8 +142,7 @@ def seed_is_known(b: Before) -> Finding:
         if b.device == "cpu"
         else "the same rows each time; kernels may add up in another order"
     )
-    deterministic = getattr(b.recipe.train, "deterministic", getattr(b.recipe, "deterministic", False))
-    said = "deterministic kernels" if deterministic else f"on this {b.device} and these threads {same}"
+    said = "deterministic kernels" if b.recipe.train.deterministic else f"on this {b.device} and these threads {same}"
     return finding("P44", "seed", str(b.recipe.train.seed), said)
 
 
@@ -272,12 +272,6 @@ def asserts_do_not_matter(b: Before) -> Finding:
     """P65: with `python -O` nothing is checked less: no assert is there for safety."""
     on = bool(sys.flags.optimize)
     return finding("P65", "python -O", "on" if on else "off", "no check is an assert: the same either way")
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path.resolve()
 
 
 def _all_memory(device: str) -> float:

@@ -110,7 +110,7 @@ def provenance_of(
         "plan_sha256": t.plan.hash,
         "packed": t.packed,
         "planned_ranks": t.plan.num_ranks,
-        "trainable_parameters": sum(m.numel() for m in t.state.optimizer.masters.values()),
+        "trainable_parameters": t.state.optimizer.num_trained,
         "steps": t.plan.num_steps,
         "steps_done": None,
         "weights_step": None,

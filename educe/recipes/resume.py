@@ -154,7 +154,7 @@ def _quoted(field: str) -> str:
 
 def _brief(value: Any) -> str:
     """A hash by its beginning, anything else up to 60 characters."""
-    if isinstance(value, str) and re.fullmatch(r"(stat:)?[0-9a-f]{64}", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
         return value[:12]
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -35,9 +35,9 @@ class Asked:
 class Stopping:
     """Asks all ranks, once a step, what any of them was asked for: they stop after the same step.
 
-    `stop_at` (time.monotonic) is when the run must have ended: another step, as long as the longest so far with what was
-    done beside it, and another checkpoint have to fit before it. At
-    least one step is made, or a run that is always stopped too early would never end.
+    `stop_at` (time.monotonic) is when the run must have ended: another step, as long as the longest so far with what was done beside
+    it, and another checkpoint have to fit before it. At least one step is made, or a run that is always stopped too early would
+    never end.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Stopping:
         """After a step."""
         now = time.monotonic()
         self._longest_s, self._last = max(self._longest_s, now - self._last), now
+        # one that is being written is waited for, and then comes the last
         save_s = (self._saver.longest_s or self._first_s) * (2 if self._saver.busy else 1)
         late = self._stop_at is not None and now + self._longest_s + save_s > self._stop_at
         mine = [*(float(self._signals.count(n)) for n in _SIGNALS), float(late), float(self._saver.retry_now())]

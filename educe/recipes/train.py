@@ -167,7 +167,7 @@ def _train(
     if world.leads:
         provenance = provenance_of(recipe, prepared, facts, t, computed)
         if found is None:
-            need_space(run.path, checkpoint_bytes(recipe, trained_numbers(state)), "its first checkpoint")
+            need_space(run.path, checkpoint_bytes(recipe, state.optimizer.num_trained), "its first checkpoint")
         write_json(run.provenance, provenance)
 
     kept = Kept(newest=recipe.train.keep_checkpoints, every=recipe.train.keep_every_steps)
@@ -222,7 +222,7 @@ def _steps(
     full = plan.first_full_step(prepared.store("train").lengths, state.step) + 1
     stopped: list[int] = []
     with signals() as received:
-        size = checkpoint_bytes(recipe, trained_numbers(state))
+        size = checkpoint_bytes(recipe, state.optimizer.num_trained)
         stopping = Stopping(received, how.stop_at, saver, size, world)
 
         def stop(state: State, report: StepReport) -> bool:
@@ -257,10 +257,6 @@ def _steps(
             watch.save(must=True)
             leave()
             raise Interrupted(stopped[0], state.step)
-
-
-def trained_numbers(state: State) -> int:
-    return sum(m.numel() for m in state.optimizer.masters.values())
 
 
 def _decided(earlier: dict[str, Any], recipe: Recipe, world: World) -> MemoryPlan | None:

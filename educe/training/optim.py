@@ -118,6 +118,11 @@ class Adam:
             self.masters[name].grad = None if s.fresh else s.total
         return [(key, key.grad) for key in self._keys().values() if key.grad is not None]
 
+    @property
+    def num_trained(self) -> int:
+        """Numbers that are trained, on all ranks together."""
+        return sum(m.numel() for m in self.masters.values())
+
     def reset(self, masters: dict[str, Tensor]) -> None:
         """Begin again from these masters: no moments, no gradient left over."""
         self._adam.state.clear()

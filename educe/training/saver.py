@@ -73,7 +73,8 @@ class Saver:
         started = time.monotonic()
         at = {"step": state.step, "finished": finished, "halvings": state.halvings, "usual_losses": state.spikes.recent}
         about = {**about, **at}
-        if self._written != (state.step, finished):  # a stop may fall on the step of a checkpoint
+        # A stop may fall on the step of a checkpoint. Rank 0 alone knows whether that one was refused: all copy, or none.
+        if self._world.share(self._written != (state.step, finished)):
             self._begin(state, about, finished=finished, best=best)
         waits = list(_PATIENCE_S)
         while must and (problem := self._outcome()):

@@ -52,7 +52,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             f.write(len(text).to_bytes(8, "little") + text)
             for _, t in parts:
                 f.write(t.reshape(-1).view(torch.uint8).numpy().data)
-    except OSError:
+    except Exception:
         for _ in parts:  # the other ranks give theirs
             pass
         raise
