@@ -1,6 +1,7 @@
 """`python hangs.py WHAT STEP WORDS...`: the command line, with a run that hangs after a step.
 
-WHAT: `sleep`, `held` (asleep without giving the interpreter back), or `write` (to a reader that reads nothing).
+WHAT: `sleep`, `held` (asleep without giving the interpreter back), `write` (to a reader that reads nothing), or `kernel` (a GPU
+that does not come back for minutes).
 """
 
 from __future__ import annotations
@@ -30,7 +31,19 @@ def writes_to_nobody() -> None:
         os.write(1, b"." * 100_000)
 
 
-HANGS = {"sleep": sleeps_for_ever, "held": holds_the_interpreter, "write": writes_to_nobody}
+def waits_for_a_kernel() -> None:
+    import torch
+
+    torch.cuda._sleep(400_000_000_000)  # cycles, of about 2e9 a second
+    torch.cuda.synchronize()
+
+
+HANGS = {
+    "sleep": sleeps_for_ever,
+    "held": holds_the_interpreter,
+    "write": writes_to_nobody,
+    "kernel": waits_for_a_kernel,
+}
 
 
 def hang_after(step: int, hang: Any) -> None:

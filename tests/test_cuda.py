@@ -16,7 +16,9 @@ import torch.nn.functional as F  # noqa: E402
 from educe.loss.cross_entropy import token_nll  # noqa: E402
 from educe.loss.reweigh import eaft  # noqa: E402
 from educe.model import attention  # noqa: E402
+from educe.model.attention import Scoring  # noqa: E402
 from educe.model.attention_cuda import attend_edges  # noqa: E402
+from educe.model.attention_flex import attend_flex  # noqa: E402
 from educe.model.device import Device  # noqa: E402
 from educe.model.documents import documents_of  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
@@ -91,6 +93,40 @@ def test_attention_is_that_of_each_document(heads: tuple[int, int], window: int 
     assert apart(found, exact) < 8e-3
     for a, b in zip(ours, theirs, strict=True):
         assert apart(a, b) < 1.5e-2
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("softcap,sinks", [(5.0, False), (None, True), (5.0, True)])
+@pytest.mark.parametrize("window", [None, 64])
+def test_caps_and_sinks_are_those_of_each_document(
+    size: int, softcap: float | None, sinks: bool, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    lengths = [100, 37, 400, 1, 200]
+    shapes = [(1, h, sum(lengths), size) for h in (8, 2, 2)]
+    inputs = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    sinks_H = torch.randn(8, device="cuda", requires_grad=True) if sinks else None
+    given = [*inputs, *([sinks_H] if sinks_H is not None else [])]
+    found = attend_flex(*inputs, documents_of(lengths, "cuda"), size**-0.5, window, softcap, sinks_H)
+    weight = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weight).sum(), given)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    how = Scoring(scale=size**-0.5, window=window, softcap=softcap, sinks_H=exact[3] if sinks else None)
+    split = zip(*(x.split(lengths, 2) for x in exact[:3]), strict=True)
+    each = torch.cat([attention._attend_plain(*one, how, 0).transpose(1, 2) for one in split], 1)
+    theirs = torch.autograd.grad((each * weight.double()).sum(), exact)
+    assert apart(found, each) < 8e-3
+    for a, b in zip(ours, theirs, strict=True):
+        assert apart(a, b) < 1.5e-2
+
+
+def test_flex_attention_compiles_for_lengths_not_for_documents() -> None:
+    compiled = []
+    for lengths in ([300, 211, 513], [700, 324], [10] * 102 + [4], [1024], [64, 960], [2048], [100, 1900], [3000]):
+        q, k, v = (torch.randn(1, h, sum(lengths), 64, device="cuda").bfloat16().requires_grad_() for h in (4, 2, 2))
+        attend_flex(q, k, v, documents_of(lengths, "cuda"), 0.125, None, 7.0, None).sum().backward()
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[4]
+    assert compiled[-1] <= compiled[0] + 1  # the length becomes a symbol
 
 
 def model_of(compiled: bool) -> CausalLM:

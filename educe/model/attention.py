@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from educe.model.attention_cuda import attend_edges, can_attend
+from educe.model.attention_flex import attend_flex, can_attend_flex
 from educe.model.attention_short import attend_short
 from educe.model.documents import Documents
 
@@ -89,6 +90,8 @@ def attend_documents(
     documents = documents or Documents(lengths=(query.shape[2],))
     if how.plain and can_attend(query, value, documents):
         return attend_edges(query, key, value, documents, how.scale, how.window), None
+    if not how.plain and can_attend_flex(query, value, documents, dropout):
+        return attend_flex(query, key, value, documents, how.scale, how.window, softcap, s_aux), None
     return attend_each(query, key, value, documents, how), None
 
 
