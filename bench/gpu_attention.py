@@ -52,7 +52,11 @@ def milliseconds(step: Callable[[], Any]) -> float:
 def main() -> None:
     print("| heads of | row | flex ms | document by document ms | ratio |\n|---|---|---|---|---|")
     for name, (heads, groups, size, cap, sinks, window) in SHAPES.items():
-        for label, lengths in (("2,048", lengths_of(2048)), ("8,192", lengths_of(8192)), ("8,192, one document", [8192])):
+        for label, lengths in (
+            ("2,048", lengths_of(2048)),
+            ("8,192", lengths_of(8192)),
+            ("8,192, one document", [8192]),
+        ):
             q, k, v = (
                 torch.randn(1, h, sum(lengths), size, device="cuda").bfloat16().requires_grad_()
                 for h in (heads, groups, groups)
@@ -71,7 +75,7 @@ def main() -> None:
             def each() -> Tensor:
                 return attend_each(q, k, v, documents, how)  # noqa: B023
 
-            one, two = milliseconds(lambda: step(flex)), milliseconds(lambda: step(each))  # noqa: B023
+            one, two = milliseconds(lambda: step(flex)), milliseconds(lambda: step(each))
             print(f"| {name} | {label} | {one:.2f} | {two:.2f} | {two / one:.1f} |", flush=True)
 
 

@@ -94,6 +94,7 @@ def test_attention_is_that_of_each_document(heads: tuple[int, int], window: int 
     for a, b in zip(ours, theirs, strict=True):
         assert apart(a, b) < 1.5e-2
 
+
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("softcap,sinks", [(5.0, False), (None, True), (5.0, True)])
 @pytest.mark.parametrize("window", [None, 64])

@@ -210,7 +210,7 @@ def test_families_on_a_gpu(tmp_path: Path, family: str) -> None:
     with quiet():
         make(FAMILIES[family]).to(torch.bfloat16).save_pretrained(tmp_path)
     device = Device(kind="cuda", dtype="bfloat16", name="", flops=1e12, why="")
-    model = load_model(tmp_path, device, Full())
+    model = load_model(tmp_path, device, Full(kind="full"))
     prove_head(model)
     assert packs_are_blind(model), model.why_unpacked
 
@@ -218,12 +218,10 @@ def test_families_on_a_gpu(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("name", ["gemma", "oss"])
 def test_caps_and_sinks_go_through_flex_attention(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(kind="cuda", dtype="bfloat16", name="", flops=1e12, why="")
-    model = load_model(place / name, device, Full())
+    model = load_model(place / name, device, Full(kind="full"))
     calls: list[int] = []
     real = attention_flex._compiled()
     monkeypatch.setattr(attention_flex, "_compiled", lambda: lambda *a, **k: calls.append(1) or real(*a, **k))
     prove_head(model)
     assert packs_are_blind(model), model.why_unpacked
     assert calls
-
-

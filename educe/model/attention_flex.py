@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from educe.model.documents import Documents
-from educe.model.frugal import why_not_compiled
+from educe.model.frugal import compile_often, why_not_compiled
 
 BLOCK = 128  # tokens: what the kernel looks at or skips
 LEAST_HEAD_SIZE, MOST_HEAD_SIZE = 16, 256
@@ -39,7 +39,7 @@ def attend_flex(
     by sigmoid(l - sink).
     """
     with torch.compiler.set_stance("default"):  # uncompiled it would hold every score of the row at once
-        out, log_sum = _compiled()(
+        out, beside = _compiled()(
             q,
             k,
             v,
@@ -47,10 +47,10 @@ def attend_flex(
             block_mask=mask_of(documents, window),
             scale=scale,
             enable_gqa=k.shape[1] != q.shape[1],
-            return_lse=True,
+            return_aux=AuxRequest(lse=True),
         )
     if sinks_H is not None:
-        out = out * torch.sigmoid(log_sum - sinks_H.float()[None, :, None])[..., None].to(out.dtype)
+        out = out * torch.sigmoid(beside.lse - sinks_H.float()[None, :, None])[..., None].to(out.dtype)
     return out.transpose(1, 2)
 
 
@@ -58,12 +58,15 @@ def can_attend_flex(q: Tensor, v: Tensor, documents: Documents, dropout: float) 
     """Whether the kernel takes these: on a GPU where Triton compiles, equal head sizes of 16 to 256, no dropout."""
     if documents.edges_E is None or dropout or why_not_compiled("cuda"):
         return False
-    return q.shape[-1] == v.shape[-1] and LEAST_HEAD_SIZE <= q.shape[-1] <= MOST_HEAD_SIZE
+    size: int = q.shape[-1]
+    return size == v.shape[-1] and LEAST_HEAD_SIZE <= size <= MOST_HEAD_SIZE
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    compile_often()
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled
 
 
 @functools.cache

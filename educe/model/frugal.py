@@ -43,7 +43,7 @@ def on_host(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
         if t.numel() * t.element_size() < _SMALL_BYTES or t.untyped_storage().data_ptr() in weights:
             return t
         there = torch.empty(t.size(), dtype=t.dtype, layout=t.layout, pin_memory=True)
-        there.copy_(t)
+        there.copy_(t, non_blocking=True)  # the stream keeps the order, and the host goes on
         return t.device, there
 
     def unpack(kept: Any) -> Tensor:
@@ -74,9 +74,14 @@ def why_not_compiled(device_kind: str) -> str:
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Each layer on its own: layers are alike, so one compilation serves them all. Rows must have the same length from call to call;
     what else varies (the edges of documents) becomes a symbol when it changes first, so the second row is compiled once more."""
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    compile_often()
     for layer in layers:
         layer.compile()
+
+
+def compile_often() -> None:
+    """Let one function be compiled for as many lengths, windows and kinds of layer as a model has; torch gives up after eight."""
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
 
 
 def as_written(layers: Sequence[nn.Module]) -> None:

@@ -18,7 +18,7 @@ from educe.model.device import free_host_memory
 from educe.parallel.world import ALONE, World
 from educe.training.checkpoint import OPTIMIZER, WEIGHTS, newest_first, place_of, step_of
 from educe.training.state import State
-from educe.training.streamed import gathered, write_safetensors
+from educe.training.streamed import copied, gathered, write_safetensors
 
 _SPARE_BYTES = 64 * 2**20  # of the disk, beside a checkpoint
 _SPARE_MEMORY = 4 * 2**30  # of the host, beside a copy
@@ -56,6 +56,7 @@ class Saver:
     def __init__(self, place: Path, kept: Kept, say: Callable[[str], None], world: World = ALONE) -> None:
         self._place, self._kept, self._say, self._world = place, kept, say, world
         self._thread: threading.Thread | None = None
+        self._host: dict[str, dict[str, Tensor]] = {}  # a GPU's tensors, by file
         self.problem: Exception | None = None  # why the last one was not written
         self._told, self._failures, self._again_at = False, 0, 0.0
         self._written: tuple[int, bool] | None = None  # step, and whether it is the last
@@ -140,14 +141,14 @@ class Saver:
         target, keep = place_of(self._place, state.step), 1 if finished else self._kept.newest
         size = sum(t.numel() * t.element_size() for group in files.values() for t in group.values())
         part, left, began = None, dict(files), time.monotonic()
-        copied: dict[str, Mapping[str, Tensor]] = {}
+        copies: dict[str, Mapping[str, Tensor]] = {}
         try:
             need_space(self._place, size + _SPARE_BYTES, "this checkpoint")
             part = begin(target)
             for name in files:
                 group = left.pop(name)
-                if _copies_in_memory(state, size):
-                    copied[name] = dict(gathered(group))
+                if self._host or _copies_in_memory(state, size):
+                    copies[name] = copied(group, self._host.setdefault(name, {}))
                 else:
                     with told(target):
                         write_safetensors(part / name, group)
@@ -157,15 +158,15 @@ class Saver:
                 _give_rows(group)  # the others do
             return
         self._thread = threading.Thread(
-            target=self._finish, args=(part, target, about, copied, keep, best, began), name="checkpoint", daemon=True
+            target=self._finish, args=(part, target, about, copies, keep, best, began), name="checkpoint", daemon=True
         )
         self._thread.start()
 
     def _finish(
-        self, part: Path, target: Path, about: dict[str, Any], copied: Files, keep: int, best: int | None, began: float
+        self, part: Path, target: Path, about: dict[str, Any], copies: Files, keep: int, best: int | None, began: float
     ) -> None:
         try:
-            for name, group in copied.items():
+            for name, group in copies.items():
                 with told(target):
                     write_safetensors(part / name, group)
             finish(part, target, about)
