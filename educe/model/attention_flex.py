@@ -38,7 +38,8 @@ def attend_flex(
     A sink is one more score per head in the denominator: with l the logarithm of the sum without it, what comes out is multiplied
     by sigmoid(l - sink).
     """
-    with torch.compiler.set_stance("default"):  # uncompiled it would hold every score of the row at once
+    # Uncompiled it would hold every score of the row at once; and a cap is a number of the kernel, not one of its arguments.
+    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(specialize_float=True):
         out, beside = _compiled()(
             q,
             k,
