@@ -85,6 +85,7 @@ CODES: dict[str, str] = {
     "E-MODEL-203": "weights and config do not fit",
     "E-MODEL-204": "model cannot be tuned in the way asked for",
     "E-MODEL-205": "model gives no finite numbers",
+    "E-MODEL-206": "model cannot be exported in the form asked for",
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",
@@ -105,6 +106,7 @@ CODES: dict[str, str] = {
     "E-SYS-003": "not enough memory",
     "E-SYS-004": "file system refused",
     "E-SYS-005": "device not available",
+    "E-SYS-006": "upload failed",
     # command line
     "E-CLI-101": "wrong use of a command",
 }

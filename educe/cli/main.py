@@ -14,6 +14,7 @@ import click
 
 from educe import __version__
 from educe.cli.ending import ended_by, saved
+from educe.cli.export import export
 from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
 from educe.cli.train import train
 from educe.errors import EduceError, UsageError
@@ -146,21 +147,7 @@ def chat(run: Path | None, base: bool, max_new_tokens: int) -> None:
     talk(_run(run).dir, base=base, max_new_tokens=max_new_tokens)
 
 
-@cli.command()
-@click.argument("places", type=RECIPE, nargs=-1, required=True, metavar="[RUN] DIR")
-def export(places: tuple[Path, ...]) -> None:
-    """Write the tuned model to DIR for transformers and vLLM, read back and compared."""
-    from educe.cli.screens import say
-
-    if len(places) > 2:
-        raise UsageError(101, "export", f"takes RUN and DIR, not {len(places)} paths.", "educe export [RUN] DIR")
-    run = _run(places[0] if len(places) == 2 else None)
-    target = run.export(places[-1], say=say)
-    serve = f" Serve it: vllm serve {target}   or: transformers serve {target}"
-    settings = run.dir.load(run.dir.provenance).get(
-        "template_settings"
-    )  # with some, the line above says how to serve it
-    click.echo(f"Exported to {target}.{'' if settings else serve}")
+cli.add_command(export)
 
 
 @cli.command()

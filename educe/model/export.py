@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from educe.errors import ModelError
 from educe.model.attention import answers_with
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model, quiet
-from educe.types import Message
+from educe.types import Conversation, Message
 
 # With the files of models that also take images or sound: what makes numbers of those.
+# One file of weights has at most so many bytes: hosts and file systems know limits.
+MAX_SHARD_BYTES = 5 * 10**9
 _COPIED = (
     "special_tokens_map.json",
     "tokenizer.model",
@@ -42,10 +44,9 @@ def merged(
     """
     if isinstance(tuning, Lora):
         model = load_model(base, device, new_ids=new_ids)
-        exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
-        adapted = load_model(base, exact, tuning, new_ids=new_ids)
-        put(_stored(weights, device), adapted)
-        exactly = dict(adapted.network.merge_and_unload().named_parameters())
+        exactly = dict(
+            adapted(base, weights, tuning, device, new_ids=new_ids).network.merge_and_unload().named_parameters()
+        )
         with torch.no_grad():  # not `network.to(...)`: which tensors stay in fp32 is for the model's class to say
             for name, p in model.network.named_parameters():
                 p.copy_(exactly[name])
@@ -54,6 +55,14 @@ def merged(
     put(_stored(weights, device), model)
     model.network.set_attn_implementation(answers_with(type(model.network), model.network.config))
     model.network.eval()
+    return model
+
+
+def adapted(base: Path, weights: Path, tuning: Lora, device: Device, *, new_ids: Collection[int] = ()) -> CausalLM:
+    """The base model in fp32 with the trained adapters beside it."""
+    exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
+    model = load_model(base, exact, tuning, new_ids=new_ids)
+    put(_stored(weights, device), model)
     return model
 
 
@@ -93,7 +102,18 @@ def write_model(
     `tokenizer` is the one that training used, with the control tokens that its template added and with its template; `system`
     the prompt that training put before rows without one.
     """
-    model.network.save_pretrained(directory)
+    model.network.save_pretrained(directory, max_shard_size=MAX_SHARD_BYTES)
+    write_tokenizer(base, tokenizer, directory, system=system)
+    generation = _read(directory / "generation_config.json")
+    stop = sorted(tokenizer.stop)
+    generation["eos_token_id"] = stop[0] if len(stop) == 1 else stop
+    generation.setdefault("pad_token_id", tokenizer.eos)
+    _write(directory / "generation_config.json", generation)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_tokenizer(base: Path, tokenizer: ChatTokenizer, directory: Path, *, system: str | None = None) -> None:
+    """Tokenizer and chat template into a directory being built; see `write_model`."""
     for name in _COPIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, directory / name)
@@ -109,12 +129,6 @@ def write_model(
         added = {str(t.pop("id")): t for t in json.loads(tokenizer.json)["added_tokens"]}
         settings["added_tokens_decoder"] = {**added, **settings["added_tokens_decoder"]}
     _write(directory / "tokenizer_config.json", settings)
-    generation = _read(directory / "generation_config.json")
-    stop = sorted(tokenizer.stop)
-    generation["eos_token_id"] = stop[0] if len(stop) == 1 else stop
-    generation.setdefault("pad_token_id", tokenizer.eos)
-    _write(directory / "generation_config.json", generation)
-    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_tokenizer(directory: Path, tokenizer: ChatTokenizer, *, system: str | None = None) -> None:
@@ -140,6 +154,46 @@ def check_tokenizer(directory: Path, tokenizer: ChatTokenizer, *, system: str | 
         if loaded.encode(prompt, add_special_tokens=False) != expected:
             found = "read back by transformers, its chat template does not put data.system before a conversation."
             raise ModelError(202, str(directory), found, "Nothing was exported; report this.")
+
+
+def check_prompts(directory: Path, tokenizer: ChatTokenizer, rows: Sequence[Conversation]) -> int:
+    """transformers, asked as its server asks, must make of `rows`' prompts the ids that training and evaluation see.
+
+    Returns how many were compared: rows of plain messages, in which nobody typed a control token (which a server would take for one).
+    Raises `ModelError`.
+    """
+    with quiet():
+        loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    compared = 0
+    for row in rows:
+        asked = plain_prompt(row, tokenizer)
+        if asked is None:
+            continue
+        parts = tokenizer.template.forms.content == "parts"
+        sent = [
+            {"role": m.role, "content": [{"type": "text", "text": m.content}] if parts else m.content} for m in asked
+        ]
+        given: Any = loaded.apply_chat_template(
+            sent, add_generation_prompt=True, tokenize=True, return_dict=True, **tokenizer.settings
+        )
+        if list(given["input_ids"]) != render_prompt(asked, tokenizer):
+            found = (
+                f"read back by transformers, it makes other ids of the prompt of {row.source.file}:{row.source.line}."
+            )
+            raise ModelError(202, str(directory), found, "Nothing was exported; report this.")
+        compared += 1
+    return compared
+
+
+def plain_prompt(row: Conversation, tokenizer: ChatTokenizer) -> tuple[Message, ...] | None:
+    """The messages before the row's last answer; None where some are more than role and text, or hold the text of a control token."""
+    last = max((k for k, m in enumerate(row.messages) if m.role == "assistant"), default=0)
+    asked = row.messages[:last]
+    plain = all(
+        not m.tool_calls and not m.reasoning and m.role != "tool" and not tokenizer.holds_control(m.content)
+        for m in asked
+    )
+    return asked if asked and plain and not row.tools else None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,72 +1,126 @@
-"""`educe export`: the tuned model as a directory for transformers and vLLM, and proof that it answers the same."""
+"""`educe export`: the tuned model as a directory for one kind of server, and proof that it is the model that was trained."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import shlex
-from collections.abc import Mapping
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from educe.chat.tokens import ChatTokenizer
-from educe.errors import MachineError, ModelError, RunError
+from educe.config import Lora, Recipe
+from educe.errors import MachineError, ModelError, RunError, UsageError
 from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.device import Device
-from educe.model.export import check_tokenizer, merged, write_model
+from educe.model.export import check_prompts, check_tokenizer, merged, write_model, write_tokenizer
+from educe.model.export_adapter import adapter_limits, check_adapter, write_adapter
+from educe.model.export_hub import check_push, push
+from educe.model.gguf_llama import K_QUANTS, need_llama_cpp
 from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
+from educe.recipes.export_card import base_name, card_of, serve_command
+from educe.recipes.export_gguf import write_gguf_files
 from educe.recipes.finding import finding
 from educe.recipes.preflight import keep
+from educe.recipes.prepare import Prepared
+from educe.types import Conversation
+
+FORMS = ("merged", "adapter", "gguf-f16", "gguf-bf16", "gguf-q8_0", *(f"gguf-{k}" for k in K_QUANTS))
+_COMPARED_PROMPTS = 20
 
 
-def export(run: RunDir, target: Path, say: Say) -> Path:
-    """Write `target` (new or empty), load it back, compare logits to the bit and the tokenizer to the id."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """A finished run and what its model is made of; `rows` are some held-out ones, whose prompts are compared."""
+
+    run: RunDir
+    recipe: Recipe
+    weights: Path
+    prepared: Prepared
+    device: Device
+    rows: Sequence[Conversation]
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self.prepared.tokenizer
+
+    @property
+    def base(self) -> Path:
+        return self.prepared.model_dir
+
+    def merged(self) -> CausalLM:
+        new_ids = self.tokenizer.new_tokens.values()
+        return merged(self.base, self.weights, self.recipe.tuning, self.device, new_ids=new_ids)
+
+
+def export(run: RunDir, target: Path, say: Say, form: str = "merged", repository: str | None = None) -> Path:
+    """Write `target` (new or empty) in one of `FORMS`, read it back and compare; then upload it, where `repository` is given."""
+    token = check_push(repository) if repository is not None else ""
+    recipe = recipe_of(run)
+    _refuse_early(recipe, form)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(203, str(target), "is not an empty directory.", "Give a directory that does not exist yet.")
-    recipe = recipe_of(run)
     device = answering_device(recipe, run, say)
-    settings = write_tuned(run, target, device, say).settings
-    say(f"read back: logits are the same to the bit ({device.dtype}), token ids and template are those of the training")
-    found = finding("P90", "export", "0 apart", "read back: logits to the bit, token ids and template as in training")
+    if form == "merged":
+        tokenizer = write_tuned(run, target, device, say).settings
+        proof = f"logits are the same to the bit ({device.dtype}), token ids and template are those of the training"
+    else:
+        tuned = _tuned(run, device, say)
+        tokenizer = tuned.tokenizer.settings
+        proof = (_write_adapter if form == "adapter" else _write_gguf)(tuned, target, form, say)
+    say(f"read back: {proof}")
     with contextlib.suppress(MachineError):  # a run that cannot be written to can be exported all the same
-        keep(run, "export", [found])
+        keep(run, "export", [finding("P90", "export", form, f"read back: {proof}")])
     if recipe.data.system is not None:
         say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
-    if settings:
-        say(f"it was trained with settings of the template; serve it with them: {_serve(target, settings)}")
+    if tokenizer and form in ("merged", "adapter"):
+        said = serve_command(target if form == "merged" else base_name(recipe), tokenizer)
+        say(f"it was trained with settings of the template; serve it with them: {said}")
+    if repository is not None:
+        say(f"uploaded: {push(target, repository, token, say)}")
     return target
+
+
+def _refuse_early(recipe: Recipe, form: str) -> None:
+    """Before a model is loaded: what cannot be done. Raises `UsageError`, `MachineError`."""
+    if form not in FORMS:
+        near = difflib.get_close_matches(form, FORMS, 1, 0.5)
+        fix = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(101, "--as", f"{form[:40]!r} is no form of export.", f"{fix}One of {', '.join(FORMS)}.")
+    if form == "adapter" and not isinstance(recipe.tuning, Lora):
+        found = "the run tuned all weights (tuning.kind: full), so there is no adapter."
+        raise UsageError(101, "--as adapter", found, "Use --as merged.")
+    if form.removeprefix("gguf-") in K_QUANTS:
+        need_llama_cpp(form)
 
 
 def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatTokenizer:
     """The finished run's model as a directory, in the device's arithmetic, read back before it has its name; returns the tokenizer."""
-    recipe = recipe_of(run)
-    weights = final_weights(run, say)
-    prepared = data_of(run, recipe, say)
-    base, tokenizer, settings = prepared.model_dir, prepared.tokenizer, prepared.tokenizer.settings
-    facts = describe_model(base, recipe.model)
-    need_space(target, 2 * facts.num_parameters * (2 if device.dtype == "bfloat16" else 4), "the exported model")
-    model = merged(base, weights, recipe.tuning, device, new_ids=tokenizer.new_tokens.values())
-    provenance = run.load(run.provenance)
-    scores = run.load(run.scores) if run.scores.is_file() else None
+    tuned = _tuned(run, device, say)
+    tokenizer, system = tuned.tokenizer, tuned.recipe.data.system
+    size = describe_model(tuned.base, tuned.recipe.model).num_parameters * (2 if device.dtype == "bfloat16" else 4)
+    need_space(target, 2 * size, "the exported model")
+    model = tuned.merged()
     with directory(target, about={"stage": "export", "run": run.path.name}, private=False) as part:
-        card = _card(recipe.name, provenance, scores, settings)
-        write_model(model, base, tokenizer, card, part, system=recipe.data.system)
+        write_model(
+            model,
+            tuned.base,
+            tokenizer,
+            card_of(run, tuned.recipe, "merged", tokenizer.settings, []),
+            part,
+            system=system,
+        )
         read_back(part, model, device)
-        check_tokenizer(part, tokenizer, system=recipe.data.system)
+        check_tokenizer(part, tokenizer, system=system)
+        check_prompts(part, tokenizer, tuned.rows)
     return tokenizer
-
-
-def _serve(place: Path | str, settings: Mapping[str, Any]) -> str:
-    """A command that serves the model with the template settings it was trained with."""
-    given = shlex.quote(json.dumps(dict(settings)))
-    return f"vllm serve {shlex.quote(str(place))} --default-chat-template-kwargs {given}"
 
 
 def read_back(part: Path, model: CausalLM, device: Device) -> None:
@@ -83,34 +137,62 @@ def read_back(part: Path, model: CausalLM, device: Device) -> None:
         )
 
 
-def _card(name: str, provenance: dict[str, Any], scores: dict[str, Any] | None, settings: Mapping[str, Any]) -> str:
-    base = provenance["model"]
-    lines = [
-        "---",
-        f"base_model: {base['name']}",
-        f"license: {base['licence']}",
-        "library_name: transformers",
-        "tags: [sft, educe]",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"{base['name']} tuned with educe {provenance['educe']} ({provenance['weights_step']} steps).",
-    ]
-    if scores is not None and scores["metric"] == "text":
-        lines += ["", f"**{scores['verdict']}**"]
-    elif scores is not None:
-        lines += ["", f"**{scores['verdict']}**", "", "| system | right | 95 % interval |", "|---|---|---|"]
-        for system, s in scores["systems"].items():
-            lines.append(f"| {system} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
-    if settings:
-        said = "Trained with these settings of the chat template, so serve it with them (`chat_template_kwargs`):"
-        lines += ["", said, "", "```bash", _serve(".", settings), "```"]
-    lines += [
-        "",
-        "```json",
-        json.dumps({k: provenance[k] for k in ("data", "packages", "device")}, indent=1),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+def _tuned(run: RunDir, device: Device, say: Say) -> Tuned:
+    recipe = recipe_of(run)
+    weights = final_weights(run, say)
+    prepared = data_of(run, recipe, say)
+    rows = [row for split in ("test", "dev") for row in prepared.conversations(split)][:_COMPARED_PROMPTS]
+    return Tuned(run=run, recipe=recipe, weights=weights, prepared=prepared, device=device, rows=rows)
+
+
+def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
+    """The adapters in fp32, with the tokenizer; returns what was proved."""
+    tuning, tokenizer, system = tuned.recipe.tuning, tuned.tokenizer, tuned.recipe.data.system
+    assert isinstance(tuning, Lora)
+    new_ids = tokenizer.new_tokens.values()
+    with directory(target, about={"stage": "export", "run": tuned.run.path.name, "form": form}, private=False) as part:
+        name = tuned.recipe.model
+        model = write_adapter(tuned.base, tuned.weights, tuning, tuned.device, part, name=name, new_ids=new_ids)
+        write_tokenizer(tuned.base, tokenizer, part, system=system)
+        whole = tuned.merged()
+        apart = check_adapter(part, tuned.base, model, whole, random_batch(model.vocabulary), new_ids=new_ids)
+        check_tokenizer(part, tokenizer, system=system)
+        num_prompts = check_prompts(part, tokenizer, tuned.rows)
+        limits = adapter_limits(part, tuning, tokenizer.new_tokens)
+        for line in limits:
+            say(line)
+        use = f"`vllm serve {base_name(tuned.recipe)} --enable-lora --lora-modules {tuned.recipe.name}=.`"
+        card = card_of(tuned.run, tuned.recipe, form, tokenizer.settings, [use, *(["", *limits] if limits else [])])
+        (part / "README.md").write_text(card, encoding="utf-8")
+    dtype = tuned.device.dtype
+    said = (
+        f"peft gives the trained logits to the bit in fp32; the merged model, in {dtype}, is within {apart:.2g} of them"
+    )
+    return f"{said}; {num_prompts} held-out prompts have the ids of the training"
+
+
+def _write_gguf(tuned: Tuned, target: Path, form: str, say: Say) -> str:
+    """A GGUF file, a Modelfile and a card; returns what was proved."""
+    elements = describe_model(tuned.base, tuned.recipe.model).num_parameters
+    kind = form.removeprefix("gguf-")
+    size = elements * 5 if kind in K_QUANTS else elements * 2.1
+    need_space(target, int(size), "the exported model")
+    model = tuned.merged()
+    recipe, tokenizer = tuned.recipe, tuned.tokenizer
+    with directory(target, about={"stage": "export", "run": tuned.run.path.name, "form": form}, private=False) as part:
+        licence = tuned.run.load(tuned.run.provenance)["model"]["licence"]
+        about = {"license": licence, "quantized_by": "educe", "basename": base_name(recipe)}
+        made = write_gguf_files(
+            model,
+            tokenizer,
+            part,
+            kind,
+            name=recipe.name,
+            about=about,
+            rows=tuned.rows,
+            system=recipe.data.system,
+            say=say,
+        )
+        card = card_of(tuned.run, recipe, form, {}, made.usage)
+        (part / "README.md").write_text(card, encoding="utf-8")
+    return made.proof

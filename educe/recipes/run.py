@@ -99,12 +99,15 @@ class Run:
 
         return report(self.dir)
 
-    def export(self, directory: str | Path, *, say: Say = quiet) -> Path:
-        """Write the tuned model for transformers and vLLM; reads it back to compare."""
+    def export(self, directory: str | Path, *, form: str = "merged", push: str | None = None, say: Say = quiet) -> Path:
+        """Write the tuned model for a server, read back to compare; `form`: merged, adapter, gguf-f16 ... (`educe export --help`).
+
+        `push`: upload it to this repository of the Hub afterwards.
+        """
         need_torch()
         from educe.recipes.export import export
 
-        return export(self.dir, Path(directory), say)
+        return export(self.dir, Path(directory), say, form, push)
 
 
 def init(

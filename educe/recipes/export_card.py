@@ -1,0 +1,97 @@
+"""The card of an export: what it is, of what, by which settings and data, what it scored, how to serve it. It names no path here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from educe.config import Recipe
+from educe.files.run_dir import RunDir
+
+# By form, up to its first hyphen: the library that loads it and what it is to the base model.
+_KINDS = {
+    "merged": ("transformers", "finetune"),
+    "adapter": ("peft", "adapter"),
+    "gguf": ("gguf", "quantized"),
+}
+
+
+def card_of(run: RunDir, recipe: Recipe, form: str, settings: Mapping[str, Any], more: Sequence[str]) -> str:
+    """Markdown with the front matter that the Hub reads. `settings` are the chat template's, `more` lines on how to use it."""
+    provenance = run.load(run.provenance)
+    base = provenance["model"]
+    library, relation = _KINDS[form.partition("-")[0]]
+    lines = [
+        "---",
+        f"base_model: {base_name(recipe)}",
+        f"base_model_relation: {relation}",
+        f"license: {base['licence']}",
+        f"library_name: {library}",
+        "tags: [sft, educe]",
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+        f"{base_name(recipe)} tuned with educe {provenance['educe']} ({provenance['weights_step']} steps), {form}.",
+        *_scores(run),
+        *(["", *more] if more else []),
+    ]
+    if settings:
+        said = "Trained with these settings of the chat template, so serve it with them (`chat_template_kwargs`):"
+        lines += ["", said, "", "```bash", serve_command(".", settings), "```"]
+    lines += [
+        "",
+        "## Licences",
+        "",
+        f"The base model's: {base['licence']}. The data's is not known to educe: add it before you share this.",
+    ]
+    lines += [
+        "",
+        "## How it was made",
+        "",
+        "```json",
+        json.dumps(_made(recipe, provenance), indent=1, ensure_ascii=False),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def base_name(recipe: Recipe) -> str:
+    """The base model's Hub id; of a directory its last name."""
+    return Path(recipe.model).name if Path(recipe.model).expanduser().exists() else recipe.model
+
+
+def serve_command(place: Path | str, settings: Mapping[str, Any]) -> str:
+    """A command that serves the model with the template settings it was trained with."""
+    given = shlex.quote(json.dumps(dict(settings)))
+    return f"vllm serve {shlex.quote(str(place))} --default-chat-template-kwargs {given}"
+
+
+def _scores(run: RunDir) -> list[str]:
+    if not run.scores.is_file():
+        return []
+    scores = run.load(run.scores)
+    lines = ["", f"**{scores['verdict']}**"]
+    if scores["metric"] != "text":
+        lines += ["", "| system | right | 95 % interval |", "|---|---|---|"]
+        for system, s in scores["systems"].items():
+            lines.append(f"| {system} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
+    return lines
+
+
+def _made(recipe: Recipe, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    data = {
+        name: {"files": ", ".join(Path(f).name for f in d["file"].split(", ")), "sha256": d["sha256"]}
+        for name, d in provenance["data"].items()
+    }
+    return {
+        "data": data,
+        "tuning": recipe.tuning.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json"),
+        "packages": provenance["packages"],
+        "device": provenance["device"],
+    }
