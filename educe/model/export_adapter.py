@@ -74,9 +74,8 @@ def check_adapter(
     untouched = load_model(base, model.device, new_ids=new_ids)
     with quiet():
         again = PeftModel.from_pretrained(untouched.network, directory, local_files_only=True).eval()
-    model.network.eval()
     ids = model.tensor(batch.ids_P)[None]
-    with torch.no_grad():
+    with model.answering():
         one, two, three = (
             n(input_ids=ids, use_cache=False).logits.float() for n in (model.network, again, merged.network)
         )

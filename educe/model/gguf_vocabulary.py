@@ -221,7 +221,7 @@ def _sentencepiece(tree: Mapping[str, Any], names: Mapping[int, str], tokenizer:
     if not (space in steps and before in (None, unsplit)) and not (metaspace and not steps):
         _refuse(f"the pre-tokenizer {before.get('type') if before else None}")
     vocabulary = tree["model"]["vocab"]
-    if any(f"<0x{b:02X}>" not in vocabulary for b in range(256)):
+    if any(f"<0x{b:02X}>" not in vocabulary and not (b < 128 and chr(b) in vocabulary) for b in range(256)):
         _refuse("no token for some bytes")
     pairs = _pairs(tree)
     rank: dict[str, int] = {}

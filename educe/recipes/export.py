@@ -151,7 +151,7 @@ def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
     assert isinstance(tuning, Lora)
     new_ids = tokenizer.new_tokens.values()
     with directory(target, about={"stage": "export", "run": tuned.run.path.name, "form": form}, private=False) as part:
-        name = tuned.recipe.model
+        name = base_name(tuned.recipe)
         model = write_adapter(tuned.base, tuned.weights, tuning, tuned.device, part, name=name, new_ids=new_ids)
         write_tokenizer(tuned.base, tokenizer, part, system=system)
         whole = tuned.merged()
