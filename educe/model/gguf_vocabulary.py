@@ -26,7 +26,6 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     (("each digit", _GPT2), False): "smollm",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
-    ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "smaug-bpe",
     ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
 }
 # Texts of tokens at which llama.cpp ends an answer whatever the file says.
