@@ -1,6 +1,7 @@
 """educe beside TRL on one CPU: real tokens a second and peak memory of full fine-tuning, both sides in turn in one run.
 
     python bench/cpu.py [--model MODEL_DIR] [--data alpaca.json] [--rows 256] [--rounds 3] [--sweep-rows 64]
+    python bench/cpu.py --adapters lora,lora-compiled    # tuning with adapters beside full tuning, both educe's
 
 Same model, same rows, same ids, assistant-only loss, AdamW (fused), about the same rows a step, no activation checkpointing.
 Only tokens of rows are counted, never padding; the first step (kernels are made in it) is left out on both sides. TRL runs
@@ -35,6 +36,14 @@ SWEEP = [
     (1024, 1, "chunked_nll", "autocast"),
 ]
 
+# educe's sides with adapters, by name; with "-compiled" behind it, layers are compiled.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"variant": "rslora"},
+    "dora": {"variant": "dora"},
+    "qlora": {"base_bits": 4},
+}
+
 
 def conversations(file: Path, num_rows: int) -> list[list[dict[str, str]]]:
     rows = json.loads(file.read_text(encoding="utf-8"))[:num_rows]
@@ -49,11 +58,12 @@ def conversations(file: Path, num_rows: int) -> list[list[dict[str, str]]]:
 
 def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: str, how: str) -> dict[str, Any]:
     import numpy as np
+    import torch
     from educe.chat.examples import build_examples
     from educe.chat.render import Renderer
     from educe.chat.settle import settle
     from educe.chat.tokens import load_tokenizer
-    from educe.config import Full
+    from educe.config import Full, Lora
     from educe.errors import Refusal
     from educe.model.device import choose_device, peak_memory_bytes, release_free_memory
     from educe.model.load import load_model
@@ -76,8 +86,10 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     batch = max(1, STEP_TOKENS // capacity) * capacity
     plan = plan_packs(lengths, np.arange(lengths.size), batch_tokens=batch, capacity_tokens=capacity, seed=0)
     device = choose_device("cpu", dtype)
-    model = load_model(model_dir, device, Full(kind="full"))
-    if how == "compiled":
+    tuning = ADAPTERS.get(how.removesuffix("-compiled"))
+    torch.manual_seed(0)  # where adapters begin
+    model = load_model(model_dir, device, Lora(kind="lora", **tuning) if tuning is not None else Full(kind="full"))
+    if how.endswith("compiled"):
         model.compile(capacity)
     # bf16 weights, rounded at random, and 8-bit moments: TRL's bf16 weights and moments without what they lose
     small = how == "bf16"
@@ -86,11 +98,13 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     )
     state = State(model=model, optimizer=Adam(model.trainable(), settings))
     marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+    busy = [time.process_time()]
 
     def mark(state: State, report: Any) -> None:
         if report.step % 2 == 0:  # as a run does
             release_free_memory()
         marks.append((time.perf_counter(), report.tokens))
+        busy.append(time.process_time())
 
     config = LoopConfig(
         total_steps=plan.num_steps,
@@ -103,7 +117,9 @@ def run_educe(model_dir: Path, file: Path, num_rows: int, capacity: int, dtype: 
     train(
         state, lambda s: build_step([[examples[i] for i in g] for g in plan.step(s)], [1.0]), sft_loss, [mark], config
     )
-    return {**_rate(marks), "peak_memory_bytes": peak_memory_bytes("cpu"), "steps": plan.num_steps}
+    rate = _rate(marks)
+    busy_s = rate["tokens"] / (busy[-1] - busy[1])
+    return {**rate, "tokens_per_cpu_s": busy_s, "peak_memory_bytes": peak_memory_bytes("cpu"), "steps": plan.num_steps}
 
 
 def run_trl(
@@ -198,6 +214,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--capacity", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--adapters", default="", help="in place of TRL: full tuning and these, such as lora,qlora, in turn"
+    )
     parser.add_argument("--side", nargs="*")
     a = parser.parse_args()
     if not a.data.is_file():
@@ -227,6 +246,19 @@ def main() -> None:
         )
         return found
 
+    if a.adapters:
+        names = ["plain", *a.adapters.split(",")]
+        turns: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
+        for _ in range(a.rounds):
+            for name, results in turns.items():
+                results.append(side(a.rows, "educe", name))
+        for name, results in turns.items():
+            peak = max(f["peak_memory_bytes"] for f in results) / max(f["peak_memory_bytes"] for f in turns["plain"])
+            for what in ("tokens_per_s", "tokens_per_cpu_s"):
+                each = [f[what] / full[what] for f, full in zip(results, turns["plain"], strict=True)]
+                print(f"{name:16} {what:16} {median(each):5.2f} x ({min(each):.2f} to {max(each):.2f})")
+            print(f"{name:16} {peak:.0%} of full tuning's peak memory")
+        return
     swept = {s: side(a.sweep_rows, "trl", *s) for s in SWEEP}
     best = max(swept, key=lambda s: swept[s]["tokens_per_s"])
     padded = max((s for s in SWEEP if s[0] == 0), key=lambda s: swept[s]["tokens_per_s"])

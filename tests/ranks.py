@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
         "lora": (LORA, {}),
         "new": (LORA, {"new_ids": (509, 511), "recomputed": 2}),
         "anchored": (LORA, {"recomputed": 1}),
+        "dora": (LORA.model_copy(update={"variant": "dora"}), {}),
+        **({"qlora": (LORA.model_copy(update={"base_bits": 4}), {})} if find_spec("bitsandbytes") else {}),
     }
     for name, (tuning, how) in cases.items():
         state = fresh(model_dir, tuning, world, **how)

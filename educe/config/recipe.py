@@ -52,12 +52,19 @@ class Full(Knobs):
 
 
 class Lora(Knobs):
-    """Low-rank adapters on all linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+    """Low-rank adapters on all linear layers (Hu et al. 2021, arXiv 2106.09685); rslora: Kalajdzievski 2023, arXiv 2312.03732;
+    dora: Liu et al. 2024, arXiv 2402.09353; QLoRA: Dettmers et al. 2023, arXiv 2305.14314."""
 
     kind: Literal["lora"]
     rank: int = Field(default=16, ge=1, le=1024, description="rank of the adapters")
-    alpha: float = Field(default=32.0, gt=0, description="their scale is alpha / rank")
+    alpha: float = Field(default=32.0, gt=0, description="their scale is alpha / rank; rslora: alpha / sqrt(rank)")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on their input")
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        default="lora", description="rslora: for high ranks; dora: lengths of weights apart from directions, slower"
+    )
+    base_bits: Literal[16, 4] = Field(
+        default=16, description="4: the frozen linear layers in 4 bits (QLoRA), a quarter of the memory, slower"
+    )
 
 
 Tuning = Annotated[Full | Lora, Field(discriminator="kind")]

@@ -25,6 +25,8 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    from educe.model.adapted import AdaptedLinear  # imports peft
+
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     tied = head.weight is embedding.weight
     names = {module: name for name, module in network.named_modules()}
@@ -33,20 +35,30 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     if experts and tuning.dropout:
         found = "has its experts' matrices fused, and adapters on those know no dropout."
         raise ModelError(204, network.config.model_type, found, "Set tuning.dropout: 0.")
+    if experts and tuning.variant == "dora":
+        found = "has its experts' matrices fused, and DoRA takes one matrix at a time (peft has none for those)."
+        raise ModelError(204, network.config.model_type, found, "Set tuning.variant: lora or rslora.")
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
         lora_dropout=tuning.dropout,
+        use_rslora=tuning.variant == "rslora",
+        use_dora=tuning.variant == "dora",
         bias="none",
         target_modules=linear_layers(network),
         target_parameters=experts or None,
         task_type="CAUSAL_LM",
         trainable_token_indices=dict.fromkeys(holders, new_ids) if new_ids else None,
     )
-    # Adapters in the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
+    config._register_custom_module({nn.Linear: AdaptedLinear})
+    dtype = embedding.weight.dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's advice on tied embeddings, experts and GPT-2's layers, heeded here
         adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
+    # In the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(dtype)
     if new_ids:
         _check_rows(network, tied)
     return adapted

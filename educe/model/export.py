@@ -38,7 +38,8 @@ _COPIED = (
 def merged(
     base: Path, weights: Path, tuning: Full | Lora, device: Device, *, new_ids: Collection[int] = ()
 ) -> CausalLM:
-    """The tuned model, ready to answer, in the device's arithmetic: fp32 masters rounded once; adapters merged in fp32.
+    """The tuned model, ready to answer, in the device's arithmetic: fp32 masters rounded once; adapters merged in fp32, into the model
+    as it was published: not the 4-bit one that they were trained on (docs/decisions/014).
 
     `new_ids` are the tokens that training added, as `load_model` was given them.
     """
@@ -52,21 +53,22 @@ def merged(
                 p.copy_(exactly[name])
         return model
     model = load_model(base, device, tuning, new_ids=new_ids)
-    put(_stored(weights, device), model)
+    put(stored(weights, device), model)
     model.network.set_attn_implementation(answers_with(type(model.network), model.network.config))
     model.network.eval()
     return model
 
 
 def adapted(base: Path, weights: Path, tuning: Lora, device: Device, *, new_ids: Collection[int] = ()) -> CausalLM:
-    """The base model in fp32 with the trained adapters beside it."""
+    """The published base model, not one in 4 bits, in fp32 with the trained adapters beside it."""
     exact = Device(kind=device.kind, dtype="float32", name=device.name, flops=device.flops, why=device.why)
-    model = load_model(base, exact, tuning, new_ids=new_ids)
-    put(_stored(weights, device), model)
+    model = load_model(base, exact, tuning.model_copy(update={"base_bits": 16}), new_ids=new_ids)
+    put(stored(weights, device), model)
     return model
 
 
-def _stored(weights: Path, device: Device) -> dict[str, Tensor]:
+def stored(weights: Path, device: Device) -> dict[str, Tensor]:
+    """The fp32 masters in a file. Raises `ModelError`."""
     try:
         return dict(load_file(weights, device=device.kind))
     except SafetensorError as e:

@@ -28,6 +28,7 @@ from educe.model.adapters import layer_embeddings, with_adapters
 from educe.model.describe import refuse_unsafe
 from educe.model.device import Device
 from educe.model.documents import documents_of
+from educe.model.four_bit import four_bits, keep_gradients
 from educe.model.frugal import as_written, compile_layers, on_host, recompute_layers, uncompiled
 from educe.model.loaded import prove_loaded
 from educe.model.mixers import run_apart
@@ -239,7 +240,8 @@ def load_model(
     refuse_unsafe(directory)
     attention.register()
     with quiet():
-        network = _read(directory, device, for_training=tuning is not None)
+        low = isinstance(tuning, Lora) and tuning.base_bits == 4
+        network = _read(directory, device, for_training=tuning is not None, low=low)
         if new_ids:
             _begin_rows(network, sorted(new_ids))
     network.to(device.kind)
@@ -257,12 +259,16 @@ def load_model(
     return model
 
 
-def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
-    """The checkpoint's own class with the checkpoint's weights, all of them."""
+def _read(directory: Path, device: Device, *, for_training: bool, low: bool) -> Any:
+    """The checkpoint's own class with the checkpoint's weights, all of them; `low`: linear layers in 4 bits."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         maker = _class_of(config)
         unpacked = _unpacking(config, directory)
+        if low and unpacked:
+            found = "has packed experts (mxfp4), and those cannot be unpacked while other weights are packed."
+            raise ModelError(204, str(directory / "config.json"), found, "Set tuning.base_bits: 16.")
+        packed = four_bits(maker, config, device.torch_dtype) if low else {}
         way = attention.NAME if for_training else attention.answers_with(maker, config)
         network, info = maker.from_pretrained(
             directory,
@@ -274,6 +280,7 @@ def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
             local_files_only=True,
             output_loading_info=True,
             **unpacked,
+            **packed,
         )
     except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as e:
         if "out of memory" in str(e):
@@ -281,7 +288,8 @@ def _read(directory: Path, device: Device, *, for_training: bool) -> Any:
             raise MachineError(3, str(directory), "does not fit the device's memory.", fix) from e
         first = str(e).strip().splitlines()[0][:200]
         raise ModelError(2, str(directory), f"transformers cannot load it: {first}", "Check the files.") from e
-    prove_loaded(network, info["missing_keys"], directory)
+    prove_loaded(network, info["missing_keys"], directory, packed=low)
+    keep_gradients(network)
     if unpacked:
         network._weight_conversions = None  # else transformers would save plain numbers under the names of packed ones
     return network
@@ -315,7 +323,7 @@ def _freeze_towers(network: Any) -> None:
     """Train the language model and its head only."""
     trained = {id(p) for part in (network.get_decoder(), network.get_output_embeddings()) for p in part.parameters()}
     for p in network.parameters():
-        p.requires_grad_(id(p) in trained)
+        p.requires_grad_(id(p) in trained and p.is_floating_point())
 
 
 def _begin_rows(network: Any, new_ids: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from educe.errors import ModelError
 _ROWS = 64  # of a head that are compared with the embedding's
 
 
-def prove_loaded(network: Any, missing: Collection[str], directory: Path) -> None:
-    """`missing` are the weights that the files lack and transformers filled at random. Raises `ModelError`."""
+def prove_loaded(network: Any, missing: Collection[str], directory: Path, *, packed: bool = False) -> None:
+    """`missing` are the weights that the files lack and transformers filled at random; `packed`: some are codes now, which hide a NaN,
+    so the files are looked at. Raises `ModelError`."""
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -24,7 +25,7 @@ def prove_loaded(network: Any, missing: Collection[str], directory: Path) -> Non
             "; if it shares the embedding, set tie_word_embeddings: true in config.json" if _is_head(names[0]) else ""
         )
         raise ModelError(203, str(directory), found, f"Download the model again{tied}.")
-    for name, weight in network.named_parameters():
+    for name, weight in _stored(directory) if packed else network.named_parameters():
         if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))) and not bool(
             torch.isfinite(weight).all()
         ):
@@ -32,6 +33,14 @@ def prove_loaded(network: Any, missing: Collection[str], directory: Path) -> Non
             raise ModelError(203, str(directory), found, "Use another checkpoint: this one is spoilt.")
     if getattr(network.config.get_text_config(), "tie_word_embeddings", False):
         _prove_tied(network.get_input_embeddings().weight, directory)
+
+
+def _stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the files, one after the other."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                yield name, tensors.get_tensor(name)
 
 
 def _is_head(name: str) -> bool:

@@ -37,14 +37,16 @@ class Sharded:
     """A network whose layers are whole only while they compute."""
 
     def __init__(self, network: nn.Module, decoder: nn.Module, dtype: torch.dtype, kind: str, world: World) -> None:
-        """`decoder` holds the layers. Trained weights become fp32 and are their own masters; all compute in `dtype`.
+        """`decoder` holds the layers. Trained weights become fp32 and are their own masters; all compute in `dtype`. Weights that are
+        codes (4 bits) are not divided: each rank has them whole.
 
         Raises `ModelError` for a model that keeps some weights in another arithmetic.
         """
         self._world = world
         self._waits: bool | None = None
         self._element_bytes: int = dtype.itemsize
-        odd = [n for n, p in network.named_parameters() if p.dtype != dtype]
+        odd = [n for n, p in network.named_parameters() if p.dtype != dtype and p.is_floating_point()]
+        codes = {p for p in network.parameters() if not p.is_floating_point()}
         if odd:
             found = f"keeps {odd[0]} in another arithmetic than {dtype}; over several ranks that would be lost."
             raise ModelError(202, network.config.model_type, found, "Train it on one device.")
@@ -52,8 +54,8 @@ class Sharded:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         self._layers: list[Any] = []
         for layer in layers_of(decoder):
-            self._layers.append(fully_shard(_masters(layer), mesh=mesh, mp_policy=policy))
-        self._root: Any = fully_shard(_masters(Whole(network)), mesh=mesh, mp_policy=policy)
+            self._layers.append(fully_shard(_masters(layer), mesh=mesh, mp_policy=policy, ignored_params=codes))
+        self._root: Any = fully_shard(_masters(Whole(network)), mesh=mesh, mp_policy=policy, ignored_params=codes)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):  # the loss divides by the weight of all ranks: gradients are summed
                 module.set_gradient_divide_factor(1.0)

@@ -13,6 +13,8 @@ from educe.model.describe import ModelFacts
 from educe.recipes.rates import RateAdvice, advise_rank, advise_rate
 from educe.stats import percentile
 
+_BASE_SHARE = 0.7  # of the memory that frozen weights in 16 bits may take: activations and the process need the rest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Looked:
@@ -49,6 +51,7 @@ class Advice:
     max_tokens: int
     why_length: str
     rank: int | None
+    base_bits: int
     why_tuning: str
     epochs: float
     why_epochs: str
@@ -83,8 +86,12 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
     size = facts.num_parameters / 1e6
     tuned = "LoRA" if lora else "all weights"
     why_tuning = f"{tuned}: full tuning of {size:.0f}M parameters needs about {facts.num_parameters * 18 / 1e9:.1f} GB"
-    rank = None
+    rank, base_bits = None, 16
     if lora:
+        if facts.num_parameters * 2 > _BASE_SHARE * memory_bytes:
+            base_bits = 4
+            why_tuning = f"{why_tuning}; frozen in 16 bits it would take {facts.num_parameters * 2 / 1e9:.1f} GB of "
+            why_tuning += f"{memory_bytes / 1e9:.0f}, so its linear layers are in 4 (QLoRA; needs educe[lowbit])"
         rank, why_rank = advise_rank(facts, looked.rows * sum(looked.answer_tokens) / len(looked.answer_tokens))
         why_tuning = f"{why_tuning}. {why_rank}"
     epochs, why_epochs = _epochs(looked.rows, on_cpu)
@@ -100,6 +107,7 @@ def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool)
         max_tokens=max_tokens,
         why_length=why_length,
         rank=rank,
+        base_bits=base_bits,
         why_tuning=why_tuning,
         epochs=epochs,
         why_epochs=why_epochs,
@@ -134,7 +142,8 @@ def recipe_text(
             return f"{{kind: file, file: {_quoted(file)}}}"
         return f"{{kind: share, share: {part}}}  # {why}"
 
-    tuning = "{kind: full}" if a.rank is None else f"{{kind: lora, rank: {a.rank}, alpha: 32.0}}"
+    bits = ", base_bits: 4" if a.base_bits == 4 else ""
+    tuning = "{kind: full}" if a.rank is None else f"{{kind: lora, rank: {a.rank}, alpha: 32.0{bits}}}"
     return f"""\
 # Written by `educe init`. Every value may be changed; `educe check` says what it means before anything is spent.
 name: {name}

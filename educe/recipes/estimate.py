@@ -116,7 +116,9 @@ def speed_key(recipe: Recipe, device: str, dtype: str) -> str:
     t = recipe.train
     pulled = ["kl_to_base"] if t.kl_to_base else []
     how = [str(t.batch_tokens), str(t.micro_batch_tokens), t.optimizer, t.activations, t.compile]
-    return "|".join([recipe.model, device, dtype, recipe.tuning.kind, *how, *pulled])
+    tuning = recipe.tuning
+    adapters = [tuning.variant, str(tuning.base_bits)] if isinstance(tuning, Lora) else []
+    return "|".join([recipe.model, device, dtype, tuning.kind, *adapters, *how, *pulled])
 
 
 def remember_speed(key: str, tokens_per_s: float) -> None:

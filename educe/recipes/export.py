@@ -17,7 +17,7 @@ from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.device import Device
-from educe.model.export import check_prompts, check_tokenizer, merged, write_model, write_tokenizer
+from educe.model.export import check_prompts, check_tokenizer, merged, put, stored, write_model, write_tokenizer
 from educe.model.export_adapter import adapter_limits, check_adapter, write_adapter
 from educe.model.export_hub import check_push, push
 from educe.model.gguf_llama import K_QUANTS, need_llama_cpp
@@ -30,10 +30,12 @@ from educe.recipes.export_gguf import write_gguf_files
 from educe.recipes.finding import finding
 from educe.recipes.preflight import keep
 from educe.recipes.prepare import Prepared
+from educe.recipes.served import said_of_served
 from educe.types import Conversation
 
 FORMS = ("merged", "adapter", "gguf-f16", "gguf-bf16", "gguf-q8_0", *(f"gguf-{k}" for k in K_QUANTS))
 _COMPARED_PROMPTS = 20
+_ROWS = 8  # held-out ones on which a model trained on 4 bits is compared with what is served
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +57,17 @@ class Tuned:
     def base(self) -> Path:
         return self.prepared.model_dir
 
-    def merged(self) -> CausalLM:
-        new_ids = self.tokenizer.new_tokens.values()
-        return merged(self.base, self.weights, self.recipe.tuning, self.device, new_ids=new_ids)
+    def merged(self, say: Say) -> CausalLM:
+        """The model that is served. Where it is not the one that was trained (a base in 4 bits), says how far it is from that."""
+        new_ids, tuning = self.tokenizer.new_tokens.values(), self.recipe.tuning
+        model = merged(self.base, self.weights, tuning, self.device, new_ids=new_ids)
+        if isinstance(tuning, Lora) and tuning.base_bits == 4:
+            held_out = self.prepared.store("dev")
+            rows = [held_out[i] for i in range(min(_ROWS, len(held_out.lengths)))]
+            trained = load_model(self.base, self.device, tuning, new_ids=new_ids)
+            put(stored(self.weights, self.device), trained)
+            say(said_of_served(trained, model, rows))
+        return model
 
 
 def export(run: RunDir, target: Path, say: Say, form: str = "merged", repository: str | None = None) -> Path:
@@ -107,7 +117,7 @@ def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatToke
     tokenizer, system = tuned.tokenizer, tuned.recipe.data.system
     size = describe_model(tuned.base, tuned.recipe.model).num_parameters * (2 if device.dtype == "bfloat16" else 4)
     need_space(target, 2 * size, "the exported model")
-    model = tuned.merged()
+    model = tuned.merged(say)
     with directory(target, about={"stage": "export", "run": run.path.name}, private=False) as part:
         write_model(
             model,
@@ -154,7 +164,7 @@ def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
         name = base_name(tuned.recipe)
         model = write_adapter(tuned.base, tuned.weights, tuning, tuned.device, part, name=name, new_ids=new_ids)
         write_tokenizer(tuned.base, tokenizer, part, system=system)
-        whole = tuned.merged()
+        whole = tuned.merged(say)
         apart = check_adapter(part, tuned.base, model, whole, random_batch(model.vocabulary), new_ids=new_ids)
         check_tokenizer(part, tokenizer, system=system)
         num_prompts = check_prompts(part, tokenizer, tuned.rows)
@@ -177,7 +187,7 @@ def _write_gguf(tuned: Tuned, target: Path, form: str, say: Say) -> str:
     kind = form.removeprefix("gguf-")
     size = elements * 5 if kind in K_QUANTS else elements * 2.1
     need_space(target, int(size), "the exported model")
-    model = tuned.merged()
+    model = tuned.merged(say)
     recipe, tokenizer = tuned.recipe, tuned.tokenizer
     with directory(target, about={"stage": "export", "run": tuned.run.path.name, "form": form}, private=False) as part:
         licence = tuned.run.load(tuned.run.provenance)["model"]["licence"]

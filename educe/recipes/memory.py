@@ -25,6 +25,10 @@ _PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries
 _FILL = {"cpu": 0.9, "mps": 0.75, "cuda": 0.92}
 # Of what a layer keeps as it is written, what it keeps compiled: elementwise results are computed again (docs/performance.md).
 _COMPILED = 0.69
+# Bytes a number in 4 bits takes with its scales: see model/four_bit.py.
+FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Numbers that DoRA keeps of a token for each output of a linear layer (peft's layer; counted where autograd saves them).
+_DORA_KEEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,7 @@ def memory_of_run(
     compiled: bool,
     ranks: int = 1,
     trained: int | None = None,
+    packed: int | None = None,
 ) -> MemoryPlan:
     """The plan for the memory that is there now; on a CPU `ranks` share it."""
     reach, spread = kept_attention(plan.drawn(prepared.store("train").lengths), on_gpu=device.kind == "cuda")
@@ -109,6 +114,7 @@ def memory_of_run(
         compiled=compiled,
         ranks=ranks,
         trained=trained,
+        packed=packed,
     )
 
 
@@ -125,11 +131,13 @@ def plan_memory(
     spread: float = 1.0,
     ranks: int = 1,
     trained: int | None = None,
+    packed: int | None = None,
 ) -> MemoryPlan:
     """Keep all activations where they fit; else compute as few layers again as will do. `reach` and `spread`: see `kept_attention`;
-    `trained`: how many numbers are, where the model is there to count them."""
+    `trained` and `packed` (in 4 bits): how many numbers are, where the model is there to count them."""
     number = 2 if device.dtype == "bfloat16" else 4
     trained = trained or num_trained(facts, recipe.tuning)
+    packed = num_packed(facts, recipe.tuning) if packed is None else packed
     low = recipe.train.optimizer == "adamw_8bit_bf16"
     own = number == 4 or low  # such weights are their own masters
     logit_bytes = (2**31 if memory_bytes > 40e9 else 2**29) if device.kind == "cuda" else 2**28
@@ -137,7 +145,7 @@ def plan_memory(
     head = facts.vocab_size * facts.hidden_size if isinstance(recipe.tuning, Full) else 0
     head_slope = head * (number if logits <= logit_bytes else 4 + number)  # of several chunks: added up in fp32
     made = MemoryPlan(
-        weights=facts.num_parameters * number,
+        weights=_weight_bytes(facts, packed, number),
         gradients=trained * (2 if low else 4),
         optimizer=trained * ((0 if own else 4) + (8 if recipe.train.optimizer == "adamw" else 2.1)),
         activations=0.0,
@@ -151,10 +159,12 @@ def plan_memory(
         asked=recipe.train.activations,
     )
     if ranks > 1:
-        made = _divided(made, facts, trained, number, ranks)
+        made = _divided(made, facts, trained, packed, number, ranks)
     if needs_reference(recipe):
         made = replace(made, weights=made.weights + facts.num_parameters * number)
     layer = layer_bytes(facts, number, reach=reach, spread=spread, compiled=compiled)
+    if isinstance(recipe.tuning, Lora) and recipe.tuning.variant == "dora":
+        layer += _DORA_KEEPS * number * _outputs(facts)
     kept = facts.hidden_size * number
     tokens, room = plan.capacity_tokens, memory_bytes * _FILL[device.kind] - made.total
 
@@ -174,14 +184,21 @@ def plan_memory(
     return replace(made, activations=needed, recomputed_layers=again, fits=needed <= room)
 
 
-def _divided(made: MemoryPlan, facts: ModelFacts, trained: int, number: int, ranks: int) -> MemoryPlan:
+def _weight_bytes(facts: ModelFacts, packed: int, number: int) -> float:
+    """Of those, `packed` numbers are in 4 bits; one matrix of theirs at a time is whole, to be multiplied with."""
+    whole = facts.hidden_size * max(facts.intermediate_size, facts.num_heads * facts.head_dim) if packed else 0
+    return (facts.num_parameters - packed + whole) * number + packed * FOUR_BIT_BYTES
+
+
+def _divided(made: MemoryPlan, facts: ModelFacts, trained: int, packed: int, number: int, ranks: int) -> MemoryPlan:
     """Over ranks (parallel/shard.py): fp32 masters, moments and added-up gradients in parts; whole are the embedding and head, two
-    layers, and what a rank adds up over its own micro-batches."""
-    frozen = max(0, facts.num_parameters - trained)
-    layer = facts.num_parameters / max(1, facts.num_layers)
+    layers, what a rank adds up over its own micro-batches, and weights in 4 bits."""
+    frozen = max(0, facts.num_parameters - packed - trained)
+    layer = (facts.num_parameters - packed) / max(1, facts.num_layers)
+    codes = _weight_bytes(facts, packed, number) - (facts.num_parameters - packed) * number
     return replace(
         made,
-        weights=frozen * number / ranks + number * (2 * facts.vocab_size * facts.hidden_size + 2 * layer),
+        weights=frozen * number / ranks + number * (2 * facts.vocab_size * facts.hidden_size + 2 * layer) + codes,
         gradients=4 * trained * (1 + 1 / ranks),
         optimizer=12 * trained / ranks,
     )
@@ -217,7 +234,25 @@ def layer_bytes(facts: ModelFacts, number: int, *, reach: float, spread: float =
 
 def num_trained(facts: ModelFacts, tuning: Full | Lora) -> int:
     """Parameters that are trained."""
-    return num_adapter_parameters(facts, tuning.rank) if isinstance(tuning, Lora) else facts.num_parameters
+    if not isinstance(tuning, Lora):
+        return facts.num_parameters
+    lengths = facts.num_layers * _outputs(facts) if tuning.variant == "dora" else 0
+    return num_adapter_parameters(facts, tuning.rank) + lengths
+
+
+def num_packed(facts: ModelFacts, tuning: Full | Lora) -> int:
+    """Numbers that are kept in 4 bits: linear layers of a Llama-like block, the feed-forward ones but where they are experts."""
+    if not (isinstance(tuning, Lora) and tuning.base_bits == 4):
+        return 0
+    d, k = facts.hidden_size, facts.head_dim
+    inner = facts.intermediate_size if facts.active_intermediate == facts.intermediate_size else 0
+    return facts.num_layers * d * (2 * k * (facts.num_heads + facts.num_key_value_heads) + 3 * inner)
+
+
+def _outputs(facts: ModelFacts) -> int:
+    """Of the seven linear layers of a Llama-like block."""
+    heads = facts.num_heads + 2 * facts.num_key_value_heads
+    return heads * facts.head_dim + 2 * facts.hidden_size + 2 * facts.intermediate_size
 
 
 def num_adapter_parameters(facts: ModelFacts, rank: int) -> int:

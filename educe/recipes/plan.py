@@ -13,7 +13,7 @@ from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
-from educe.recipes.rates import RateAdvice, advise_rate
+from educe.recipes.rates import RateAdvice, advise_rate, stretch_of
 
 # Keys that mean something in a row or a turn: what an unread key may have been meant for.
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
@@ -134,4 +134,5 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
 def advised_rate(recipe: Recipe, facts: ModelFacts, plan: PackPlan) -> RateAdvice:
     """The rates that are advised for this run."""
     rows = plan.examples_K.size / plan.num_steps
-    return advise_rate(facts, lora=isinstance(recipe.tuning, Lora), rows_per_step=rows, num_steps=plan.num_steps)
+    lora, stretch = isinstance(recipe.tuning, Lora), stretch_of(recipe.tuning)
+    return advise_rate(facts, lora=lora, rows_per_step=rows, num_steps=plan.num_steps, stretch=stretch)

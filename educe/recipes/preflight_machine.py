@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from educe.chat.named import NAMED
-from educe.config import Full, Recipe, Wsd
+from educe.config import Full, Lora, Recipe, Wsd
 from educe.errors import EduceError, ModelError
 from educe.files.atomic import existing
 from educe.model.describe import describe_model
@@ -76,7 +76,11 @@ def trained_parts(b: Before) -> Finding:
     tied = bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)))
     new = b.prepared.tokenizer.new_tokens
     trained = num_trained(b.facts, b.recipe.tuning)
-    how = "all weights" if isinstance(b.recipe.tuning, Full) else f"adapters of rank {b.recipe.tuning.rank}"
+    t = b.recipe.tuning
+    how = "all weights" if isinstance(t, Full) else f"adapters of rank {t.rank}"
+    if isinstance(t, Lora):
+        how += {"lora": "", "rslora": " (rsLoRA)", "dora": " (DoRA)"}[t.variant]
+        how += " on a base in 4 bits" if t.base_bits == 4 else ""
     said = f"{how}; the head is {'' if tied else 'not '}the embedding"
     said += f"; new tokens {' '.join(new)} are trained with them" if new else "; no new tokens"
     beyond = [w for w, i in new.items() if i >= b.facts.vocab_size + len(new)]

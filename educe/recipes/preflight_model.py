@@ -20,6 +20,7 @@ from educe.config import Lora, Recipe
 from educe.files.hashes import hash_bytes
 from educe.loss.cross_entropy import LossOut
 from educe.model.adapters import linear_layers
+from educe.model.four_bit import num_numbers
 from educe.model.load import CausalLM
 from educe.model.proof import packs_are_blind
 from educe.pack.batch import build_batch, even, halved, rank_step
@@ -67,7 +68,7 @@ def parts_are_trained(o: OnModel) -> list[Finding]:
     """P22: adapters on every linear layer, new tokens among what is trained, and what is trained in what is saved."""
     trainable, masters = o.model.trainable(), o.state.optimizer.masters
     trained = sum(m.numel() for m in masters.values())
-    every = sum(p.numel() for p in o.model.network.parameters())
+    every = sum(map(num_numbers, o.model.network.parameters()))
     wrong = []
     if isinstance(o.recipe.tuning, Lora):
         names = [n for n in trainable if "lora_A" in n]

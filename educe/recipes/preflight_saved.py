@@ -17,6 +17,7 @@ from educe.errors import EduceError
 from educe.files.atomic import abandon, begin, directory, sync, told
 from educe.model.device import release_free_memory
 from educe.model.export import check_tokenizer, merged, write_model
+from educe.model.four_bit import num_numbers
 from educe.model.load import CausalLM, quiet
 from educe.model.proof import random_batch
 from educe.pack.batch import build_batch
@@ -136,7 +137,7 @@ def _step(o: OnModel, weights: Path, frozen: dict[str, int]) -> Finding:
 def _exported(o: OnModel, weights: Path, place: Path) -> list[Finding]:
     """P27, as it is served: what `educe export` would write of the untouched masters, loaded back."""
     name, device = "export and load", o.model.device
-    elements = sum(p.numel() for p in o.model.base.parameters())
+    elements = sum(map(num_numbers, o.model.base.parameters()))
     size = elements * o.model.element_bytes
     more = 2 * size + (
         4 * elements if isinstance(o.recipe.tuning, Lora) else 0

@@ -17,6 +17,7 @@ from educe.files.jsonl import read_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
+from educe.model.four_bit import num_packed
 from educe.pack.plan import PLAN_VERSION
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.trainee import Trainee
@@ -64,12 +65,13 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
 
 def how_it_is_computed(device: Device, t: Trainee, ranks: int, started: str | None) -> dict[str, Any]:
     """What was decided on this machine and decides the bits: every checkpoint has it. `started` by an earlier process, if one was."""
+    low = ("bitsandbytes",) if num_packed(t.state.model.network) else ()
     return {
         "device": {"kind": device.kind, "dtype": device.dtype, "name": device.name, "why": device.why},
         "compiled": t.compiled,
         "ranks": ranks,
         "memory": t.memory.as_json(),
-        "packages": {p: _version(p) for p in _PACKAGES},
+        "packages": {p: _version(p) for p in (*_PACKAGES, *low)},
         "threads": torch.get_num_threads(),
         "started": started or _now(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from educe.config import Full, Lora
 from educe.model.describe import ModelFacts
 from educe.recipes.memory import num_adapter_parameters
 
@@ -15,6 +16,7 @@ _WIDTHS = (512, 8192)
 _ROWS = 128  # rows a step of those sweeps
 _SHORT_FULL, _SHORT_LORA = 1000, 100  # steps
 _RANKS = (16, 256)
+_ALPHA = 32.0  # of those sweeps, with a scale of alpha / rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,9 @@ class RateAdvice:
         return f"{self.low:.2g} to {self.high:.2g}"
 
 
-def advise_rate(facts: ModelFacts, *, lora: bool, rows_per_step: float, num_steps: int) -> RateAdvice:
+def advise_rate(
+    facts: ModelFacts, *, lora: bool, rows_per_step: float, num_steps: int, stretch: float = 1.0
+) -> RateAdvice:
     """The range and a rate in it.
 
     Centre: 5e-5 (2000 / width)^p, p = 0.781 for Llama and 0.0775 for Qwen (tinker-cookbook `get_lr`), for other families their
@@ -40,28 +44,30 @@ def advise_rate(facts: ModelFacts, *, lora: bool, rows_per_step: float, num_step
     thinkingmachines.ai/blog/lora). Full tuning in under 1,000 steps: twice that (docs/decisions/003). The range goes from a third
     of the centre, or from the centre times sqrt(rows / 128) where that is less, to three times the rate: published advice
     disagrees by as much. The rate itself is not scaled by the rows: on the data of decision 003, with 5 rows a step, that would
-    have been five times too low.
+    have been five times too low. `stretch`: see `stretch_of`; all rates are divided by it.
     """
     width = min(max(facts.hidden_size, _WIDTHS[0]), _WIDTHS[1])
     family = next((f for f in _EXPONENTS if facts.model_type.startswith(f)), None)
     exponents = [_EXPONENTS[family]] if family else list(_EXPONENTS.values())
     fits = [5e-5 * (2000 / width) ** p for p in exponents]
     centre = math.exp(sum(map(math.log, fits)) / len(fits))
-    usual = 10.0 if lora else 1.0
+    usual = (10.0 if lora else 1.0) / stretch
     short = num_steps <= _SHORT_LORA if lora else num_steps < _SHORT_FULL
-    factor = (15.0 if lora else 2.0) if short else usual
+    factor = (15.0 if lora else 2.0) / stretch if short else usual
     lowest = usual * min(fits) * min(1 / 3, math.sqrt(rows_per_step / _ROWS))
     value = centre * factor
     return RateAdvice(
         low=_two_digits(lowest),
         high=_two_digits(3 * factor * max(fits)),
         value=_two_digits(value),
-        why=_why(facts, family, width, factor, lora=lora, short=short),
+        why=_why(facts, family, width, factor * stretch, lora=lora, short=short, stretch=stretch),
         guess=family is None,
     )
 
 
-def _why(facts: ModelFacts, family: str | None, width: int, factor: float, *, lora: bool, short: bool) -> str:
+def _why(
+    facts: ModelFacts, family: str | None, width: int, factor: float, *, lora: bool, short: bool, stretch: float
+) -> str:
     power = f"^{_EXPONENTS[family]}" if family else "^p"
     said = f"5e-5 x (2000 / {width}){power}"
     if width != facts.hidden_size:
@@ -69,9 +75,22 @@ def _why(facts: ModelFacts, family: str | None, width: int, factor: float, *, lo
     for_what = [*(["LoRA"] if lora else []), *(["short run"] if short else [])]
     if for_what:
         said += f" x {factor:g}, {', '.join(for_what)}"
+    if stretch != 1:
+        said += f" / {stretch:.3g}, the adapters' scale over 32 / rank"
     if family:
         return f"{said} (tinker-cookbook's fit for {family.capitalize()})"
     return f"{said}: a guess, p was fitted for Llama and Qwen only, not for {facts.model_type}"
+
+
+def stretch_of(tuning: Full | Lora) -> float:
+    """How much further a step of the adapters' second matrix moves the weights than with the scale 32 / rank that the rates are for.
+
+    Adam steps B by the rate whatever the scale, so weights move by scale x rate (LoRA Without Regret, on what alpha and rates have in
+    common). rslora's scale is alpha / sqrt(rank).
+    """
+    if not isinstance(tuning, Lora):
+        return 1.0
+    return tuning.alpha / _ALPHA * (math.sqrt(tuning.rank) if tuning.variant == "rslora" else 1.0)
 
 
 def _two_digits(value: float) -> float:
@@ -88,4 +107,4 @@ def advise_rank(facts: ModelFacts, trained_tokens: float) -> tuple[int, str]:
     rank = min(max(2 ** math.ceil(math.log2(max(needed, 1.0))), _RANKS[0]), _RANKS[1])
     say = f"{trained_tokens:,.0f} trained tokens at 1 bit, 2 bits a parameter, need rank {math.ceil(needed)}"
     bound = "; 16 is our least" if needed <= _RANKS[0] else "; 256 is our most" if needed > _RANKS[1] else ""
-    return rank, say + bound
+    return rank, f"{say}{bound} (LoRA Without Regret; its alpha, 32, does for every rank)"

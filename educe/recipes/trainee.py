@@ -14,6 +14,7 @@ from educe.loss.reweigh import REWEIGH
 from educe.model.compiled import why_not_trained
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
+from educe.model.four_bit import num_packed, said_of
 from educe.model.load import CausalLM, load_model
 from educe.model.proof import packs_are_blind, prove_head, turns_with_length
 from educe.model.source import Say
@@ -72,6 +73,8 @@ def trainee(
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
     new_ids = prepared.tokenizer.new_tokens.values()
     model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids, router_loss=recipe.train.router_loss)
+    if said := said_of(model.network):
+        say(said)
     prove_head(model)
     packed = bool(world.share(packs_are_blind(model) and not turns_with_length(model, recipe.data.max_tokens)))
     if not packed:
@@ -83,8 +86,9 @@ def trainee(
         compiles, why = compiled, "as the run began"
     say(f"layers are {'compiled' if compiles else 'not compiled'}: {why}")
     trained = sum(p.numel() for p in model.trainable().values())
+    counted = {"trained": trained, "packed": num_packed(model.network)}
     needed = memory or memory_of_run(
-        recipe, prepared, facts, plan, device, compiled=compiles, ranks=world.size, trained=trained
+        recipe, prepared, facts, plan, device, compiled=compiles, ranks=world.size, **counted
     )
     needed, compiles = _same(world, needed, compiles)
     say(needed.said())
@@ -102,7 +106,7 @@ def trainee(
         model.uncompile()
         compiles = False
         if memory is None:
-            needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=False, trained=trained)
+            needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=False, **counted)
             say(needed.said())
             model.recompute(needed.recomputed_layers)
     if recipe.train.optimizer != "adamw":
