@@ -30,7 +30,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         return made
 
 
-class _Adapted(torch.autograd.Function):
+class _Adapted(torch.autograd.Function):  # type: ignore[misc]
     """y = x W' + bias + s (x A') B'. Of what is kept for the backward pass only x is large; W has no gradient, and where it is in 4
     bits it is unpacked anew."""
 
@@ -48,7 +48,7 @@ class _Adapted(torch.autograd.Function):
         return y_PO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x_PI, low_PR, weight, a_RI, b_OR = ctx.saved_tensors
         slope_PO = slope.reshape(-1, slope.shape[-1])
         low_slope_PR = (slope_PO @ b_OR).mul_(ctx.scaling)
