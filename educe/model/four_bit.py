@@ -64,7 +64,7 @@ def dense(weight: Tensor, state: Any) -> Tensor:
 
 def keep_gradients(network: nn.Module) -> None:
     """bitsandbytes would rearrange codes for answering, for good, on a CPU with AVX512-BF16; what then goes through them has no
-    gradient, and training would go on without a word."""
+    gradient (torch warns at most once)."""
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
