@@ -151,6 +151,9 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
     network.train()
     if options.get("compile", True):
         model.compile(tokens)
+    model.offloads = options.get("activations") == "offload"
+    if options.get("activations") == "recompute":
+        model.recompute(len(model.layers))
     settings = AdamSettings(weights=options.get("weights", "fp32"), moments=options.get("moments", "fp32"))
     optimizer = Adam(model.trainable(), settings)
     loss = SftLoss(logit_bytes=options.get("logit_bytes", 2**30))
@@ -166,7 +169,8 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
         parts = batches[k * micro : (k + 1) * micro]
         weight = sum(b.total_weight for b in parts)
         for batch in parts:
-            loss(model, batch, weight).loss.backward()
+            with model.gradients(synchronised=True):
+                loss(model, batch, weight).loss.backward()
         norm = float(optimizer.gradient_norm())
         optimizer.step(1e-5, shrink=min(1.0, 1.0 / norm))
 
