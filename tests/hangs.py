@@ -1,4 +1,4 @@
-"""`python hangs.py WHAT STEP WORDS...`: the command line, with a run that hangs after a step.
+"""The command line, with a run that hangs after a step.
 
 WHAT: `sleep`, `held` (asleep without giving the interpreter back), `write` (to a reader that reads nothing), or `kernel` (a GPU
 that does not come back for minutes).
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from educe.cli.main import main
@@ -27,8 +25,9 @@ def holds_the_interpreter() -> None:
 
 
 def writes_to_nobody() -> None:
-    while True:
-        os.write(1, b"." * 100_000)
+    unread, end = os.pipe()
+    while unread:
+        os.write(end, b"." * 100_000)
 
 
 def waits_for_a_kernel() -> None:
@@ -46,23 +45,18 @@ HANGS = {
 }
 
 
-def hang_after(step: int, hang: Any) -> None:
-    """The hook of a run hangs after the step."""
+def hang_after(step: int, hang: Any, rank: str) -> None:
+    """The hook of a run hangs after the step, in one of its ranks."""
     real = watch.Watch.on_step
 
     def on_step(self: watch.Watch, state: State, report: StepReport) -> None:
         real(self, state, report)
-        if report.step == step:
+        if report.step == step and os.environ.get("RANK", "0") == rank:
             hang()
 
     watch.Watch.on_step = on_step  # type: ignore[method-assign]
 
 
-def run(what: str, step: str, *words: str) -> None:
-    hang_after(int(step), HANGS[what])
-    arguments: Sequence[str] = words
-    main(list(arguments))
-
-
-if __name__ == "__main__":
-    run(*sys.argv[1:])
+def run(what: str, step: int, rank: int, words: list[str]) -> None:
+    hang_after(step, HANGS[what], str(rank))
+    main(words)

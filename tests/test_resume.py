@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from educe.training.optim import Adam, AdamSettings  # noqa: E402
 from educe.training.saver import Kept, Saver  # noqa: E402
 from educe.training.state import State  # noqa: E402
 
+import forked  # noqa: E402
 from small_runs import Dying, dev, final, made, recipe, same, small_place, story  # noqa: E402
 from test_engine import _one_thread, cpu  # noqa: E402, F401
 
@@ -241,11 +240,7 @@ def test_killed_after_its_last_checkpoint_a_run_is_finished_by_the_same_command(
         assert same(final(run.path), final(straight.path))
 
 
-def command(place: Path, name: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "educe", "train", f"{name}.yaml", *more]
-
-
-def when_at_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def when_at_step(run: Path, step: int, process: forked.Forked) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
         lines = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
@@ -262,7 +257,7 @@ def test_a_signal_saves_and_ends_with_its_code(place: Path, number: signal.Signa
         educe.train(recipe(place, "whole", epochs=5))
     name = f"asked-{number.name}"
     recipe(place, name, epochs=5)
-    process = subprocess.Popen(command(place, name), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = forked.educe("train", f"{name}.yaml")
     when_at_step(place / "runs" / name, 2, process)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
@@ -378,7 +373,7 @@ def test_a_place_that_killed_processes_left_is_swept(place: Path, begun: Path) -
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGUSR1")
 def test_asked_before_a_step_was_made_it_ends_well(place: Path) -> None:
     recipe(place, "early", epochs=5)
-    process = subprocess.Popen(command(place, "early"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = forked.educe("train", "early.yaml")
     until = time.monotonic() + 30
     while not (place / "runs" / "early").exists() and time.monotonic() < until:
         time.sleep(0.005)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,8 @@ from educe.errors import UsageError  # noqa: E402
 from educe.parallel.launch import HUNG  # noqa: E402
 from educe.training.watchdog import Watchdog, lasted, watched  # noqa: E402
 
+import forked  # noqa: E402
+
 RECIPE = """
 name: NAME
 model: tiny
@@ -32,13 +32,6 @@ train: {epochs: EPOCHS, batch_tokens: 640, micro_batch_tokens: 160, learning_rat
 evaluation: {max_new_tokens: 4, few_shot: 0, metric: {kind: exact}}
 """
 LIMIT_S = 3.0
-# Python reads it when it starts: the second of two ranks hangs.
-ONE_OF_TWO = """
-import os
-if os.environ.get("RANK") == "1":
-    from hangs import HANGS, hang_after
-    hang_after(3, HANGS["sleep"])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +55,17 @@ def recipe(place: Path, name: str, epochs: int = 4) -> str:
     return f"{name}.yaml"
 
 
-def begun(what: str, place: Path) -> subprocess.Popen[str]:
+def begun(what: str, place: Path) -> forked.Forked:
     words = ["train", recipe(place, what), "--hang-after", f"{LIMIT_S:g}s"]
-    command = [sys.executable, str(Path(__file__).with_name("hangs.py")), what, "3", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.begin("hangs:run", [what, 3, 0, words])
 
 
 @pytest.fixture(scope="module")
-def hung(place: Path) -> dict[str, subprocess.Popen[str]]:
-    """Processes that hang, side by side: most of their time is importing."""
+def hung(place: Path) -> dict[str, forked.Forked]:
+    """Processes that hang, side by side: most of their time is waiting."""
     processes = {what: begun(what, place) for what in ("sleep", "held")}
-    (place / "sitecustomize.py").write_text(ONE_OF_TWO)
-    paths = f"{place}:{Path(__file__).parent}:{os.environ['PYTHONPATH']}"
     words = ["train", recipe(place, "one"), "--devices", "2", "--hang-after", f"{LIMIT_S:g}s"]
-    processes["one"] = subprocess.Popen(
-        [sys.executable, "-m", "educe", *words],
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    processes["one"] = forked.begin("hangs:run", ["sleep", 3, 1, words], forks=True)
     return processes
 
 
@@ -104,16 +88,13 @@ def last_write(file: Path, step: int) -> float:
     ],
 )
 def test_a_hung_step_ends_with_stacks_and_a_word(
-    what: str, function: str, code: int, place: Path, hung: dict[str, subprocess.Popen[str]]
+    what: str, function: str, code: int, place: Path, hung: dict[str, forked.Forked]
 ) -> None:
     process, run = hung[what] if what in hung else begun(what, place), place / "runs" / what
     last = last_write(run / "metrics.jsonl", 3)
     assert process.wait(2 * LIMIT_S + 10) == code
     stacks = run / "stacks" / "rank-0.txt"
-    assert process.stdout is not None
-    assert process.stderr is not None
-    said = process.stderr.read()
-    process.stdout.close()
+    said = process.communicate()[1]
     took = stacks.stat().st_mtime - last
     print(f"{what}: stacks {took:.1f} s after the last step, limit {LIMIT_S:g} s")
     assert LIMIT_S - 0.5 < took < 2 * LIMIT_S
@@ -124,7 +105,7 @@ def test_a_hung_step_ends_with_stacks_and_a_word(
 
 
 def test_the_rank_that_hangs_is_named_and_all_leave_their_stacks(
-    place: Path, hung: dict[str, subprocess.Popen[str]]
+    place: Path, hung: dict[str, forked.Forked]
 ) -> None:
     said = hung["one"].communicate(timeout=60)[1]
     assert hung["one"].returncode == HUNG, said
@@ -138,27 +119,25 @@ def test_the_rank_that_hangs_is_named_and_all_leave_their_stacks(
 @pytest.mark.crash
 def test_a_rank_that_is_stopped_is_named(place: Path) -> None:
     words = ["train", recipe(place, "stopped", epochs=100), "--devices", "2", "--hang-after", f"{LIMIT_S:g}s"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "educe", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = forked.educe(*words, forks=True)
     run = place / "runs" / "stopped"
     last_write(run / "metrics.jsonl", 3)
-    ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()}
-    ranks["1"].send_signal(signal.SIGSTOP)
+    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
+    ranks[1].send_signal(signal.SIGSTOP)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == HUNG, said
     assert "Rank 0 waits for another rank in step" in said
     assert "Rank 1 did not end by itself" in said
     assert "distributed_c10d" in (run / "stacks" / "rank-0.txt").read_text()
-    assert not any(rank.is_running() for rank in ranks.values())
+    assert not any(rank.is_running() for rank in ranks)
 
 
 def test_a_healthy_run_leaves_nothing(place: Path) -> None:
-    words = [sys.executable, "-m", "educe", "train", recipe(place, "healthy"), "--hang-after", "60s"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = forked.educe("train", recipe(place, "healthy"), "--hang-after", "60s")
+    out, err = process.communicate(120)
+    assert (process.returncode, err) == (0, "")
     assert not (place / "runs" / "healthy" / "stacks").exists()
-    assert "still working" not in done.stdout
+    assert "still working" not in out
 
 
 def test_silence_is_broken_at_doubling_intervals(tmp_path: Path) -> None:
