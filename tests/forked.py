@@ -27,7 +27,8 @@ EDUCE = "educe.cli.main:main"
 # What a run imports, on its way if not here.
 LOADED = (
     *("educe.cli.main", "educe.cli.screens", "educe.recipes.run", "educe.recipes.train", "educe.recipes.lr"),
-    *("safetensors.torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+    *("peft", "safetensors.torch", "torch.distributed.fsdp"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
 )
 
 
@@ -165,9 +166,9 @@ def _become(job: dict[str, Any]) -> None:
 
 def _reopen() -> None:
     """Streams of these files: the old ones have read ahead, and believe that they write to something else."""
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
 
 
 def _call(call: str, arguments: Sequence[Any]) -> None:
@@ -187,7 +188,7 @@ class _Rank:
         if self.pid == 0:
             self._run(command[3:], env, write, silent=stdout == subprocess.DEVNULL)
         os.close(write)
-        self.stderr = open(read, encoding="utf-8", errors=how["errors"])  # noqa: SIM115  # its reader closes it
+        self.stderr = os.fdopen(read, encoding="utf-8", errors=how["errors"])  # its reader closes it
 
     def _run(self, words: list[str], env: Mapping[str, str], stderr: int, *, silent: bool) -> None:
         """It never returns: what lies above on the stack is the launcher's."""

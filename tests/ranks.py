@@ -1,4 +1,4 @@
-"""What one rank does in the tests of many: `python ranks.py JOBS PLACE MODEL`, with the world in the environment as torchrun sets it.
+"""What one rank does in the tests of many, with the world in the environment as torchrun sets it.
 
 What the jobs find is in PLACE/SIZE.RANK.pt, for the tests to compare.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -238,12 +237,12 @@ def refused(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
 
 JOBS = {"refused": refused, "spoilt": spoilt, "steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
 
-if __name__ == "__main__":
-    jobs, place, model_dir = sys.argv[1].split(", "), Path(sys.argv[2]), Path(sys.argv[3])
+
+def main(jobs: str, place: str, model_dir: str) -> None:
     torch.set_num_threads(1)
     here = join("cpu")
     found: dict[str, Any] = {}
-    for job in jobs:
-        found |= JOBS[job](place, model_dir, here)
-    torch.save(found, place / f"{here.size}.{here.rank}.pt")
+    for job in jobs.split(", "):
+        found |= JOBS[job](Path(place), Path(model_dir), here)
+    torch.save(found, Path(place, f"{here.size}.{here.rank}.pt"))
     here.wait()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,33 +15,19 @@ from educe.pack.batch import build_step, rank_step  # noqa: E402
 from educe.parallel.world import ALONE  # noqa: E402
 from educe.training.streamed import write_safetensors  # noqa: E402
 
+import forked  # noqa: E402
 import ranks  # noqa: E402
 from test_engine import EXACT, apart, examples  # noqa: E402
 
-HERE = Path(__file__).parent
-
-
-def start(size: int, *words: str) -> list[subprocess.Popen[str]]:
-    """`python ranks.py WORDS` as `size` ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), *words],
-            env={**os.environ, **world, "PYTHONPATH": path, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(size)
-    ]
-
 
 def results(jobs: str, place: Path, model: Path, size: int) -> list[dict[str, Any]]:
-    """What each rank found."""
-    processes = start(size, jobs, str(place), str(model))
+    """What each of `size` ranks found."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    ids = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
+    words = [jobs, str(place), str(model)]
+    processes = [forked.begin("ranks:main", words, **world, **mine) for mine in ids]
     errors = [p.communicate(timeout=240)[1] for p in processes]
     assert [p.returncode for p in processes] == [0] * size, errors[0][-3000:]
     return [torch.load(place / f"{size}.{r}.pt") for r in range(size)]

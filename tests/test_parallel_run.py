@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,8 @@ from educe.errors import RunError, UsageError  # noqa: E402
 from educe.parallel.launch import launch  # noqa: E402
 from educe.recipes.plan import refuse_idle_ranks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+
+import forked  # noqa: E402
 
 RECIPE = """
 name: NAME
@@ -54,9 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         yield place
 
 
-def begun(recipe: str, devices: int = 2) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "educe", "train", recipe, "--devices", str(devices)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def begun(recipe: str, devices: int = 2) -> forked.Forked:
+    return forked.educe("train", recipe, "--devices", str(devices), forks=True)
 
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, found) if line["kind"] == kind]
 
 
-def after(process: subprocess.Popen[str], run: Path, step: int) -> subprocess.Popen[str]:
+def after(process: forked.Forked, run: Path, step: int) -> forked.Forked:
     """The process, once it has done the step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -76,10 +76,10 @@ def after(process: subprocess.Popen[str], run: Path, step: int) -> subprocess.Po
     pytest.fail(f"ended or hung before it was stopped: {process.communicate()}")
 
 
-def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
-    found = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == str(rank)]
-    assert len(found) == 1
-    return found[0]
+def rank_of(process: forked.Forked, rank: int) -> psutil.Process:
+    found = sorted(psutil.Process(process.pid).children(), key=lambda p: p.pid)  # in the order they were begun
+    assert len(found) == 2
+    return found[rank]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,19 @@ def test_a_run_of_two_devices_is_a_run(straight: Path) -> None:
     network = run.export(straight.parent / "out")  # reads its logits back and compares
     assert (network / "model.safetensors").is_file()
     assert educe.train("straight.yaml").path == straight  # done, whatever number of devices asks
+
+
+@pytest.mark.crash
+def test_processes_that_are_not_forked_end_in_the_same_bits(place: Path, straight: Path) -> None:
+    (place / "real.yaml").write_text(RECIPE.replace("NAME", "real"))
+    words = [sys.executable, "-m", "educe", "train", "real.yaml", "--devices", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        load_file(next((r / "checkpoints").iterdir()) / "weights.safetensors")
+        for r in (straight, place / "runs" / "real")
+    )
+    assert all(torch.equal(two[n], t) for n, t in one.items())
 
 
 def test_a_run_that_was_broken_off_ends_in_the_same_bits(place: Path, straight: Path) -> None:
@@ -189,8 +202,7 @@ def test_ranks_must_have_something_to_do(place: Path) -> None:
 
 
 def test_devices_and_torchrun_must_agree(place: Path) -> None:
-    words = [sys.executable, "-m", "educe", "train", "straight.yaml", "--devices", "2"]
-    world = {**os.environ, "WORLD_SIZE": "4", "RANK": "0"}
-    done = subprocess.run(words, env=world, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "E-CLI-101 --devices" in done.stderr
+    process = forked.educe("train", "straight.yaml", "--devices", "2", WORLD_SIZE="4", RANK="0")
+    said = process.communicate(60)[1]
+    assert process.returncode == 2
+    assert "E-CLI-101 --devices" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -104,9 +103,7 @@ def test_a_hung_step_ends_with_stacks_and_a_word(
     assert str(stacks.relative_to(place)) in said
 
 
-def test_the_rank_that_hangs_is_named_and_all_leave_their_stacks(
-    place: Path, hung: dict[str, forked.Forked]
-) -> None:
+def test_the_rank_that_hangs_is_named_and_all_leave_their_stacks(place: Path, hung: dict[str, forked.Forked]) -> None:
     said = hung["one"].communicate(timeout=60)[1]
     assert hung["one"].returncode == HUNG, said
     assert said.startswith("Rank 1 hung in step 4: no sign of life for 3 s.")
