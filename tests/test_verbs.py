@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,6 +31,8 @@ from educe.recipes.run import Run, Silent  # noqa: E402
 from educe.types import Message  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
+
+import forked  # noqa: E402
 
 STOP = [0, 2]
 Tensors = dict[str, torch.Tensor]
@@ -369,11 +370,10 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(job: Job, crash_at: list[int
     assert story(run) == story(job.run)
 
 
-def started(recipe: Path, steps: int) -> subprocess.Popen[str]:
-    """`python -m educe train RECIPE` as a process of its own, once it has written some steps."""
+def started(recipe: Path, steps: int) -> forked.Forked:
+    """`educe train RECIPE` as a process of its own, once it has written some steps."""
     metrics = recipe.parent / "runs" / recipe.stem / "metrics.jsonl"
-    words = [sys.executable, "-m", "educe", "train", str(recipe)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forked.educe("train", recipe)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         if metrics.is_file() and metrics.read_text().count('"kind": "step"') >= steps:
