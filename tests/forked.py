@@ -75,14 +75,21 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def educe(*words: str | Path, cwd: Path | None = None, forks: bool = False, **env: str) -> Forked:
-    """`educe WORDS` as a process of its own. `forks`: the ranks that it starts are forked too."""
-    return begin(EDUCE, [[str(w) for w in words]], cwd=cwd, forks=forks, **env)
+def educe(*words: str | Path, forks: bool = False, **more: str) -> Forked:
+    """`educe WORDS` as a process of its own, with more in its environment. `forks`: the ranks that it starts are forked too."""
+    return begin(EDUCE, [[str(w) for w in words]], env={**os.environ, **more}, forks=forks)
 
 
-def begin(call: str, arguments: Sequence[Any], *, cwd: Path | None = None, forks: bool = False, **env: str) -> Forked:
+def begin(
+    call: str,
+    arguments: Sequence[Any],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    forks: bool = False,
+) -> Forked:
     """A process that calls "module:function", of educe or beside this file, with arguments that are JSON."""
-    return Forked(call, arguments, cwd or Path.cwd(), {**os.environ, **env}, forks)
+    return Forked(call, arguments, cwd or Path.cwd(), os.environ if env is None else env, forks)
 
 
 class _Server:

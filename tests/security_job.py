@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,16 @@ def command(*words: str | Path) -> tuple[int, str]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
         main([str(w) for w in words])
     return int(ended.value.code or 0), said.getvalue()
+
+
+END = "\n--- said ---\n"
+
+
+def verbs(commands: list[list[str]]) -> None:
+    """`educe WORDS` of each, one after another in a process of their own: says what they say, and their exit codes last."""
+    codes = []
+    for words in commands:
+        code, said = command(*words)
+        print(said, end=END)
+        codes.append(code)
+    print(json.dumps(codes))

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from matrix import differences, doubtful, fill, golden_cells, part_of
+from matrix import differences, doubtful, fill, golden_cells, part_of, templates
 
 PART = "b"
 
 
-def test_every_template(shared: Path, tmp_path: Path) -> None:
-    """Every shape before every template of this half with one of the tokenizers that fit it."""
+def test_every_third_template(shared: Path, tmp_path: Path) -> None:
+    """Every shape before every third template of this half with one of the tokenizers that fit it; the golden file has all."""
+    mine = {name for name in templates() if part_of(name) == PART}
+    assert mine == {name for name, _ in golden_cells() if part_of(name) == PART}
     cells = fill(PART, tmp_path, every=False)
-    assert {name for name, _ in cells} == {name for name, _ in golden_cells() if part_of(name) == PART}
+    assert len(cells) >= len(mine) // 3 > 10
     assert not (found := differences(cells)), f"\n{found}"
     assert not (wrong := doubtful(cells)), "\n".join(wrong)
 

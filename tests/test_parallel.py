@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ def results(jobs: str, place: Path, model: Path, size: int) -> list[dict[str, An
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
     ids = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
     words = [jobs, str(place), str(model)]
-    processes = [forked.begin("ranks:main", words, **world, **mine) for mine in ids]
+    processes = [forked.begin("ranks:main", words, env={**os.environ, **world, **mine}) for mine in ids]
     errors = [p.communicate(timeout=240)[1] for p in processes]
     assert [p.returncode for p in processes] == [0] * size, errors[0][-3000:]
     return [torch.load(place / f"{size}.{r}.pt") for r in range(size)]

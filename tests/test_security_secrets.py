@@ -20,7 +20,8 @@ from educe.secrets import find_secret, public_environment, redacted, redacted_va
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from security_job import write_job
+import forked
+from security_job import END, write_job
 
 # The core of each key: none of it may be found anywhere. Written in pieces, so that no scanner takes this file for a leak.
 CORE = "Zq3" + "x7Kp" * 8
@@ -185,30 +186,6 @@ def environment(place: Path, **more: str) -> dict[str, str]:
     return {**kept, **planted, "HF_HOME": str(place / "hub"), "PYTHONIOENCODING": "utf-8", **more}
 
 
-VERBS = """
-import contextlib, io, json, sys
-from educe.cli.main import main
-told = []
-for words in json.loads(sys.argv[1]):
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            main(words)
-        except SystemExit as e:
-            told.append([e.code, said.getvalue()])
-print(json.dumps(told))
-"""
-
-
-def educe(place: Path, *words: tuple[str, ...], **more: str) -> list[tuple[int, str]]:
-    """Verbs one after another in a process of its own: exit code of each, and what it said."""
-    command = [sys.executable, "-c", VERBS, json.dumps(words)]
-    given = environment(place, **more)
-    done = subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, leaks(done.stderr)) == (0, []), done.stderr
-    return [(code, text) for code, text in json.loads(done.stdout.splitlines()[-1])]
-
-
 def kept_bytes(place: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
@@ -219,10 +196,19 @@ def test_no_byte_of_a_key_is_shown_or_kept(tiny_model: Path, tmp_path: Path) -> 
     recipe = write_job(tmp_path / "job", tiny_model)
     run = tmp_path / "job" / "runs" / "t"
     out = tmp_path / "job" / "out"
-    verbs = (("check", recipe), ("train", recipe), ("eval", run), ("report", run), ("export", run, out))
-    told = educe(tmp_path, *(tuple(map(str, words)) for words in verbs), HF_HUB_OFFLINE="1")
-    assert [code for code, _ in told] == [0] * 5, told
-    said = "".join(text for _, text in told)
+    key = tmp_path / "key.yaml"
+    key.write_text(recipe.read_text() + f"# {KEYS['Google']}\n")
+    verbs = (("check", recipe), ("train", recipe), ("eval", run), ("report", run), ("export", run, out), ("train", key))
+    process = forked.begin(
+        "security_job:verbs",
+        [[list(map(str, words)) for words in verbs]],
+        cwd=tmp_path,
+        env=environment(tmp_path, HF_HUB_OFFLINE="1"),
+    )
+    out, err = process.communicate(300)
+    assert (process.returncode, json.loads(out.splitlines()[-1])) == (0, [0] * 5 + [2]), out + err
+    said = out + err
+    key.unlink()
     files = kept_bytes(tmp_path)
     assert any(name.endswith("provenance.json") for name in files)
     for name, data in {**files, "said": said.encode()}.items():
@@ -240,17 +226,22 @@ def test_no_byte_of_a_key_is_in_a_message(tiny_model: Path, tmp_path: Path, hub:
     tried = (
         (("check", "job/hub.yaml"), "E-MODEL-001"),
         (("check", "job/data.yaml"), "E-DATA-010"),
-        (("train", "job/url.yaml"), "E-RECIPE-105"),
-        (("train", "job/key.yaml"), "E-RECIPE-105"),
+        (("check", "job/url.yaml"), "E-RECIPE-105"),
+        (("check", "job/key.yaml"), "E-RECIPE-105"),
         (("check", "job/recipe.yaml", f"--token={KEYS['GitHub']}"), "No such option"),
         (("check", f"job/{KEYS['GitHub']}.yaml"), "E-RECIPE-001"),
         (("init", "--data", "job/rows.jsonl", "--model", KEYS["basic auth"]), "E-MODEL-001"),
         (("init", "--data", f"hf://datasets/a/{KEYS['Hub']}", "--model", str(tiny_model)), "E-DATA-010"),
     )
-    said = educe(tmp_path, *(words for words, _ in tried), HF_ENDPOINT=hub)
-    for (words, code), (exit_code, message) in zip(tried, said, strict=True):
-        assert (exit_code, code in message) == (2, True), (words, message)
-        assert not leaks(message), message
+    script = "import sys, json; sys.path.insert(0, sys.argv[1]); from security_job import verbs; verbs(json.loads(sys.argv[2]))"
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), json.dumps([words for words, _ in tried])]
+    given = environment(tmp_path, HF_ENDPOINT=hub)  # the Hub's address is read when its client is imported
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, leaks(done.stdout + done.stderr)) == (0, []), done.stderr
+    *told, codes = done.stdout.split(END)
+    assert json.loads(codes) == [2] * len(tried), done.stdout
+    for (words, code), message in zip(tried, told, strict=True):
+        assert code in message, (words, message)
     assert not (tmp_path / "job" / "runs").exists()
     defect = "from educe.cli.telling import hide_in_tracebacks\nhide_in_tracebacks()\nimport os\n"
     defect += "raise RuntimeError('asked with ' + os.environ['HF_TOKEN'])"
