@@ -99,7 +99,7 @@ class _Server:
         self._home = tempfile.TemporaryDirectory(prefix="forked-")
         self.place = Path(self._home.name)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (HERE.parent, HERE, HERE / "crash")))
         command = [sys.executable, str(HERE / "forked.py")]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

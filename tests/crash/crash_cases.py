@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import educe
 from educe.files.jsonl import read_jsonl
+
+import forked
 
 CLOCK = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
 TRAIN = ["train", "run.yaml"]
@@ -28,38 +24,13 @@ VARIANTS = {
 }
 
 
-class Server:
-    """The process that forks a child for each case."""
-
-    def __init__(self) -> None:
-        root = str(Path(educe.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        server = Path(__file__).with_name("crash_server.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(server)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, place: Path, **job: Any) -> tuple[int, str]:
-        """`educe train` in the place, as the job says: (exit code, what was said)."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"place": str(place), "words": TRAIN, **job}) + "\n")
-        self._process.stdin.flush()
-        reply = json.loads(self._process.stdout.readline())
-        return int(reply["code"]), str(reply["said"])
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-
-
-@functools.cache
-def server() -> Server:
-    """The one of this process; it takes seconds to start."""
-    started = Server()
-    atexit.register(started.close)
-    return started
+def train_in(place: Path, **job: Any) -> tuple[int, str]:
+    """`educe train` in the place, as the job says, in a process that is forked for it: (exit code, what was said)."""
+    process = forked.begin("crash_server:reply", [{"place": str(place), "words": TRAIN, **job}])
+    out, err = process.communicate(300)
+    assert process.returncode == 0, err
+    reply = json.loads(out)
+    return int(reply["code"]), str(reply["said"])
 
 
 def make_place(place: Path, model: Path, variant: str, *, ranks: int = 1) -> Path:
@@ -158,7 +129,7 @@ class Base:
 def make_base(home: Path, model: Path, variant: str) -> Base:
     bare = make_place(home / "bare", model, variant)
     straight = copied(bare, home / "straight")
-    code, said = server().run(straight, trace=True)
+    code, said = train_in(straight, trace=True)
     assert code == 0, said
     trace = [json.loads(line) for line in Path(f"{straight}.trace").read_text(encoding="utf-8").splitlines()]
     end = end_of(straight)
@@ -166,7 +137,7 @@ def make_base(home: Path, model: Path, variant: str) -> Base:
     prepared = copied(bare, home / "prepared")
     shutil.copytree(straight / "runs" / "prepared", prepared / "runs" / "prepared")
     short = copied(prepared, home / "short")
-    code, said = server().run(short, trace=True)
+    code, said = train_in(short, trace=True)
     assert code == 0, said
     again = end_of(short)
     assert isinstance(again, End), again
@@ -195,18 +166,18 @@ def broken_off(base: Base, place: Path, jobs: list[dict[str, Any]], **always: An
     """What is wrong after the jobs, each of which may end the run early, and then the same command undisturbed. A good place is
     removed."""
     for job in jobs:
-        code, said = server().run(place, **job, **always)
+        code, said = train_in(place, **job, **always)
         if code not in (0, 137):
             return [f"{job} ended with {code}: {said[-600:]}"]
-    wrong = finish(server(), place, base.end, **always)
+    wrong = finish(place, base.end, **always)
     if not wrong:
         clear(place)
     return wrong
 
 
-def finish(server: Server, place: Path, straight: End, **job: Any) -> list[str]:
+def finish(place: Path, straight: End, **job: Any) -> list[str]:
     """Run the same command again, undisturbed; what is wrong then with how it ends."""
-    code, said = server.run(place, **job)
+    code, said = train_in(place, **job)
     if code:
         return [f"the same command again ended with {code}: {said[-600:]}"]
     end = end_of(place)

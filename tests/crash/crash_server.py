@@ -1,4 +1,4 @@
-"""A process that has torch and educe loaded and forks a child for each case: `python crash_server.py`, a job as JSON a line.
+"""A forked process (tests/forked.py) that forks a child for a case.
 
 A job is {"place", "words", ...}: the child does `educe WORDS` in the directory PLACE, counts what it does to the files below it
 (the events), and dies, fails or is only watched as the job says:
@@ -20,7 +20,6 @@ import builtins
 import contextlib
 import errno
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -45,11 +44,6 @@ CHANGES = {
     "os.link": ((1, 3),),
     "os.symlink": ((1, 2),),
 }
-# What a run imports, on its way if not here.
-LOADED = (
-    *("educe.cli.main", "educe.cli.screens", "educe.recipes.run", "educe.recipes.train", "safetensors.torch"),
-    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
-)
 # What cannot fail because a disk is full.
 MAKES_ROOM = {"os.remove", "os.rmdir"}
 
@@ -262,21 +256,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {"code": code, "said": said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""}
 
 
-def serve() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    for name in LOADED:
-        importlib.import_module(name)
-    from educe.recipes.machine import chosen_device
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions, a third of a small run
-    chosen_device("cpu", "float32")  # times a product: once is enough
-
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+def reply(job: dict[str, Any]) -> None:
+    print(json.dumps(run(job)), flush=True)
+    os._exit(0)

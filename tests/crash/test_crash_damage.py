@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from crash_cases import Base, End, clear, copied, end_of, make_base, server, tell  # noqa: E402
+from crash_cases import Base, End, clear, copied, end_of, make_base, tell, train_in  # noqa: E402
 
 Damage = Callable[[Path], None]
 
@@ -71,7 +71,7 @@ def stop(last: Base) -> Path:
     """A run that was killed when it had written its fourth checkpoint and still had the third."""
     at = next(n for n, e in enumerate(last.trace, 1) if e[0] == "os.rename" and e[2].endswith("/step-000004"))
     place = last.case("stopped")
-    code, _ = server().run(place, kill_at=at + 2)  # with its place flushed, before an old one goes
+    code, _ = train_in(place, kill_at=at + 2)  # with its place flushed, before an old one goes
     assert code == 137
     shutil.rmtree(checkpoints(place)[0])
     assert [p.name for p in checkpoints(place)] == ["step-000003", "step-000004"]
@@ -86,7 +86,7 @@ def after(base: Base, begun: Path, name: str, file: Path, damage: Damage) -> tup
     """The same command after the damage: (place, code, what it said, the file there)."""
     place = copied(begun, base.home / name)
     damage(place / file)
-    code, said = server().run(place)
+    code, said = train_in(place)
     return place, code, said, place / file
 
 
@@ -127,7 +127,7 @@ def test_all_checkpoints_damaged(last: Base, stopped: Path) -> None:
         place = copied(stopped, last.home / f"all-{name}")
         for checkpoint in checkpoints(place):
             damage(checkpoint / "weights.safetensors")
-        code, said = server().run(place)
+        code, said = train_in(place)
         end = end_of(place) if code == 0 else f"ended with {code}: {said[-600:]}"
         problems = [end] if isinstance(end, str) else end.differs(last.end)
         problems += [] if said.count("is damaged") == 2 else ["not said"]
@@ -158,7 +158,7 @@ def of_other(
         if code == 2 and told(said):
             target = next((p for p in (there, *there.parents) if p.parent.name == "prepared"), there)
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)  # as such messages say
-            code, said = server().run(place)
+            code, said = train_in(place)
         if code:
             problems.append(f"ended with {code}: {said[-300:]}")
         end = end_of(place) if code == 0 else None

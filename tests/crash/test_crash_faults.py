@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from crash_cases import Base, clear, finish, make_base, server, tell  # noqa: E402
+from crash_cases import Base, clear, finish, make_base, tell, train_in  # noqa: E402
 from educe.files.atomic import verify  # noqa: E402
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS, "EDQUOT": errno.EDQUOT}
@@ -23,7 +23,7 @@ def last(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Base:
 
 def failed(base: Base, place: Path, **job: object) -> list[str]:
     """What is wrong with how a run takes what the job does to it, and with what the same command makes of it afterwards."""
-    code, said = server().run(place, **job)
+    code, said = train_in(place, **job)
     problems: list[str] = []
     if code not in (0, 2):
         problems.append(f"ended with {code}: {said[-700:]}")
@@ -34,7 +34,7 @@ def failed(base: Base, place: Path, **job: object) -> list[str]:
     kept = [verify(p) for p in (place / "runs" / "run" / "checkpoints").glob("step-*")]
     if kept and all(isinstance(m, str) for m in kept):
         problems.append(f"no checkpoint is whole: {kept}")
-    problems += finish(server(), place, base.end)
+    problems += finish(place, base.end)
     if not problems:
         clear(place)
     return problems

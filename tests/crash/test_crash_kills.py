@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from crash_cases import Base, End, broken_off, copied, end_of, make_base, server, tell  # noqa: E402
+from crash_cases import Base, End, broken_off, copied, end_of, make_base, tell, train_in  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_one_of_two_ranks_killed_or_both(
     """Over gloo; a rank that lost the other one is ended by who started it, as `--devices` and torchrun do."""
     home = tmp_path_factory.mktemp("ranks")
     straight = copied(last.prepared, home / "straight")
-    code, said = server().run(straight, ranks=2)
+    code, said = train_in(straight, ranks=2)
     assert code == 0, said
     end = end_of(straight)
     assert isinstance(end, End), end
