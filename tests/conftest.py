@@ -15,8 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Files that take longest, first: what is begun last should be short, since one worker waits for it alone.
+LONGEST = ("test_chat_matrix_a", "test_chat_matrix_b", "test_crash_some", "test_families", "test_parallel", "test_keeping")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`slow`, `crash` and `zoo` tests run only when asked for with -m."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     asked = config.getoption("-m") or ""
     for mark, command in (("slow", "bench"), ("crash", "crash"), ("zoo", "zoo")):
         for item in items if mark not in asked else ():

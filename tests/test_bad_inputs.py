@@ -13,6 +13,7 @@ import pytest
 from educe.cli.main import main
 from educe.data.sources import read_rows
 from educe.errors import DataError
+from educe.recipes import hands
 
 from bad_inputs.files import FILES, HANDLED, MADE, TABLE
 from bad_inputs.rows import BAD_ROWS, WARNED, write_mixed
@@ -163,11 +164,14 @@ def test_rows_of_another_format_than_the_files_are_refused(check: Checker) -> No
     assert "+ 0 not used" in outcome.told
 
 
+@pytest.mark.parametrize("rows", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_every_bad_row_among_many_is_reported(
-    check: Checker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    check: Checker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """All of them in one file of 100,000 rows, read by several processes: each has its code and place."""
-    placed = write_mixed(tmp_path / "rows.jsonl", 100_000)
+    """All of them in one file, read by several processes: each has its code and place."""
+    monkeypatch.setattr(hands, "WORTH_BYTES", 40 * rows)
+    placed = write_mixed(tmp_path / "rows.jsonl", rows)
+    assert (tmp_path / "rows.jsonl").stat().st_size > 2 * hands.WORTH_BYTES
     recipe = "data: {train: {files: rows.jsonl, format: mixed}, max_tokens: 256, near_copies: keep}\n"
     outcome = check(None, recipe)
     assert outcome.exit_code == 0, outcome.told
@@ -180,7 +184,7 @@ def test_every_bad_row_among_many_is_reported(
         main(["data", str(tmp_path / "rows.jsonl"), "--json"])
     assert ended.value.code == 2
     found = json.loads(capsys.readouterr().out)
-    assert found["rows"] == 100_000
+    assert found["rows"] == rows
     unseen = ("E-DATA-201", "E-CHAT-310")  # what needs a model to be told
     assert found["refused"] == len([code for _, code in placed if code not in unseen])
 
