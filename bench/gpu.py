@@ -1,6 +1,6 @@
 """educe beside TRL on one GPU, with random weights of real shapes: tokens a second, utilisation, peak memory.
 
-    python bench/gpu.py [--sizes 0.6b,1.7b,4b,8b] [--tokens 2048,8192] [--tunings full,lora] [--sides educe,trl] [--steps 6]
+    python bench/gpu.py [--sizes 0.6b,1.7b,4b,8b] [--tokens 2048,8192] [--tunings full,lora,qlora] [--sides educe,trl] [--steps 6]
 
 Shapes are those of Qwen3. Rows are random ids with lengths like those of chat data, 60 % of their tokens trained; both sides get
 the same rows. Tokens are those of rows, never padding. Utilisation is what the mathematics needs (6 FLOPs a weight and token, 4 with
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,23 +133,30 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
     from educe.model import attention
     from educe.model.adapters import with_adapters
     from educe.model.device import Device
-    from educe.model.load import CausalLM
+    from educe.model.load import CausalLM, load_model
     from educe.pack.batch import build_batch
     from educe.training.optim import Adam, AdamSettings
     from educe.training.sft import SftLoss
     from educe.types import Example
 
     attention.register()
+    where = Device(kind=device, dtype="bfloat16", name="", flops=0.0, why="")
     network = network_of(size, device)
     network.set_attn_implementation(attention.NAME)
     micro = max(1, STEP_TOKENS // tokens)
     vocabulary = network.config.vocab_size
     packs = packs_of(tokens, (WARM_STEPS + steps) * micro, vocabulary)
+    model = CausalLM(network, where, adapted=False)
     if tuning == "lora":
-        network = with_adapters(network, Lora(kind="lora", rank=32, alpha=32.0), [])
-    where = Device(kind=device, dtype="bfloat16", name="", flops=0.0, why="")
-    model = CausalLM(network, where, adapted=tuning == "lora")
-    network.train()
+        model = CausalLM(with_adapters(network, Lora(kind="lora", rank=32, alpha=32.0), []), where, adapted=True)
+    elif tuning == "qlora":  # codes are made as files are read
+        with tempfile.TemporaryDirectory() as place:
+            network.save_pretrained(place)
+            del model, network
+            torch.cuda.empty_cache()
+            low = Lora(kind="lora", rank=32, alpha=32.0, base_bits=4)
+            model = load_model(Path(place), where, low)
+    model.network.train()
     if options.get("compile", True):
         model.compile(tokens)
     model.offloads = options.get("activations") == "offload"

@@ -16,7 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Files that take longest, first: what is begun last should be short, since one worker waits for it alone.
-LONGEST = ("test_chat_matrix_a", "test_chat_matrix_b", "test_crash_some", "test_families", "test_parallel", "test_keeping")
+LONGEST = (
+    "test_chat_matrix_a",
+    "test_chat_matrix_b",
+    "test_crash_some",
+    "test_families",
+    "test_parallel",
+    "test_keeping",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

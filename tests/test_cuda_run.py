@@ -111,12 +111,13 @@ def assert_same(a: Path, b: Path) -> None:
     assert story(a) == story(b)
 
 
-@pytest.mark.parametrize("how", ["written", "compiled", "lora", "bf16", "oss"])
+@pytest.mark.parametrize("how", ["written", "compiled", "lora", "qlora", "bf16", "oss"])
 def test_a_killed_run_ends_in_the_same_bits(place: Path, how: str) -> None:
     given: dict[str, Any] = {
         "written": {"compile": "off"},
         "compiled": {"compile": "on"},
         "lora": {"tuning": "{kind: lora}"},
+        "qlora": {"tuning": "{kind: lora, base_bits: 4}"},
         "bf16": {"optimizer": "adamw_8bit_bf16"},
         "oss": {"model": "oss"},
     }[how]
@@ -156,6 +157,21 @@ def test_a_run_learns_passes_its_checks_and_is_exported(place: Path, model: str)
     code, said = command("export", f"runs/whole-{model}", f"out-{model}")
     assert code == 0, said
     assert "logits are the same to the bit" in said
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "qlora"])
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_adapters_learn_and_are_exported(place: Path, variant: str, compiled: str) -> None:
+    if variant == "qlora":
+        pytest.importorskip("bitsandbytes")
+    tuning = {"lora": "{kind: lora}", "dora": "{kind: lora, variant: dora}", "qlora": "{kind: lora, base_bits: 4}"}
+    name = f"{variant}-{compiled}"
+    said = trained(name, tuning=tuning[variant], compile=compiled, deterministic="false", learning_rate=1e-2)
+    losses = [x["loss"] for x in read_jsonl(place / f"runs/{name}/metrics.jsonl") if x["kind"] == "step"]
+    assert losses[-1] < losses[0] - 0.5, said
+    code, said = command("export", f"runs/{name}", f"out-{name}")
+    assert code == 0, said
+    assert ("KL" in said) == (variant == "qlora"), said
 
 
 def test_a_kernel_that_hangs_is_found(place: Path) -> None:
