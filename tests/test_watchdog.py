@@ -137,6 +137,37 @@ def test_a_healthy_run_leaves_nothing(place: Path) -> None:
     assert "still working" not in out
 
 
+@pytest.mark.slow
+def test_long_phases_are_left_alone_and_hung_ones_end(tiny_model: Path, tmp_path: Path) -> None:
+    """Three times as long as the limit, a sign of life at each piece; then the same phase hangs. All phases side by side."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(educe.__file__).parents[1]),
+        "EDUCE_CACHE": str(tmp_path / "cache"),
+    }
+    started = {}
+    for what in ("answers", "save", "wait", "prepare"):
+        (tmp_path / what).mkdir()
+        words = [
+            sys.executable,
+            str(Path(__file__).with_name("long_phases.py")),
+            what,
+            str(tiny_model),
+            str(tmp_path / what),
+        ]
+        started[what] = subprocess.Popen(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    for what, process in started.items():
+        out, err = process.communicate(timeout=120)
+        # 1: the last resort, where the machine is busy
+        assert process.returncode in (HUNG, 1), f"{what}: {out} {err[-2000:]}"
+        assert "took " in out, f"{what} was ended while it worked: {err}"
+        assert float(out.split("took ")[1].split()[0]) > 8, out
+        assert f"Training hung in {what}: no sign of life for 3 s" in err
+        assert "a_piece" in (tmp_path / what / "stacks" / "rank-0.txt").read_text()
+
+
 def test_silence_is_broken_at_doubling_intervals(tmp_path: Path) -> None:
     said: list[tuple[float, str]] = []
     begun = time.monotonic()

@@ -10,7 +10,7 @@ import platform
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,8 @@ def begin(path: Path, *, private: bool = True) -> Path:
         return part
 
 
-def finish(part: Path, path: Path, about: dict[str, Any]) -> None:
-    """Give what lies in `part` its manifest and its name.
+def finish(part: Path, path: Path, about: dict[str, Any], alive: Callable[[], None] = lambda: None) -> None:
+    """Give what lies in `part` its manifest and its name; `alive` is called at each piece of that.
 
     The manifest holds `about`, each file's size and SHA-256, and a hash of itself; every file and both directories are flushed
     before and after the rename. An older `path` is moved aside, and deleted only when the new one is in place.
@@ -170,12 +170,15 @@ def finish(part: Path, path: Path, about: dict[str, Any]) -> None:
         raise ValueError("the manifest has files of its own")
     with told(path):
         files = sorted(p for p in part.rglob("*") if p.is_file())
-        listed = {p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p)} for p in files}
+        listed = {
+            p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": hash_file(p, alive)} for p in files
+        }
         manifest = part / MANIFEST
         held = {**about, "files": listed}
         manifest.write_text(json.dumps({**held, _SELF: hash_json(held)}, indent=2) + "\n", encoding="utf-8")
         for p in [*files, manifest, *[d for d in part.rglob("*") if d.is_dir()], part]:
             sync(p)
+            alive()
         old = _beside(path, "old")
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)

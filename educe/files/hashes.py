@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ def hash_json(value: Any) -> str:
     return hash_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
 
 
-def hash_file(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def hash_file(path: Path, alive: Callable[[], None] = lambda: None) -> str:
+    """SHA-256; `alive` is called at every MB."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as f:
+        while size := f.readinto(block):
+            digest.update(block[:size])
+            alive()
+    return digest.hexdigest()
 
 
 def hash_file_once(path: Path) -> str:

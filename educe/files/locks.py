@@ -30,8 +30,9 @@ def take(fd: int) -> bool:
 
 
 @contextmanager
-def one_at_a_time(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of a file that may not exist yet; while another process has it, wait, `waits` called once before."""
+def one_at_a_time(path: Path, waits: Callable[[], None], alive: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock of a file that may not exist yet; while another process has it, wait: `waits` is called once before, `alive` all
+    the time."""
     with told(path):
         make_private(path.parent)
         handle = path.open("a+b")
@@ -41,5 +42,6 @@ def one_at_a_time(path: Path, waits: Callable[[], None]) -> Iterator[None]:
             if not told_so:
                 waits()
                 told_so = True
+            alive()
             time.sleep(_EVERY_S)
         yield

@@ -26,6 +26,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 Say = Callable[[str], None]
+Alive = Callable[[], None]
+"""A sign of life, given at each piece of something long."""
 
 
 def find_model(model: str, say: Say) -> Path:

@@ -76,18 +76,23 @@ class World:
 ALONE = World()
 
 
+def place_in_world() -> tuple[int, int]:
+    """Rank and number of ranks, as the environment names them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(device: str) -> World:
     """The world that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun sets them), with
     this process's GPU chosen where `device` ("auto", "cuda", "cpu") means one; `ALONE` where it names none.
 
     Raises `MachineError` for a rank that has no GPU of its own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = place_in_world()
     if size == 1:
         return ALONE
     if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
         raise MachineError(5, "device", "mps is one device.", "Train without --devices, or set device: cpu.")
-    rank, on_gpu = int(os.environ["RANK"]), device != "cpu" and torch.cuda.is_available()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= here:

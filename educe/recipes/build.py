@@ -28,7 +28,7 @@ from educe.data.sources import sample_rows, spans_of
 from educe.data.split import HELD_OUT, HeldOut, Shares, nearness
 from educe.errors import DataError, Refusal
 from educe.files.atomic import directory
-from educe.model.source import Say
+from educe.model.source import Alive, Say
 from educe.recipes.hands import MOST_BYTES, done_by, num_hands
 from educe.recipes.part import (
     MAX_LIMIT_REFUSALS,
@@ -78,6 +78,7 @@ def build(
     path: Path,
     about: dict[str, Any],
     say: Say,
+    alive: Alive = lambda: None,
 ) -> None:
     """Prepare into `path`; `names` are the tasks. Raises `DataError` when no row is left, `ChatError` for a template that
     cannot be used.
@@ -96,11 +97,13 @@ def build(
             say(found.why)
     with directory(path, about={"stage": "prepare", **about}) as place:
         job = _job(recipe, settled, place / "parts", names, alone=hands == 1)
-        done = _done(parts, job, settled, engine, hands, say)
+        done = _done(parts, job, settled, engine, hands, say, alive)
         if not any(d.keys["train"] for d in done):
             raise _nothing_left(inputs, done)
         _join(place, done, job)
+        alive()
         copies = _copies(place, recipe.data)
+        alive()
         if len(open_store(place / "train")) == np.load(place / "left_out.npy").size:
             why = "has no row left to train on: each nearly repeats a held-out row."
             fix = "Name other files for data.dev and data.test, or set data.near_copies: keep."
@@ -155,12 +158,15 @@ def _job(recipe: Recipe, tokenizer: ChatTokenizer, place: Path, names: Sequence[
 
 
 def _done(
-    parts: Sequence[Part], job: Job, tokenizer: ChatTokenizer, engine: Engine, hands: int, say: Say
+    parts: Sequence[Part], job: Job, tokenizer: ChatTokenizer, engine: Engine, hands: int, say: Say, alive: Alive
 ) -> list[Done]:
     """Every part done. Where one is caught giving another result than the template or `tokenizers` would, all are done again
     without remembered layouts and without the engine; where a share took no row, with the nearest one held out."""
     while True:
-        done = list(done_by(hands, partial(do, job=job, tokenizer=tokenizer, engine=engine), parts))
+        done: list[Done] = []
+        for part in done_by(hands, partial(do, job=job, tokenizer=tokenizer, engine=engine), parts):
+            done.append(part)
+            alive()
         over = [line for d in done for line in d.over_limits]
         if len(over) >= MAX_LIMIT_REFUSALS:
             found = f"is one of {len(over)} rows on which {over[0]['reason']}"

@@ -31,7 +31,7 @@ from educe.files.atomic import MANIFEST
 from educe.files.hashes import cache_dir, hash_file_once, hash_json
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
-from educe.model.source import Say
+from educe.model.source import Alive, Say
 from educe.recipes.build import TEMPLATE, Input, build
 from educe.recipes.model_of import model_of
 from educe.recipes.part import Split
@@ -79,8 +79,9 @@ class Prepared:
         return json.loads((self.path / "preview.json").read_text(encoding="utf-8"))
 
 
-def prepare(recipe: Recipe, say: Say) -> Prepared:
-    """Prepare the recipe's data, or open what was prepared before. Raises `DataError` when nothing can be trained on."""
+def prepare(recipe: Recipe, say: Say, alive: Alive = lambda: None) -> Prepared:
+    """Prepare the recipe's data, or open what was prepared before; `alive` is called at every piece of that. Raises `DataError` when
+    nothing can be trained on."""
     model_dir = model_of(recipe.model, say)
     tokenizer = load_tokenizer(model_dir, recipe.template)
     if recipe.template.kind == "own" and tokenizer.template_name == DEFAULT_NAME:
@@ -88,14 +89,14 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     if tokenizer.new_tokens:
         say(f"new control tokens, trained with the model: {' '.join(tokenizer.new_tokens)}")
     inputs, names = inputs_of(recipe)
-    files = _hashes(inputs)
+    files = _hashes(inputs, alive)
     key = _key(recipe, tokenizer, files, names)
     place = _place(recipe, key)
     if open_prepared(place) is None:
         waits = partial(say, f"another process prepares {key}: waiting for it")
-        with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits):
+        with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits, alive):
             if open_prepared(place) is None:
-                build(recipe, tokenizer, inputs, names, place, {"key": key, "made_of": files}, say)
+                build(recipe, tokenizer, inputs, names, place, {"key": key, "made_of": files}, say, alive)
     return _opened(recipe, key, model_dir, tokenizer)
 
 
@@ -200,9 +201,14 @@ def reading_of(name: str, data: Data) -> Reading:
     )
 
 
-def _hashes(inputs: Sequence[Input]) -> list[list[str]]:
+def _hashes(inputs: Sequence[Input], alive: Alive = lambda: None) -> list[list[str]]:
     """What the files hold, and as what they are read: a name can decide that."""
-    return [[i.role, *(f"{container_of(f)} {hash_file_once(f)}" for f in i.files)] for i in inputs]
+
+    def told(file: Path) -> str:
+        alive()
+        return f"{container_of(file)} {hash_file_once(file)}"
+
+    return [[i.role, *map(told, i.files)] for i in inputs]
 
 
 def _decisive(data: Data) -> dict[str, Any]:

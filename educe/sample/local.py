@@ -38,19 +38,27 @@ class LocalSampler:
         self._model, self._tokenizer = model, tokenizer
 
     def answer(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        progress: Callable[[int], None] | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> list[Answer]:
+        """Of each prompt. `progress` gets how many are done, after each batch; `alive` is called before each token."""
         made: dict[int, list[int]] = {}
         shared = _shared_prefix(prompts) if self._holds_keys_alone() else 0
         with self._model.answering():
             if not self._caches():
-                made = {i: list(self._uncached(p, max_new_tokens)) for i, p in enumerate(prompts)}
+                for i, p in enumerate(prompts):
+                    made[i] = []
+                    for token in self._uncached(p, max_new_tokens):
+                        made[i].append(token)
+                        alive()
                 prompts = []
             start = self._prefill(prompts[0][:shared]) if shared and prompts else None
             for batch in _batches(prompts, shared, max_new_tokens):
-                made |= dict(
-                    zip(batch, self._decode([prompts[i] for i in batch], shared, start, max_new_tokens), strict=True)
-                )
+                decoded = self._decode([prompts[i] for i in batch], shared, start, max_new_tokens, alive)
+                made |= dict(zip(batch, decoded, strict=True))
                 if progress is not None:
                     progress(len(made))
         return [self._as_answer(made[i]) for i in range(len(made))]
@@ -109,7 +117,12 @@ class LocalSampler:
         return cache
 
     def _decode(
-        self, prompts: list[list[int]], shared: int, start: DynamicCache | None, max_new_tokens: int
+        self,
+        prompts: list[list[int]],
+        shared: int,
+        start: DynamicCache | None,
+        max_new_tokens: int,
+        alive: Callable[[], None],
     ) -> list[list[int]]:
         """New ids of each prompt, its stop token included where it came."""
         device = self._model.device_kind
@@ -122,6 +135,7 @@ class LocalSampler:
         made: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         for _ in range(max_new_tokens):
+            alive()
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
             out = self._model.network(
                 input_ids=step,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,9 +105,11 @@ class Adam:
                 torch._foreach_copy_([self._parameters[n] for n in rounded], [self.masters[n] for n in rounded])
         self.forget_gradients()
 
-    def forget_gradients(self) -> None:
-        """Begin a step anew: after a step, or where one is given up."""
+    def forget_gradients(self, *, but: Collection[str] = ()) -> None:
+        """Begin a step anew: after a step, or where one is given up. What has no gradient is not stepped; `but` these keep theirs."""
         for name, p in self._parameters.items():
+            if name in but:
+                continue
             p.grad = None
             if name in self._sums:
                 self.masters[name].grad, self._sums[name].fresh = None, True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from educe.files.atomic import abandon, begin, finish, need_space, remove, told
 from educe.model.device import free_host_memory
 from educe.parallel.world import ALONE, World
 from educe.training.checkpoint import OPTIMIZER, WEIGHTS, newest_first, place_of, step_of
+from educe.training.staging import Staging
 from educe.training.state import State
-from educe.training.streamed import copied, gathered, write_safetensors
+from educe.training.streamed import gathered, write_safetensors
 
 _SPARE_BYTES = 64 * 2**20  # of the disk, beside a checkpoint
 _SPARE_MEMORY = 4 * 2**30  # of the host, beside a copy
+_LOOK_S = 0.5
 # One that must be written is tried again after so many seconds each; another one after the first of these, then twice as long.
 _PATIENCE_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _RETRY_S, _LONGEST_RETRY_S = 10.0, 600.0
@@ -50,33 +52,50 @@ class Saver:
 
     The ranks wait while what is trained is copied: from a GPU into the host's memory where that has room, else into files that
     nothing has flushed yet. Hashing, flushing, the new name and the deletion of older ones go on in a thread. What cannot be
-    written is said and tried again; the checkpoints before it stay.
+    written is said and tried again; the checkpoints before it stay. `alive` is called, on every rank that waits, at each piece of
+    what is copied or written.
     """
 
-    def __init__(self, place: Path, kept: Kept, say: Callable[[str], None], world: World = ALONE) -> None:
-        self._place, self._kept, self._say, self._world = place, kept, say, world
+    def __init__(
+        self,
+        place: Path,
+        kept: Kept,
+        say: Callable[[str], None],
+        world: World = ALONE,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._place, self._kept, self._say, self._world, self._alive = place, kept, say, world, alive
+        self._pieces = 0  # that the thread has done
         self._thread: threading.Thread | None = None
-        self._host: dict[str, dict[str, Tensor]] = {}  # a GPU's tensors, by file
+        self._host: dict[str, Staging] = {}  # for a GPU's tensors, by file
         self.problem: Exception | None = None  # why the last one was not written
         self._told, self._failures, self._again_at = False, 0, 0.0
         self._written: tuple[int, bool] | None = None  # step, and whether it is the last
         self.held_up_s = self.longest_s = 0.0  # of the training; of one checkpoint, from its copy to its name
 
     def save(
-        self, state: State, about: dict[str, Any], *, finished: bool, best: int | None = None, must: bool = False
+        self,
+        state: State,
+        about: dict[str, Any],
+        *,
+        finished: bool,
+        best: int | None = None,
+        must: bool = False,
+        only: Collection[str] | None = None,
     ) -> Path:
         """Write `place/step-N`, return that, and delete those that need not stay; that of step `best` stays. `about` goes into the
         manifest.
 
         A finished run keeps its fp32 weights alone: there is nothing left to resume, and two thirds of the space is the
         optimizer's. `must`: come back when it is written; raises `MachineError` where that fails for a minute.
+        `only`: these tensors, which is no checkpoint to go on from.
         """
         started = time.monotonic()
         at = {"step": state.step, "finished": finished, "halvings": state.halvings, "usual_losses": state.spikes.recent}
         about = {**about, **at}
         # A stop may fall on the step of a checkpoint. Rank 0 alone knows whether that one was refused: all copy, or none.
         if self._world.share(self._written != (state.step, finished)):
-            self._begin(state, about, finished=finished, best=best)
+            self._begin(state, about, finished=finished, best=best, only=only)
         waits = list(_PATIENCE_S)
         while must and (problem := self._outcome()):
             if not waits:
@@ -84,7 +103,7 @@ class Saver:
             wait_s = waits.pop(0)
             self._tell(f"trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
-            self._begin(state, about, finished=finished, best=best)
+            self._begin(state, about, finished=finished, best=best, only=only)
         self.held_up_s += time.monotonic() - started
         return place_of(self._place, state.step)
 
@@ -106,14 +125,32 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until nothing is being written. On rank 0; what the others do meanwhile is not asked."""
+        while self._next_piece():
+            self._alive()
+
+    def wait_together(self) -> None:
+        """The same on all ranks: each piece of what rank 0 writes is a sign of life on every one."""
+        while self._world.share(self._next_piece()):
+            self._alive()
+
+    def _next_piece(self) -> bool:
+        """On rank 0: wait for what the thread does next; False when nothing is being written."""
+        seen = self._pieces
+        while self._thread is not None:
+            self._thread.join(_LOOK_S)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self._pieces != seen:
+                return True
+        return False
+
+    def _piece_done(self) -> None:
+        self._pieces += 1
 
     def _outcome(self) -> str:
         """Why the last one is not written, on every rank; empty where it is."""
-        self.wait()
+        self.wait_together()
         why: str = self._world.share(f"{type(self.problem).__name__}: {self.problem}" if self.problem else "")
         if why:
             self._written = None
@@ -125,18 +162,28 @@ class Saver:
         if self._world.leads:
             self._say(f"warning: a checkpoint was not written: {found} {what_next[0].upper()}{what_next[1:]}.")
 
-    def _begin(self, state: State, about: dict[str, Any], *, finished: bool, best: int | None) -> None:
+    def _begin(
+        self,
+        state: State,
+        about: dict[str, Any],
+        *,
+        finished: bool,
+        best: int | None,
+        only: Collection[str] | None,
+    ) -> None:
         """Copy; then write in a thread. What goes wrong is in `problem`."""
-        self.wait()
+        self.wait_together()
         if self.problem is not None and not self._told:
             self._tell("trying again now")
         self.problem, self._told, self._written = None, False, (state.step, finished)
         files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: state.optimizer.masters}
-        if not finished:
+        if only is not None:
+            files[WEIGHTS] = {n: m for n, m in state.optimizer.masters.items() if n in only}
+        elif not finished:
             files[OPTIMIZER] = state.optimizer.state_tensors()
         if not self._world.leads:
             for group in files.values():
-                _give_rows(group)
+                self._give_rows(group)
             return
         target, keep = place_of(self._place, state.step), 1 if finished else self._kept.newest
         size = sum(t.numel() * t.element_size() for group in files.values() for t in group.values())
@@ -147,15 +194,15 @@ class Saver:
             part = begin(target)
             for name in files:
                 group = left.pop(name)
-                if self._host or _copies_in_memory(state, size):
-                    copies[name] = copied(group, self._host.setdefault(name, {}))
+                if name in self._host or _copies_in_memory(state, size):
+                    copies[name] = self._staged(name, group)
                 else:
                     with told(target):
-                        write_safetensors(part / name, group)
+                        write_safetensors(part / name, group, self._alive)
         except Exception as e:  # told, and tried again: the other ranks wait for this one
             self._fail(e, part, target)
             for group in left.values():
-                _give_rows(group)  # the others do
+                self._give_rows(group)  # the others do
             return
         self._thread = threading.Thread(
             target=self._finish, args=(part, target, about, copies, keep, best, began), name="checkpoint", daemon=True
@@ -168,13 +215,23 @@ class Saver:
         try:
             for name, group in copies.items():
                 with told(target):
-                    write_safetensors(part / name, group)
-            finish(part, target, about)
+                    write_safetensors(part / name, group, self._piece_done)
+            finish(part, target, about, self._piece_done)
             self.longest_s = max(self.longest_s, time.monotonic() - began)
             prune(self._place, Kept(newest=keep, every=self._kept.every), best=best)
             self._failures = 0
         except Exception as e:  # told by the thread that trains
             self._fail(e, part, target)
+
+    def _staged(self, name: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if name not in self._host:
+            self._host[name] = Staging(group)
+        return self._host[name].take(group, self._alive)
+
+    def _give_rows(self, group: Mapping[str, Tensor]) -> None:
+        """This rank's part of tensors that another rank writes."""
+        for _ in gathered(group):
+            self._alive()
 
     def _fail(self, e: Exception, part: Path | None, target: Path) -> None:
         self.problem, self._written = e, None
@@ -188,9 +245,3 @@ class Saver:
 def _copies_in_memory(state: State, size: int) -> bool:
     """Copied from a GPU, it is out of the way sooner than in a file. Beside weights in the host's memory it would be one more."""
     return state.model.device.kind == "cuda" and free_host_memory() > size + _SPARE_MEMORY
-
-
-def _give_rows(group: Mapping[str, Tensor]) -> None:
-    """This rank's part of tensors that another rank writes."""
-    for _ in gathered(group):
-        pass

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from educe.files.atomic import told
+from educe.files.atomic import make_private, told
 from educe.parallel.launch import HUNG, WAITED
 
 Say = Callable[[str], None]
@@ -42,12 +42,12 @@ printf '%s hung in %s: no sign of life for %s. %s\\n' "$3" "$what" "$4" "$5" >&2
 class Watchdog:
     """`beat` at every sign of life. Without a limit it sleeps: costs nothing, says nothing, ends nothing.
 
-    After `quiet_s` without a line, and at doubling intervals, `say` is told that the run works. From `guard` on, `limit_s` without
-    a beat ends the process; `FIRST_S` where that is longer, until `settle`. A process that was suspended for longer ends too.
+    After `quiet_s` without a line, and at doubling intervals, `say` is told that the run works. From `guard` to `release`, `limit_s`
+    without a beat ends the process; `FIRST_S` where that is longer, until `settle`. A process that was suspended for longer ends too.
     """
 
-    def __init__(self, limit_s: float | None, say: Say, *, quiet_s: float = QUIET_S, first_s: float = FIRST_S) -> None:
-        self._limit_s, self._say, self._quiet_s, self._first_s = limit_s or math.inf, say, quiet_s, first_s
+    def __init__(self, limit_s: float | None, say: Say, *, quiet_s: float = QUIET_S) -> None:
+        self._limit_s, self._say, self._quiet_s = limit_s or math.inf, say, quiet_s
         self._what = "preparing"
         self._patience_s = math.inf
         self._beaten = self._heard = time.monotonic()
@@ -70,13 +70,17 @@ class Watchdog:
             self._note()
         self._arm()
 
+    def alive(self) -> None:
+        """The run lives, and still does what it did: within something long, at each piece of it."""
+        self.beat(self._what)
+
     def hearing(self, say: Say) -> Say:
         """`say`, noticed: a line is a sign of life, and ends a silence."""
 
         def said(line: str) -> None:
             say(line)
             self.heard()
-            self.beat(self._what)
+            self.alive()
 
         return said
 
@@ -86,14 +90,26 @@ class Watchdog:
         if broken:
             self._wake.set()  # it sleeps for longer
 
-    def guard(self, directory: Path, rank: int, num_ranks: int) -> None:
-        """From now on, a hang ends the process; the stacks of its threads go to DIRECTORY/rank-N.txt."""
+    @contextlib.contextmanager
+    def guarding(self, directory: Path, rank: int, num_ranks: int, what: str) -> Iterator[None]:
+        """As `guard`, for the time of the block, which does `what`."""
+        self.guard(directory, rank, num_ranks, what=what)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def guard(
+        self, directory: Path, rank: int, num_ranks: int, *, what: str = "starting", first_s: float = FIRST_S
+    ) -> None:
+        """From now on, a hang ends the process; the stacks of its threads go to DIRECTORY/rank-N.txt. Until `settle` one is waited
+        for `first_s` where that is longer."""
         if self._limit_s == math.inf:
             return
         self._path, self._num_ranks = directory / f"rank-{rank}.txt", num_ranks
         self._who = f"Rank {rank}" if num_ranks > 1 else "Training"
         with told(self._path):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_private(directory)
             self._file = self._path.open("ab", buffering=0)
         words = (str(self._path), str(self._path.stat().st_size), self._who, lasted(self._limit_s), self._advice())
         with contextlib.suppress(OSError):  # no shell: the stacks are written without a word
@@ -101,8 +117,8 @@ class Watchdog:
             self._teller = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
             assert self._teller.stdin is not None
             os.set_blocking(self._teller.stdin.fileno(), False)
-        self._patience_s = max(self._limit_s, self._first_s)
-        self.beat("starting")
+        self._patience_s, self._armed = max(self._limit_s, first_s), -math.inf
+        self.beat(what)
         self._note()
         self._wake.set()
 
@@ -113,10 +129,20 @@ class Watchdog:
             self._arm()
             self._wake.set()
 
+    @property
+    def armed_s(self) -> float | None:
+        """A hang so long ends the run; None where none does."""
+        return self._limit_s if self._file is not None else None
+
     def close(self) -> None:
         """Nothing more is watched; no file is left where none was needed."""
         self._closed = True
         self._wake.set()
+        self.release()
+
+    def release(self) -> None:
+        """A hang ends nothing from here on, until `guard`."""
+        self._patience_s = math.inf
         if self._file is None:
             return
         faulthandler.cancel_dump_traceback_later()
@@ -187,6 +213,7 @@ class Watchdog:
         return f"Stacks: {self._path}. The same command goes on from the last checkpoint."
 
     def _note(self) -> None:
+        """What is done, for who tells where Python cannot."""
         if self._teller is not None and self._teller.stdin is not None:
             with contextlib.suppress(OSError):
                 os.write(self._teller.stdin.fileno(), f"{self._what}\n".encode())
