@@ -20,7 +20,8 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """Sizes of a causal language model. `num_parameters` counts each stored tensor once (a tied head is not stored);
-    `active_intermediate` is the width between the two halves of a feed-forward block that one token passes, over all its experts."""
+    `active_intermediate` is the width between the two halves of a feed-forward block that one token passes, over all its experts.
+    `files` hold the weights; `unread` are safetensors files beside those that are no part of the model."""
 
     name: str
     directory: Path
@@ -39,6 +40,8 @@ class ModelFacts:
     vocab_size: int
     max_positions: int
     licence: str
+    files: tuple[Path, ...]
+    unread: tuple[str, ...]
 
 
 def describe_model(directory: Path, name: str) -> ModelFacts:
@@ -48,14 +51,19 @@ def describe_model(directory: Path, name: str) -> ModelFacts:
     """
     refuse_unsafe(directory)
     config = _read_config(directory)
-    tensors = _tensor_shapes(directory)
+    files = weight_files(directory)
+    tensors: dict[str, list[int]] = {}
+    for file in files:
+        tensors |= _header(file)
     try:
-        return _facts(directory, name, config, tensors)
+        return _facts(directory, name, config, files, tensors)
     except (ValueError, TypeError, AttributeError) as e:
         raise ModelError(2, str(directory / "config.json"), f"has a value of the wrong type: {e}.", _AGAIN) from e
 
 
-def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str, list[int]]) -> ModelFacts:
+def _facts(
+    directory: Path, name: str, config: dict[str, Any], files: tuple[Path, ...], tensors: dict[str, list[int]]
+) -> ModelFacts:
     text = config.get("text_config") or config
     embedding = max((math.prod(s) for n, s in tensors.items() if "embed" in n), default=0)
     hidden = int(text.get("hidden_size", text.get("n_embd", text.get("d_model", 0))))
@@ -88,6 +96,8 @@ def _facts(directory: Path, name: str, config: dict[str, Any], tensors: dict[str
         vocab_size=int(text.get("vocab_size", 0)),
         max_positions=int(text.get("max_position_embeddings", text.get("n_positions", 2**31))),
         licence=_licence(directory),
+        files=files,
+        unread=tuple(sorted({p.name for p in directory.glob("*.safetensors")} - {p.name for p in files})),
     )
 
 
@@ -122,25 +132,33 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _tensor_shapes(directory: Path) -> dict[str, list[int]]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = {str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ModelError(2, str(index), "is not an index of weights.", _AGAIN) from e
-        for name in sorted(names):
-            if Path(name).name != name:
-                raise ModelError(2, str(index), f"points outside the directory: {name!r}.", "Do not use this model.")
-            if not (directory / name).is_file():
-                raise ModelError(2, str(directory / name), "is missing.", _AGAIN)
-        files = [directory / n for n in sorted(names)]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        shapes |= _header(file)
-    return shapes
+def weight_files(directory: Path) -> tuple[Path, ...]:
+    """The files that hold the model, as transformers chooses them: model.safetensors, else what the index names, else all.
+
+    Raises `ModelError` for an index that is none, or that names what is not there.
+    """
+    alone, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if alone.is_file():
+        return (alone,)
+    if not index.is_file():
+        return tuple(sorted(directory.glob("*.safetensors")))
+    try:
+        named = {
+            str(tensor): str(file)
+            for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ModelError(2, str(index), "is not an index of weights.", _AGAIN) from e
+    names = sorted(set(named.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(2, str(index), f"points outside the directory: {name!r}.", "Do not use this model.")
+    if missing := [n for n in names if not (directory / n).is_file()]:
+        lost = [tensor for tensor, file in named.items() if file == missing[0]]
+        found = f"is missing; {index.name} says that it holds {len(lost)} tensors, {lost[0]} the first."
+        more = f" {len(missing) - 1} more of its {len(names)} files are missing." if len(missing) > 1 else ""
+        raise ModelError(2, str(directory / missing[0]), found + more, _AGAIN)
+    return tuple(directory / n for n in names)
 
 
 def _header(file: Path) -> dict[str, list[int]]:
