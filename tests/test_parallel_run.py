@@ -184,7 +184,7 @@ def test_one_device_goes_on_where_two_were_broken_off(place: Path, straight: Pat
 def timing(line: dict[str, Any]) -> dict[str, Any]:
     """What may differ between two runs, as the other run had it."""
     steps = {other["step"]: other for other in lines(Path("runs/straight"), "step")}
-    return {k: steps[line["step"]][k] for k in ("tokens_per_s", "elapsed_s", "peak_memory_bytes")}
+    return {k: steps[line["step"]][k] for k in ("tokens_per_s", "elapsed_s", "peak_memory_bytes", "rank_skew")}
 
 
 def test_what_every_rank_says_is_told_once() -> None:

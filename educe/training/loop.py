@@ -19,6 +19,7 @@ from educe.parallel.world import ALONE, World
 from educe.seeds import derive
 from educe.training.ahead import ahead
 from educe.training.means import mean_of
+from educe.training.pace import Pace, skew
 from educe.training.room import in_room
 from educe.training.schedule import Kind, learning_rate
 from educe.training.state import State, StepReport
@@ -81,8 +82,10 @@ def train(
     A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks, however it is split. Raises
     `TrainError` before an update that would not be finite. The host waits for the device once a step, before the update.
     """
+    pace = Pace(state.model.device.kind, world)
     began = started = time.perf_counter()
     for batches in ahead(batches_of, state.step, config.total_steps):
+        pace.waited(time.perf_counter() - began)
         counts = counts_of(batches, world)
 
         def compute(micro: Sequence[Batch], weight: float = counts.weight) -> list[LossOut]:
@@ -94,14 +97,15 @@ def train(
 
         # The host waits for the device here, once a step.
         objectives = torch.stack([out.loss for out in outs]).tolist()
-        objective = float(world.sum(np.array([sum(objectives)]))[0])
+        objective, *own_s = world.sum(np.array([sum(objectives), *pace.of_ranks()])).tolist()
         norm = float(state.optimizer.gradient_norm())
         if not (math.isfinite(objective) and math.isfinite(norm)):
             raise _not_finite(state, objectives, objective, norm, rows_of, world)
         if spike := state.spikes.seen(objective):
             say(f"step {state.step + 1}: {spike} before; made of {rows_of(state.step, None)}")
         rate = config.rate(state.step)
-        state.optimizer.step(rate, shrink=min(1.0, config.clip_norm / (norm + 1e-6)))
+        with pace.own():
+            state.optimizer.step(rate, shrink=min(1.0, config.clip_norm / (norm + 1e-6)))
         state.step += 1
 
         means = mean_of(batches, outs, world, config.num_tasks)
@@ -121,6 +125,7 @@ def train(
             tokens_per_s=counts.tokens / (now - began),
             elapsed_s=now - started,
             peak_memory_bytes=peak_memory_bytes(state.model.device.kind),
+            rank_skew=skew(np.array(own_s)),
         )
         asked = [hook(state, report) for hook in hooks]  # every hook sees every step
         began = time.perf_counter()  # a wait for the next batches counts as its step's time

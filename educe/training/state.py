@@ -27,7 +27,7 @@ class StepReport:
     """One finished step. `loss` is the mean nll per unit of weight, in nats, as held-out loss is; `objective` is what was minimised:
     the same as the recipe weighs it (λ of the task, another loss, the pull to the base). `task_losses` has each task's own mean,
     `entropy` is that of the predictions in nats, `target_p` the mean probability of a target. `elapsed_s` counts this process's
-    steps only.
+    steps only. `rank_skew`: what the slowest rank took for work of its own, over the median rank's (see `pace`).
     """
 
     step: int
@@ -44,3 +44,4 @@ class StepReport:
     tokens_per_s: float
     elapsed_s: float
     peak_memory_bytes: int
+    rank_skew: float = 1.0

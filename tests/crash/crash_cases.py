@@ -15,7 +15,7 @@ from educe.files.jsonl import read_jsonl
 
 import forked
 
-CLOCK = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
+CLOCK = ("tokens_per_s", "elapsed_s", "peak_memory_bytes", "rank_skew")
 TRAIN = ["train", "run.yaml"]
 # Last: a checkpoint after every step, two kept. Best: after every second one and every new best.
 VARIANTS = {
