@@ -20,6 +20,7 @@ from educe.loss.cross_entropy import LossOut  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
 from educe.model.documents import documents_of  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
+from educe.recipes import preflight_saved  # noqa: E402
 from educe.recipes.finding import Finding  # noqa: E402
 from educe.recipes.mixing import mix  # noqa: E402
 from educe.recipes.preflight_run import on_model  # noqa: E402
@@ -166,6 +167,29 @@ def test_p27_state_that_no_checkpoint_holds(make: Make) -> None:
     assert ready.findings()["P27 save and load"].verdict == "fail"
 
 
+@pytest.mark.parametrize("tuning", [FULL, LORA])
+def test_of_a_large_model_a_share_is_written(make: Make, tuning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen by the seed; the others are neither written nor stepped, and all of them are afterwards what they were."""
+    ready = make(tuning)
+    masters = ready.t.state.optimizer.masters
+    size, before = sum(4 * m.numel() for m in masters.values()), {n: m.clone() for n, m in masters.items()}
+    monkeypatch.setattr(preflight_saved, "_WHOLE_BYTES", size - 1)
+    monkeypatch.setattr(preflight_saved, "_SHARE_BYTES", size // 3)
+    found = ready.findings()
+    assert [str(f) for f in found.values() if f.verdict not in ("pass", "unchecked")] == []
+    assert [name for name, f in found.items() if f.verdict == "unchecked"] == ["P27 export and load"]
+    assert float(found["P41 probe checkpoint"].number.split()[0]) * 1e6 < size / 3 + 20_000  # and header and manifest
+    for name in ("P41 probe checkpoint", "P27 save and load", "P28 one step"):
+        assert f"of {len(masters)} tensors, chosen by the seed" in found[name].evidence
+    assert f"{len(masters)} names and shapes are right" in found["P27 save and load"].evidence
+    assert [n for n, m in masters.items() if not torch.equal(m, before[n])] == []
+    monkeypatch.setattr(preflight_saved, "_WHOLE_BYTES", size)
+    monkeypatch.setattr(preflight_saved, "_SMALL_EXPORT_BYTES", 10)
+    f = ready.findings()["P27 export and load"]
+    assert f.verdict == "unchecked"
+    assert f.evidence.startswith("not checked, because it takes a second model")
+
+
 def test_p28_a_rate_that_moves_nothing(make: Make) -> None:
     f = make(rate="1e-12").of("P28")
     assert f.verdict == "fail"
@@ -243,8 +267,8 @@ def test_a_run_keeps_its_checks_and_the_report_shows_them(
     run = educe.train(recipe, say=said.append)
     kept = json.loads(run.dir.preflight.read_text(encoding="utf-8"))
     assert len(kept["before"]) > 35
-    assert [f["id"] for f in kept["after"]] == ["P91", "P92", "P93", "P94"]
-    assert [f["verdict"] for f in kept["after"] if f["id"] != "P92"] == ["pass"] * 3
+    assert [f["id"] for f in kept["after"]] == ["P91", "P92", "P93", "P94", "P95"]
+    assert [f["verdict"] for f in kept["after"] if f["id"] not in ("P92", "P95")] == ["pass"] * 3
     assert any("checks passed" in line for line in said)
     run.export(tmp_path / "out")
     assert json.loads(run.dir.preflight.read_text(encoding="utf-8"))["export"][0]["id"] == "P90"
@@ -282,6 +306,6 @@ def test_check_on_model_as_json(tmp_path: Path, tiny_model: Path, capsys: pytest
     value = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0
     assert value["ready"]
-    assert {"P01", "P15", "P26", "P28", "P65"} <= {f["id"] for f in value["findings"]}
+    assert {"P01", "P15", "P26", "P28", "P46"} <= {f["id"] for f in value["findings"]}
     assert value["estimate"]["training_s"] > 0
     assert not list((tmp_path / "runs").glob(".*"))

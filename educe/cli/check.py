@@ -20,6 +20,7 @@ _VERDICTS = {
     "fail": "[bold red]✗[/bold red]",
     "warn": "[yellow]![/yellow]",
     "pass": "[green]✓[/green]",
+    "unchecked": "[yellow]?[/yellow]",
     "skip": "[dim]-[/dim]",
 }
 _COLOURS = {"trained": "black on green", "content": "default", "template": "dim"}
@@ -178,7 +179,7 @@ def _show_findings(c: Check, *, every: bool) -> None:
 
     console.print(f"\n[bold]Checks[/bold]: {passed_line(c.findings)}{'' if every else '; --all lists them'}")
     for f in worst_first(c.findings):
-        if every or f.verdict in ("fail", "warn"):
+        if every or f.verdict in ("fail", "warn", "unchecked"):
             mark = _VERDICTS[f.verdict]
             number = "" if f.number == "-" else f"{f.number}. "
             line = f"{f.id} {escape(f.name)}: {escape(number)}[dim]{escape(f.evidence)}[/dim]"

@@ -86,6 +86,7 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
     `text` is the recipe as given, `argv` the words of the command: neither should hold a secret.
     """
     from educe.recipes.machine import busy, device_of, memory_of, refuse_offload
+    from educe.training.watchdog import HANG_AFTER_S
 
     prepared = prepare(recipe, say)
     inputs, names = inputs_of(recipe)
@@ -110,7 +111,20 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
         blockers.append(f"needs {estimate.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
     blockers += too_many_unused(recipe, prepared)
     odd = odd_rows(inputs, names)
-    b = before(recipe, prepared, facts, mixed, plan, needed, device.kind, text=text, argv=argv, odd=odd)
+    b = before(
+        recipe,
+        prepared,
+        facts,
+        mixed,
+        plan,
+        needed,
+        device.kind,
+        estimate.tokens_per_s,
+        text=text,
+        argv=argv,
+        odd=odd,
+        hang_after_s=HANG_AFTER_S,  # as `educe train` has it where nothing is said
+    )
     findings = without_model(b)
     blockers += [str(f) for f in findings if f.verdict == "fail" and f.id not in _TOLD]
     if on_model and not blockers:  # a model that does not fit is not loaded to see that

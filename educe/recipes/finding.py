@@ -28,12 +28,13 @@ from educe.types import Conversation, Example
 
 NUM_SAMPLED = 64
 
-Verdict = Literal["pass", "warn", "fail", "skip"]
+Verdict = Literal["pass", "warn", "fail", "skip", "unchecked"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One check's verdict, the number it goes by and what that rests on. `skip`: it does not apply here, `evidence` says why."""
+    """One check's verdict, the number it goes by and what that rests on. `skip`: it does not apply here; `unchecked`: it does,
+    and could not be made. `evidence` says why."""
 
     id: str
     name: str
@@ -45,7 +46,8 @@ class Finding:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.id} {self.name}: {self.number}. {self.evidence}"
+        number = "" if self.number == "-" else f"{self.number}. "
+        return f"{self.id} {self.name}: {number}{self.evidence}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,9 @@ class Sampled:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
     """What is known before a model is loaded. `settings`: what decides the run's weights, where it was claimed already; `text` the
-    recipe as given, `argv` the words of the command; `ranks` those that packs are dealt to."""
+    recipe as given, `argv` the words of the command; `ranks` those that packs are dealt to; a hang
+    of `hang_after_s` ends the run, None: nothing does.
+    `tokens_per_s`: the estimated speed; `packed`: documents share rows."""
 
     recipe: Recipe
     run: RunDir
@@ -85,6 +89,9 @@ class Before:
     settings: Mapping[str, Any] | None
     text: str
     argv: Sequence[str]
+    hang_after_s: float | None
+    tokens_per_s: float
+    packed: bool
     ledger: LedgerCounts
     sample: Sequence[Sampled]
     odd: Sequence[str]
@@ -101,6 +108,11 @@ def finding(
     return Finding(id=id, name=name, verdict=verdict, number=number, evidence=evidence)
 
 
+def unchecked(id: str, name: str, because: str) -> Finding:
+    """A check that applies and cannot be made here: no pass."""
+    return Finding(id=id, name=name, verdict="unchecked", number="-", evidence=f"not checked, because {because}")
+
+
 def refused(id: str, name: str, e: EduceError) -> Finding:
     """A check that ended in an error of its own."""
     return finding(id, name, e.code, f"{e.where} {e.found} {e.fix}", fail=True)
@@ -114,11 +126,14 @@ def before(
     plan: PackPlan,
     memory: MemoryPlan,
     device: str,
+    tokens_per_s: float,
     *,
     settings: Mapping[str, Any] | None = None,
     text: str = "",
     argv: Sequence[str] = (),
     odd: Sequence[str] | None = None,
+    hang_after_s: float | None = None,
+    packed: bool = True,
 ) -> Before:
     """Read the ledger and a sample of rows. `odd`: what `odd_rows` found, where it was asked already."""
     rows = prepared.conversations("shots")
@@ -138,6 +153,9 @@ def before(
         settings=settings,
         text=text,
         argv=argv,
+        hang_after_s=hang_after_s,
+        tokens_per_s=tokens_per_s,
+        packed=packed,
         ledger=counts,
         sample=_sampled(recipe, prepared, chosen, numbers),
         odd=odd_rows(*inputs_of(recipe)) if odd is None else odd,

@@ -9,37 +9,41 @@ from typing import Any
 from educe.errors import EduceError, TrainError
 from educe.files.atomic import write_json
 from educe.files.run_dir import RunDir
-from educe.model.source import Say
+from educe.model.source import Alive, Say
 from educe.recipes.finding import Before, Check, Finding, refused
 from educe.recipes.preflight_data import DATA
 from educe.recipes.preflight_machine import MACHINE
 
-CHECKS: tuple[Check, ...] = (*DATA, *MACHINE)
-_ORDER = {"fail": 0, "warn": 1, "skip": 3}
+CHECKS: dict[str, Check] = {**DATA, **MACHINE}
+_ORDER = {"fail": 0, "warn": 1, "unchecked": 2, "pass": 3, "skip": 4}
 
 
-def without_model(b: Before) -> list[Finding]:
+def without_model(b: Before, alive: Alive = lambda: None) -> list[Finding]:
     """Every check that needs no model. One that ends in an error of ours has failed."""
-    return [_made(check, b) for check in CHECKS]
+    findings = []
+    for id, check in CHECKS.items():
+        findings.append(_made(id, check, b))
+        alive()
+    return findings
 
 
-def _made(check: Check, b: Before) -> Finding:
+def _made(id: str, check: Check, b: Before) -> Finding:
     try:
         return check(b)
     except EduceError as e:
-        id, _, name = (check.__doc__ or "").split("\n")[0].rstrip(".").partition(": ")
-        return refused(id[:3], name, e)
+        return refused(id, check.__name__.replace("_", " "), e)
 
 
 def worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    """Failures, warnings, passes, what does not apply; each in the order of their ids."""
-    return sorted(findings, key=lambda f: (_ORDER.get(f.verdict, 2), f.id))
+    """Failures, warnings, what could not be checked, passes, what does not apply; each in the order of their ids."""
+    return sorted(findings, key=lambda f: (_ORDER[f.verdict], f.id))
 
 
 def passed_line(findings: Sequence[Finding]) -> str:
     """So many passed, and what did not."""
-    counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "warn", "fail", "skip")}
-    words = {"warn": "warn", "fail": "failed", "skip": "does not apply" if counts["skip"] == 1 else "do not apply"}
+    counts = {v: sum(f.verdict == v for f in findings) for v in _ORDER}
+    words = {"warn": "warn", "fail": "failed", "unchecked": "not checked"}
+    words["skip"] = "does not apply" if counts["skip"] == 1 else "do not apply"
     others = [f"{counts[v]} {word}" for v, word in words.items() if counts[v]]
     return f"{counts['pass']} check{'' if counts['pass'] == 1 else 's'} passed" + (
         f" ({', '.join(others)})" if others else ""
@@ -61,10 +65,10 @@ def _kept(run: RunDir) -> dict[str, Any]:
 
 
 def tell(findings: Sequence[Finding], say: Say) -> None:
-    """A line for each warning, and one for the rest."""
+    """A line for each warning and for what could not be checked, and one for the rest."""
     for f in worst_first(findings):
-        if f.verdict == "warn":
-            say(f"warning: {f}")
+        if f.verdict in ("warn", "unchecked"):
+            say(f"{'warning: ' if f.verdict == 'warn' else ''}{f}")
     say(passed_line(findings))
 
 

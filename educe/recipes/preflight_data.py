@@ -13,9 +13,10 @@ from educe.chat.prompt import render_prompt
 from educe.chat.tokenizer_file import adds_bos
 from educe.errors import ChatError, Refusal
 from educe.recipes.build import weighing_of
-from educe.recipes.finding import Before, Finding, finding
+from educe.recipes.finding import Before, Check, Finding, finding
 from educe.recipes.plan import too_many_unused
 from educe.recipes.prepare import key_now
+from educe.store.token_store import Block
 from educe.types import Message
 
 
@@ -90,29 +91,25 @@ def some_tokens_are_trained(b: Before) -> Finding:
 
 def turns_end_in_a_stop(b: Before) -> Finding:
     """P06: the last trained token of every turn is one that ends answers."""
-    store, data = b.prepared.store("train"), b.recipe.data
+    store, data, is_stop_V = b.prepared.store("train"), b.recipe.data, b.prepared.tokenizer.is_stop_V
     if data.prompt_weight:
         why = "data.prompt_weight trains prompts too: not every end is a turn's"
         return finding("P06", "turns end in a stop token", "-", why, skip=True)
-    ids_T, edges = store.tokens
-    trained_T = store.token_weights > 0
-    if data.reasoning_weight == 0:  # a turn is trained in pieces: the last one of the example counts
-        ends_T = _last_of(trained_T, edges)
-    else:
-        following_T = np.append(trained_T[1:], False)
-        following_T[edges[1:] - 1] = False
-        ends_T = trained_T & ~following_T
-    ends_T &= np.repeat(store.trained_of < store.lengths - 1, store.lengths)  # raw text ends where it ends
-    ends = ids_T[ends_T]
-    stops = ends < b.prepared.tokenizer.is_stop_V.size
-    stops[stops] = b.prepared.tokenizer.is_stop_V[ends[stops]]
-    open_ends, cut = int((~stops).sum()), int(b.prepared.summary["unfinished_answers"])
+    ends, open_ends, first = 0, 0, -1
+    for block in store.blocks():
+        at = _ends(block, in_pieces=data.reasoning_weight == 0)
+        ids = block.ids_T[at]
+        stops = ids < is_stop_V.size
+        stops[stops] = is_stop_V[ids[stops]]
+        ends, open_ends = ends + at.size, open_ends + int((~stops).sum())
+        if first < 0 and not stops.all():
+            first = block.first + int(np.searchsorted(block.edges, at[~stops][0], "right")) - 1
+    cut = int(b.prepared.summary["unfinished_answers"])
     said = ", ".join(f"{word} {n:,}" for word, n in b.prepared.summary["stop"].items())
     if open_ends:
-        first = int(np.flatnonzero(ends_T)[~stops][0])
-        row = int(store.rows[np.searchsorted(edges, first, "right") - 1]) + 1
+        row = int(store.rows[first]) + 1
         said = f"the first that does not is of the ledger's line {row}; {cut:,} answers are cut by data.too_long"
-    number = f"{stops.size - open_ends:,} of {stops.size:,}"
+    number = f"{ends - open_ends:,} of {ends:,}"
     return finding("P06", "turns end in a stop token", number, said, fail=open_ends > cut, warn=open_ends > 0)
 
 
@@ -128,11 +125,12 @@ def begins_as_the_template_says(b: Before) -> Finding:
         return finding("P07", name, "-", "no row begins with a prompt", skip=True)
     first = render_prompt(asked, t)
     written = int(_leading(np.array(first), np.array([0, len(first)]), bos)[0])
-    store = b.prepared.store("train")
-    chats = store.trained_of < store.lengths - 1  # not raw text
-    leading = _leading(*store.tokens, bos)
-    wrong = int((leading[chats] != written).sum())
-    said = f"the template writes {written} {word!r} at the start; {int(chats.sum()):,} examples begin so"
+    chats = wrong = 0
+    for block in b.prepared.store("train").blocks():
+        is_chat = block.trained_of < np.diff(block.edges) - 1  # not raw text
+        chats += int(is_chat.sum())
+        wrong += int((_leading(block.ids_T, block.edges, bos)[is_chat] != written).sum())
+    said = f"the template writes {written} {word!r} at the start; {chats:,} examples begin so"
     if wrong:
         said = f"{wrong:,} examples begin otherwise than with the template's {written}"
     double = written > 1
@@ -176,12 +174,12 @@ def ids_are_known(b: Before) -> Finding:
     model = json.loads(t.json)["model"]
     unknown = model.get("unk_token")
     number = t.stock.token_to_id(unknown) if unknown else None
-    ids_T = store.tokens[0]
-    odd = int((ids_T == number).sum()) if number is not None else 0
-    if model.get("byte_fallback"):
-        single = [t.stock.token_to_id(f"<0x{k:02X}>") for k in range(256) if k != 10]  # a line end is no rarity
-        odd += int(np.isin(ids_T, [i for i in single if i is not None]).sum())
-    share = odd / max(1, ids_T.size)
+    names = (
+        [f"<0x{k:02X}>" for k in range(256) if k != 10] if model.get("byte_fallback") else []
+    )  # a line end is no rarity
+    rare = [i for i in (number, *map(t.stock.token_to_id, names)) if i is not None]
+    odd = sum(int(np.isin(block.ids_T, rare).sum()) for block in store.blocks()) if rare else 0
+    share = odd / max(1, store.tokens[0].size)
     said = f"ids up to {store.max_id:,}, {known:,} have an embedding; {share:.2%} are unknown or single bytes"
     return finding("P09", "ids", f"{share:.2%}", said, fail=store.max_id >= known, warn=share > 0.05)
 
@@ -267,13 +265,19 @@ def _first_prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
     return () if any(m.role == "assistant" for m in head) else head
 
 
-def _last_of(trained_T: Bool[np.ndarray, " t"], edges: Int64[np.ndarray, " n1"]) -> Bool[np.ndarray, " t"]:
-    """The last trained token of each example."""
-    at = np.flatnonzero(trained_T)
-    last = at[np.searchsorted(at, edges[1:]) - 1]
-    flags = np.zeros(trained_T.size, bool)
-    flags[last] = True
-    return flags
+def _ends(block: Block, *, in_pieces: bool) -> Int64[np.ndarray, " k"]:
+    """Where turns end: at the end of each stretch of trained tokens; where turns are trained `in_pieces`, at that of the last one
+    of an example alone. Raw text ends where it ends: that is none."""
+    trained_T = block.weights_T > 0
+    following_T = np.append(trained_T[1:], False)
+    following_T[block.edges[1:] - 1] = False
+    ends = np.flatnonzero(trained_T & ~following_T)
+    of = np.searchsorted(block.edges, ends, "right") - 1
+    kept = (block.trained_of < np.diff(block.edges) - 1)[of]
+    if in_pieces:
+        kept &= np.append(of[1:] != of[:-1], True)[: of.size]
+    found: np.ndarray = ends[kept]
+    return found
 
 
 def _last_begin(trained_T: Bool[np.ndarray, " t"]) -> int:
@@ -290,20 +294,20 @@ def _leading(ids_T: Any, edges: Any, bos: int) -> np.ndarray:
     return counted
 
 
-DATA = (
-    files_are_the_same,
-    rows_are_used,
-    rows_are_conserved,
-    turns_follow_the_template,
-    some_tokens_are_trained,
-    turns_end_in_a_stop,
-    begins_as_the_template_says,
-    prompts_are_inference_s,
-    ids_are_known,
-    little_is_cut,
-    control_text_is_text,
-    texts_are_clean,
-    held_out_rows_are_apart,
-    packs_are_full,
-    stored_rows_are_right,
-)
+DATA: dict[str, Check] = {
+    "P01": files_are_the_same,
+    "P02": rows_are_used,
+    "P03": rows_are_conserved,
+    "P04": turns_follow_the_template,
+    "P05": some_tokens_are_trained,
+    "P06": turns_end_in_a_stop,
+    "P07": begins_as_the_template_says,
+    "P08": prompts_are_inference_s,
+    "P09": ids_are_known,
+    "P10": little_is_cut,
+    "P11": control_text_is_text,
+    "P12": texts_are_clean,
+    "P13": held_out_rows_are_apart,
+    "P14": packs_are_full,
+    "P15": stored_rows_are_right,
+}

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,12 +23,14 @@ from educe.files.atomic import existing
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
 from educe.recipes.estimate import checkpoint_bytes
-from educe.recipes.finding import Before, Finding, finding, refused
+from educe.recipes.finding import Before, Check, Finding, finding, refused
 from educe.recipes.memory import num_trained
+from educe.recipes.mixing import mix
+from educe.recipes.plan import plan_run
 from educe.secrets import find_secret
 from educe.seeds import derive
 from educe.training.schedule import learning_rate
-from educe.training.watchdog import HANG_AFTER_S, lasted
+from educe.training.watchdog import lasted
 
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*>=\s*([0-9][0-9.]*)")
@@ -38,6 +39,7 @@ _EARLIEST_S = 1_767_225_600.0  # 2026-01-01
 _CLOCKS_DIFFER_S = 600.0
 # Weights of trained transformers are about normal with this standard deviation.
 _WEIGHT_SD = 0.02
+_SLACK = 3.0  # a micro-batch may take so many times as long as is estimated
 
 
 def weights_can_be_read(b: Before) -> Finding:
@@ -47,12 +49,15 @@ def weights_can_be_read(b: Before) -> Finding:
         facts = describe_model(b.facts.directory, b.recipe.model)
     except EduceError as e:
         return refused("P20", name, e)
-    kinds = Counter(kind for file in sorted(facts.directory.glob("*.safetensors")) for kind in _kinds(file))
+    kinds = Counter(kind for file in facts.files for kind in _kinds(file))
     odd = {k: n for k, n in kinds.items() if k not in _PLAIN}
     said = ", ".join(f"{n:,} tensors {kind}" for kind, n in kinds.most_common())
     if odd:
         said += ": numbers that are packed are made plain ones when they are loaded"
-    return finding("P20", name, f"{facts.num_parameters / 1e6:,.1f}M numbers", said, warn=bool(odd))
+    if facts.unread:
+        said += f"; {', '.join(facts.unread[:3])} beside them: no part of the model, not read"
+    number = f"{facts.num_parameters / 1e6:,.1f}M numbers"
+    return finding("P20", name, number, said, warn=bool(odd) or bool(facts.unread))
 
 
 def stops_agree(b: Before) -> Finding:
@@ -140,14 +145,19 @@ def memory_is_enough(b: Before) -> Finding:
 
 
 def seed_is_known(b: Before) -> Finding:
-    """P44: everything random follows from the seed; which bits can be had again."""
-    same = (
-        "the same bits each time"
-        if b.device == "cpu"
-        else "the same rows each time; kernels may add up in another order"
-    )
-    said = "deterministic kernels" if b.recipe.train.deterministic else f"on this {b.device} and these threads {same}"
-    return finding("P44", "seed", str(b.recipe.train.seed), said)
+    """P44: order and packs, drawn again from the seed, are the run's; kernels are deterministic where that is asked for."""
+    name, seed = "seed", str(b.recipe.train.seed)
+    again = plan_run(b.recipe, b.prepared, b.facts, mix(b.recipe, b.prepared), packed=b.packed, num_ranks=b.ranks)
+    if again.hash != b.plan.hash:
+        said = f"drawn again, the plan of packs is {again.hash[:12]}, not {b.plan.hash[:12]}: it does not follow from the seed alone"
+        return finding("P44", name, seed, said, fail=True)
+    asked = b.recipe.train.deterministic
+    if asked and b.settings is not None and not _deterministic():
+        said = "train.deterministic is set, and torch's kernels are not deterministic"
+        return finding("P44", name, seed, said, fail=True)
+    bits = "the same bits each time" if asked or b.device == "cpu" else "kernels may add up in another order"
+    said = f"drawn again, order and packs are the same; on this {b.device} and these threads {bits}"
+    return finding("P44", name, seed, said)
 
 
 def ranks_share_the_step(b: Before) -> Finding:
@@ -162,10 +172,19 @@ def ranks_share_the_step(b: Before) -> Finding:
 
 
 def hangs_are_seen(b: Before) -> Finding:
-    """P46: a run that hangs ends, and says where."""
-    who = "the run" if b.ranks == 1 else "any rank"
-    said = f"where {who} gives no sign of life for so long (--hang-after), stacks are written and it ends"
-    return finding("P46", "hangs", lasted(HANG_AFTER_S), said)
+    """P46: a run that hangs ends, and says where; one that is slow does not."""
+    name = "hangs"
+    if b.hang_after_s is None:
+        said = "no limit was given: a rank that hangs keeps the others waiting for up to 12 h" if b.ranks > 1 else ""
+        return finding(
+            "P46", name, "-", said or "no limit was given (--hang-after)", warn=b.ranks > 1, skip=b.ranks == 1
+        )
+    piece_s = b.plan.capacity_tokens / b.tokens_per_s
+    said = f"so long without a sign of life, and stacks are written and it ends; a micro-batch takes about {lasted(piece_s)}"
+    short = b.hang_after_s < _SLACK * piece_s
+    if short:
+        said += ": too little between the two. Raise --hang-after"
+    return finding("P46", name, lasted(b.hang_after_s), said, fail=b.hang_after_s < piece_s, warn=short)
 
 
 def rates_of_steps(recipe: Recipe, n: int) -> list[float]:
@@ -272,10 +291,10 @@ def packages_fit(b: Before) -> Finding:
     return finding("P64", "packages", f"{len(wanted)} looked at", said, fail=bool(wrong))
 
 
-def asserts_do_not_matter(b: Before) -> Finding:
-    """P65: with `python -O` nothing is checked less: no assert is there for safety."""
-    on = bool(sys.flags.optimize)
-    return finding("P65", "python -O", "on" if on else "off", "no check is an assert: the same either way")
+def _deterministic() -> bool:
+    import torch
+
+    return bool(torch.are_deterministic_algorithms_enabled())
 
 
 def _all_memory(device: str) -> float:
@@ -338,23 +357,22 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-MACHINE = (
-    weights_can_be_read,
-    stops_agree,
-    trained_parts,
-    updates_arrive,
-    disk_is_enough,
-    run_can_be_written,
-    memory_is_enough,
-    seed_is_known,
-    ranks_share_the_step,
-    hangs_are_seen,
-    rates_are_sane,
-    resume_is_clear,
-    clock_is_sane,
-    nothing_runs,
-    template_is_known,
-    no_secrets,
-    packages_fit,
-    asserts_do_not_matter,
-)
+MACHINE: dict[str, Check] = {
+    "P20": weights_can_be_read,
+    "P21": stops_agree,
+    "P22": trained_parts,
+    "P23": updates_arrive,
+    "P40": disk_is_enough,
+    "P42": run_can_be_written,
+    "P43": memory_is_enough,
+    "P44": seed_is_known,
+    "P45": ranks_share_the_step,
+    "P46": hangs_are_seen,
+    "P47": rates_are_sane,
+    "P48": resume_is_clear,
+    "P49": clock_is_sane,
+    "P60": nothing_runs,
+    "P61": template_is_known,
+    "P63": no_secrets,
+    "P64": packages_fit,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,38 +21,53 @@ from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
 from educe.model.device import release_free_memory, told_of_memory
 from educe.model.frugal import uncompiled
-from educe.model.source import Say
+from educe.model.source import Alive, Say
 from educe.pack.plan import PackPlan
 from educe.parallel.world import ALONE, World
+from educe.recipes.estimate import estimate_run
 from educe.recipes.finding import Finding, before, finding, refused
+from educe.recipes.job import TrainJob
 from educe.recipes.machine import device_of
+from educe.recipes.memory import trained_share
 from educe.recipes.mixing import Mixed
 from educe.recipes.preflight import keep, refuse, tell, without_model
 from educe.recipes.preflight_machine import rates_of_steps
-from educe.recipes.preflight_model import MODEL, OnModel
-from educe.recipes.preflight_saved import saved_is_loaded_and_a_step_moves
+from educe.recipes.preflight_model import MODEL, TRAINED, OnModel
+from educe.recipes.preflight_ranks import RANKS
+from educe.recipes.preflight_saved import SAVED
 from educe.recipes.prepare import Prepared
 from educe.recipes.trainee import Trainee, trainee
 from educe.training.checkpoint import WEIGHTS, place_of
 from educe.training.state import State
+from educe.training.streamed import local, rows_of
 
 _STOPPED = 0.95  # of the answers should end by themselves
+_SKEWED = 1.5
 
 
-def on_model(recipe: Recipe, prepared: Prepared, t: Trainee, place: Path, *, world: World = ALONE) -> list[Finding]:
+def on_model(
+    recipe: Recipe,
+    prepared: Prepared,
+    t: Trainee,
+    place: Path,
+    *,
+    world: World = ALONE,
+    alive: Alive = lambda: None,
+) -> list[Finding]:
     """Every check of the loaded model, on all ranks together; `place` is a directory on the run's disk. A check that ends in an error
     of ours has failed. The state is afterwards what it was: masters to the bit, no moments, no gradients, step 0."""
-    o = OnModel(recipe=recipe, prepared=prepared, t=t, place=place, world=world)
+    o = OnModel(recipe=recipe, prepared=prepared, t=t, place=place, world=world, alive=alive)
     was_training = o.model.network.training
     found = []
     with uncompiled():
-        for check in (*MODEL, saved_is_loaded_and_a_step_moves):
+        for id, check in {**TRAINED, **RANKS, **MODEL, **SAVED}.items():
+            alive()
             try:
                 found += check(o)
             except EduceError as e:
                 if world.size > 1:  # the other ranks are in the middle of it
                     raise
-                found.append(refused((check.__doc__ or "")[:3], check.__name__.replace("_", " "), e))
+                found.append(refused(id, check.__name__.replace("_", " "), e))
             finally:
                 o.state.optimizer.forget_gradients()
                 o.model.network.train(was_training)
@@ -62,35 +78,36 @@ def on_model(recipe: Recipe, prepared: Prepared, t: Trainee, place: Path, *, wor
     return found
 
 
-def look_before(
-    run: RunDir,
-    recipe: Recipe,
-    prepared: Prepared,
-    facts: ModelFacts,
-    mixed: Mixed,
-    t: Trainee,
-    settings: Mapping[str, Any],
-    say: Say,
-    world: World,
-) -> None:
+def look_before(job: TrainJob, t: Trainee, settings: Mapping[str, Any]) -> None:
     """Every check, before a new run's first step. All ranks call it; rank 0 writes. Raises `TrainError` where one has failed."""
+    run, world, dog = job.run, job.world, job.dog
+    dog.beat("the checks before the first step")
+    first = []
     if world.leads:
-        text = run.recipe.read_text(encoding="utf-8")
-        kind = t.state.model.device_kind
         b = before(
-            recipe, prepared, facts, mixed, t.plan, t.memory, kind, settings=settings, text=text, argv=sys.argv[1:]
+            job.recipe,
+            job.prepared,
+            job.facts,
+            job.mixed,
+            t.plan,
+            t.memory,
+            t.state.model.device_kind,
+            estimate_run(job.facts, job.recipe, t.plan, trained_share(job.prepared), t.state.model.device).tokens_per_s,
+            settings=settings,
+            text=run.recipe.read_text(encoding="utf-8"),
+            argv=sys.argv[1:],
+            hang_after_s=dog.armed_s,
+            packed=t.packed,
         )
-        first = [f.as_json() for f in without_model(b)]
-    else:
-        first = []
+        first = [f.as_json() for f in without_model(b, dog.alive)]
     findings = [_finding(f) for f in world.share(first)]
     if not any(f.verdict == "fail" for f in findings):
-        findings += on_model(recipe, prepared, t, run.path, world=world)
+        findings += on_model(job.recipe, job.prepared, t, run.path, world=world, alive=dog.alive)
     findings = [_finding(f) for f in world.share([f.as_json() for f in findings])]
     if world.leads:
         keep(run, "before", findings)
     refuse(run, findings)
-    tell(findings, say)
+    tell(findings, job.say)
 
 
 def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, say: Say) -> list[Finding]:
@@ -106,27 +123,20 @@ def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: 
         abandon(made, place)
 
 
-def look_after(
-    run: RunDir,
-    recipe: Recipe,
-    prepared: Prepared,
-    state: State,
-    plan: PackPlan,
-    say: Say,
-    world: World,
-    *,
-    changed: bool,
-) -> None:
-    """What a finished run left: tokens and rates as planned, answers that stop, weights that are read back. Rank 0 alone;
-    raises nothing. `changed`: settings were, in the middle of it."""
-    if not world.leads:
+def look_after(job: TrainJob, t: Trainee, *, changed: bool) -> None:
+    """What a finished run left: tokens and rates as planned, answers that stop, weights that are read back, ranks alike. Rank 0
+    alone; raises nothing. `changed`: settings were, in the middle of it."""
+    run, say, state, plan = job.run, job.say, t.state, t.plan
+    if not job.world.leads:
         return
+    job.dog.beat("the checks after the last step")
     findings = []
     looks: dict[str, Callable[[], Finding]] = {
-        "P91": lambda: _as_planned(run, prepared, state, plan, changed=changed),
+        "P91": lambda: _as_planned(run, job.prepared, state, plan, changed=changed),
         "P92": lambda: _answers_stop(run),
         "P93": lambda: _weights_are_kept(run, state),
-        "P94": lambda: _rates_as_planned(run, recipe, plan, changed=changed),
+        "P94": lambda: _rates_as_planned(run, job.recipe, plan, changed=changed),
+        "P95": lambda: _ranks_are_alike(run, job.world.size),
     }
     for id, look in looks.items():
         try:
@@ -142,7 +152,7 @@ def look_after(
 
 
 def _as_planned(run: RunDir, prepared: Prepared, state: State, plan: PackPlan, *, changed: bool) -> Finding:
-    """P91: the tokens of every step, as they were counted while it was made, are those of the plan."""
+    """The tokens of every step, as they were counted while it was made, are those of the plan."""
     if changed:
         return finding(
             "P91", "tokens as planned", "-", "settings were changed in the middle: there were two plans", skip=True
@@ -192,16 +202,32 @@ def _weights_are_kept(run: RunDir, state: State) -> Finding:
     manifest = verify(place)
     if isinstance(manifest, str):
         return finding("P93", "final weights", "damaged", f"{place}: {manifest}", fail=True)
-    if state.model.sharded is not None:
-        return finding("P93", "final weights", "verified", f"{place}; each rank has its rows alone in memory")
+    masters = {n: local(m.detach()) for n, m in state.optimizer.masters.items()}
     with safe_open(place / WEIGHTS, "pt") as stored:
         other = [
-            n for n, m in state.optimizer.masters.items() if not torch.equal(stored.get_tensor(n), m.detach().cpu())
+            n for n, m in state.optimizer.masters.items() if not torch.equal(rows_of(stored, n, m), masters[n].cpu())
         ]
-    spoilt = [n for n, m in state.optimizer.masters.items() if not math.isfinite(float(m.detach().float().sum()))]
+    spoilt = [n for n, m in masters.items() if not math.isfinite(float(m.float().sum()))]
     wrong = f"{other[0]} is another in the file" if other else f"{spoilt[0]} is no finite number" if spoilt else ""
-    number = f"{len(state.optimizer.masters) - len(other):,} of {len(state.optimizer.masters):,} tensors"
-    return finding("P93", "final weights", number, wrong or "read back, to the bit those in memory", fail=bool(wrong))
+    of_whom = " of rank 0, which has a part of each" if state.model.sharded is not None else ""
+    said = wrong or f"read back, to the bit those in memory{of_whom}"
+    return finding(
+        "P93", "final weights", f"{len(masters) - len(other):,} of {len(masters):,} tensors", said, fail=bool(wrong)
+    )
+
+
+def _ranks_are_alike(run: RunDir, num_ranks: int) -> Finding:
+    """P95: how much longer the slowest rank takes for work of its own than the median rank: all wait for it."""
+    name = "skew of the ranks"
+    skews = [x["rank_skew"] for x in read_jsonl(run.metrics) if x["kind"] == "step" and "rank_skew" in x]
+    if num_ranks == 1 or not skews:
+        return finding("P95", name, "-", "there is one rank", skip=True)
+    usual = statistics.median(skews)
+    said = f"in the median step the slowest of {num_ranks} ranks took so many times the median rank's time for its own work"
+    said += " (waiting for batches, updating its rows)"
+    if usual > _SKEWED:
+        said += ": the others wait for it; see what else its device does"
+    return finding("P95", name, f"{usual:.2f}", said, warn=usual > _SKEWED)
 
 
 def _finding(value: Mapping[str, Any]) -> Finding:

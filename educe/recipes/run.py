@@ -195,7 +195,7 @@ def train(
     """
     stop_at = time.monotonic() + stop_after_s if stop_after_s is not None else None
     need_torch()
-    from educe.recipes.train import How
+    from educe.recipes.job import How
     from educe.recipes.train import train as run_train
     from educe.training.watchdog import watched
 

@@ -189,7 +189,7 @@ class TaskLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What one check found. `when`: before training, after it, or at the export; `verdict` is pass, warn, fail or skip."""
+    """What one check found. `when`: before training, after it, or at the export; `verdict` is pass, warn, fail, skip or unchecked."""
 
     id: str
     name: str

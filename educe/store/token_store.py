@@ -7,7 +7,8 @@ Shape legend: N examples, T tokens of all examples.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,25 @@ from educe.types import Example
 
 # Bump when the same rows and settings would be stored differently.
 STORE_VERSION = 3
+_BLOCK_TOKENS = 2**18
 NAMES = ("ids", "weights", "offsets", "prefix_of", "tasks", "rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Some whole examples of a store, numbered from `first`: the k-th has the tokens `edges[k]` to `edges[k + 1]` of `ids_T` and
+    `weights_T`, which are views of the file."""
+
+    first: int
+    edges: Int64[np.ndarray, " n1"]
+    ids_T: np.ndarray
+    weights_T: np.ndarray
+
+    @property
+    def trained_of(self) -> Int64[np.ndarray, " n"]:
+        """Tokens of each example that carry loss."""
+        counted: np.ndarray = np.add.reduceat(self.weights_T != 0, self.edges[:-1], dtype=np.int64)
+        return counted
 
 
 class TokenStore:
@@ -43,6 +62,18 @@ class TokenStore:
             task=int(self.tasks[i]),
         )
 
+    def blocks(self, num_tokens: int = _BLOCK_TOKENS) -> Iterator[Block]:
+        """All examples, in blocks of at most `num_tokens` where no example is longer: what is made of one takes little memory,
+        however large the store is."""
+        first = 0
+        while first < len(self):
+            start = int(self._offsets[first])
+            end = max(first + 1, int(np.searchsorted(self._offsets, start + num_tokens, "right")) - 1)
+            edges = self._offsets[first : end + 1] - start
+            span = slice(start, start + int(edges[-1]))
+            yield Block(first=first, edges=edges, ids_T=self._ids_T[span], weights_T=self._weights_T[span])
+            first = end
+
     @property
     def lengths(self) -> Int64[np.ndarray, " n"]:
         """Tokens of each example."""
@@ -56,19 +87,12 @@ class TokenStore:
     @property
     def trained_of(self) -> Int64[np.ndarray, " n"]:
         """Tokens of each example that carry loss."""
-        if not len(self):
-            return np.zeros(0, np.int64)
-        return np.add.reduceat(self._weights_T != 0, self._offsets[:-1], dtype=np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *(block.trained_of for block in self.blocks())])
 
     @property
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """All ids end to end, and where each example begins."""
         return self._ids_T, self._offsets
-
-    @property
-    def token_weights(self) -> np.ndarray:
-        """The loss weight of every token, end to end as `tokens` has the ids."""
-        return self._weights_T
 
     @property
     def num_trained(self) -> int:

@@ -11,7 +11,8 @@ from educe.files.journal import Journal
 from educe.loss.cross_entropy import LossOut
 from educe.model.load import CausalLM
 from educe.recipes import mixing
-from educe.recipes import train as of_train
+from educe.recipes.resume import last_of
+from educe.recipes.trainee import loop_config
 from educe.training import loop
 from educe.training.sft import SftLoss
 from educe.types import Batch
@@ -42,7 +43,7 @@ def other_order(stand: Stand, wrong: bool) -> set[str]:
 def other_rates(stand: Stand, wrong: bool) -> set[str]:
     """The rate after a resume is that of a run with twice the steps."""
     file = broken_off(stand)
-    right = of_train.loop_config
+    right = loop_config
 
     def longer(*a: Any) -> loop.LoopConfig:
         config = right(*a)
@@ -94,7 +95,7 @@ def shown(value: Any) -> Any:
 def resume_ignored(stand: Stand, wrong: bool) -> set[str]:
     file = broken_off(stand)
     if wrong:
-        stand.everywhere(of_train.last_of, lambda run, say: None)
+        stand.everywhere(last_of, lambda run, say: None)
     return stand.train(file)
 
 

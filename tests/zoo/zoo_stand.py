@@ -86,7 +86,7 @@ class Stand:
         mixed, device = mix(recipe, prepared), chosen_device("cpu", "float32")
         plan = plan_run(recipe, prepared, facts, mixed, num_ranks=ranks)
         memory = memory_of_run(recipe, prepared, facts, plan, device, compiled=False)
-        return before(recipe, prepared, facts, mixed, plan, memory, "cpu", text="", argv=["train"])
+        return before(recipe, prepared, facts, mixed, plan, memory, "cpu", 1e4, text="", argv=["train"])
 
     def look(self, file: Path, ranks: int = 1) -> set[str]:
         """What every check without a model says, or the codes of the error that rows or files end in."""

@@ -1,0 +1,50 @@
+"""The three sample answers of a run: what the model says to a few held-out questions, as it learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from educe.chat.prompt import expected_answer, render_prompt
+from educe.files.journal import Journal
+from educe.model.device import release_free_memory
+from educe.model.together import Together
+from educe.recipes.job import TrainJob
+from educe.sample.local import LocalSampler
+from educe.training.state import State
+
+NUM_SAMPLES = 3
+
+
+class Questions:
+    """The first held-out rows, each up to its last answer. All ranks answer together; rank 0 writes."""
+
+    def __init__(self, job: TrainJob, state: State, samples: Journal) -> None:
+        self._job, self._state, self._samples = job, state, samples
+        rows = (job.prepared.conversations("dev") or job.prepared.conversations("test"))[:NUM_SAMPLES]
+        self._asked = [(c, max(i for i, m in enumerate(c.messages) if m.role == "assistant")) for c in rows]
+
+    def answer(self) -> None:
+        """By the model as it is."""
+        if not self._asked:
+            return
+        step, model, dog, tokenizer = self._state.step, self._state.model, self._job.dog, self._job.prepared.tokenizer
+        dog.beat(f"sample answers after step {step}")
+        prompts = [render_prompt(c.messages[:i], tokenizer, c.tools) for c, i in self._asked]
+        sampler = LocalSampler(model if model.sharded is None else Together(model, model.sharded), tokenizer)
+        answers = sampler.answer(prompts, self._job.recipe.evaluation.max_new_tokens, alive=dog.alive)
+        release_free_memory()
+        lines = [
+            {
+                "step": step,
+                "row": f"{Path(c.source.file).name}:{c.source.line}",
+                "prompt": [{"role": m.role, "content": m.content} for m in c.messages[:i]],
+                "expected": expected_answer(replace(c, messages=c.messages[: i + 1]), tokenizer),
+                "answer": a.text,
+                "stopped": a.stopped,
+            }
+            for (c, i), a in zip(self._asked, answers, strict=True)
+        ]
+        for line in lines if self._job.world.leads else ():
+            self._samples.append(line)
+        self._job.screen.samples(step, lines)
