@@ -64,7 +64,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDUCE_CACHE", str(place / "cache"))
-        patch.setenv("PYTHONPATH", f"{Path(educe.__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}")
+        paths = [str(Path(educe.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.chdir(place)
         yield place
 
@@ -175,7 +176,7 @@ def test_adapters_learn_and_are_exported(place: Path, variant: str, compiled: st
 
 
 def test_a_kernel_that_hangs_is_found(place: Path) -> None:
-    script = [str(Path(__file__).with_name("hangs.py")), "kernel", "3"]
+    script = ["-c", "import sys, hangs; hangs.run('kernel', 3, 0, sys.argv[1:])"]
     started = time.monotonic()
     code, said = command(*recipe("hanging"), "--hang-after", "8s", script=script, limit_s=200)
     assert code == 70, said[-3000:]

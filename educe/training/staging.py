@@ -15,9 +15,8 @@ _ALIGNED = 512  # bytes
 
 
 class Staging:
-    """One piece of memory for all tensors of a file: locked pages take a GPU's copy 40 times as fast as others, and locking takes longer
-    than copying, most of all piece by piece (docs/performance.md). Where the driver refuses to lock it, copies are slower.
-    """
+    """One piece of memory for all tensors of a file: locked pages take a GPU's copy 40 times as fast as others, and locking takes
+    longer than copying, most of all piece by piece (docs/performance.md). Where the driver refuses to lock it, copies are slower."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._at: dict[str, int] = {}
@@ -33,8 +32,8 @@ class Staging:
                 weakref.finalize(self._room, runtime.cudaHostUnregister, place)
 
     def take(self, tensors: Mapping[str, Tensor], alive: Callable[[], None]) -> dict[str, Tensor]:
-        """Copies, plain and whole, good until the next call; all ranks must take part, with this or with `gathered`. `alive` is called at
-        each."""
+        """Copies, plain and whole, good until the next call; all ranks must take part, with this or with `gathered`. `alive` is
+        called at each."""
         copies = {}
         for name in file_order(tensors):
             t = tensors[name].detach()
