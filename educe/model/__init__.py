@@ -2,6 +2,6 @@
 
 import logging
 
-# transformers imports torchao wherever it is installed, and that tells every user which kernels it was not built with.
-for _name in ("torchao", "torch.utils._pytree"):
+# transformers and peft import these wherever they are installed, and they tell every user which kernels they were not built with.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
