@@ -98,6 +98,14 @@ def _text(name: str, text: str) -> Plant:
     return lambda directory, sentinel: (directory / name).write_text(text)
 
 
+def _index(text: str) -> Plant:
+    def plant(directory: Path, sentinel: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "model-1.safetensors")  # else the index is not read
+        (directory / "model.safetensors.index.json").write_text(text)
+
+    return plant
+
+
 _DEEP = "[" * 100_000 + "]" * 100_000
 _MAP = {"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.Y", "AutoTokenizer": ["modeling_x.Z", None]}
 
@@ -148,7 +156,7 @@ PAYLOADS: dict[str, tuple[Plant, str]] = {
     "a huge tokenizer": (_sparse("tokenizer.json", 10**10), "E-MODEL-002"),
     "a huge template": (_sparse("chat_template.jinja", 10**8), "E-CHAT-001"),
     "a deep config": (_text("config.json", _DEEP), "E-MODEL-002"),
-    "a deep index": (_text("model.safetensors.index.json", _DEEP), "E-MODEL-002"),
+    "a deep index": (_index(_DEEP), "E-MODEL-002"),
     "a deep tokenizer": (_text("tokenizer.json", _DEEP), "E-MODEL-002"),
     "deep settings of the tokenizer": (_text("tokenizer_config.json", _DEEP), "E-MODEL-002"),
 }

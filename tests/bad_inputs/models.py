@@ -13,7 +13,11 @@ Break = Callable[[Path], object]
 
 
 def _index(weight_map: Any) -> Break:
-    return lambda d: (d / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    def broken(d: Path) -> None:
+        (d / "model.safetensors").rename(d / "model-1.safetensors")  # which would be read, and the index not
+        (d / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+
+    return broken
 
 
 def _weights(change: Callable[[bytes], bytes]) -> Break:

@@ -171,7 +171,7 @@ def later_weights_saved(stand: Stand, wrong: bool) -> set[str]:
             join(self)
 
         stand.patch.setattr(saver, "_copies_in_memory", lambda state, size: True)
-        stand.patch.setattr(saver, "gathered", lambda group: list(group.items()))
+        stand.patch.setattr(Saver, "_staged", lambda self, name, group: dict(group))
         stand.patch.setattr(Saver, "_finish", late)
         stand.patch.setattr(Saver, "wait", joined)
     return stand.look_on_model(stand.recipe())
