@@ -20,7 +20,7 @@ from educe.loss.cross_entropy import LossOut  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
 from educe.model.documents import documents_of  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
-from educe.recipes import preflight_saved  # noqa: E402
+from educe.recipes import preflight_run, preflight_saved  # noqa: E402
 from educe.recipes.finding import Finding  # noqa: E402
 from educe.recipes.mixing import mix  # noqa: E402
 from educe.recipes.preflight_run import on_model  # noqa: E402
@@ -267,8 +267,8 @@ def test_a_run_keeps_its_checks_and_the_report_shows_them(
     run = educe.train(recipe, say=said.append)
     kept = json.loads(run.dir.preflight.read_text(encoding="utf-8"))
     assert len(kept["before"]) > 35
-    assert [f["id"] for f in kept["after"]] == ["P91", "P92", "P93", "P94", "P95"]
-    assert [f["verdict"] for f in kept["after"] if f["id"] not in ("P92", "P95")] == ["pass"] * 3
+    assert [f["id"] for f in kept["after"]] == ["P91", "P92", "P93", "P94", "P95", "P96"]
+    assert [f["verdict"] for f in kept["after"] if f["id"] not in ("P92", "P95")] == ["pass"] * 4
     assert any("checks passed" in line for line in said)
     run.export(tmp_path / "out")
     assert json.loads(run.dir.preflight.read_text(encoding="utf-8"))["export"][0]["id"] == "P90"
@@ -309,3 +309,11 @@ def test_check_on_model_as_json(tmp_path: Path, tiny_model: Path, capsys: pytest
     assert {"P01", "P15", "P26", "P28", "P46"} <= {f["id"] for f in value["findings"]}
     assert value["estimate"]["training_s"] > 0
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "held_up, verdict",
+    [((0.0, 0.0), "pass"), ((9.0, 20.0), "pass"), ((11.0, 1000.0), "pass"), ((31.0, 1000.0), "warn")],
+)
+def test_checkpoints_that_hold_a_run_up_are_said(held_up: tuple[float, float], verdict: str) -> None:
+    assert preflight_run._checkpoints_beside(*held_up).verdict == verdict

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 # Between blocks a thread waits for the interpreter, 5 ms and more beside one that computes in Python.
 _BLOCK = 64 * 2**20
 

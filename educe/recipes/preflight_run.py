@@ -43,6 +43,7 @@ from educe.training.streamed import local, rows_of
 
 _STOPPED = 0.95  # of the answers should end by themselves
 _SKEWED = 1.5
+_HELD_UP, _HELD_UP_S = 0.03, 10.0  # share of the steps' time that checkpoints may take, and what is not worth a word
 
 
 def on_model(
@@ -123,9 +124,10 @@ def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: 
         abandon(made, place)
 
 
-def look_after(job: TrainJob, t: Trainee, *, changed: bool) -> None:
-    """What a finished run left: tokens and rates as planned, answers that stop, weights that are read back, ranks alike. Rank 0
-    alone; raises nothing. `changed`: settings were, in the middle of it."""
+def look_after(job: TrainJob, t: Trainee, *, changed: bool, held_up: tuple[float, float]) -> None:
+    """What a finished run left: tokens and rates as planned, answers that stop, weights that are read back, ranks alike, checkpoints
+    beside the training. Rank 0 alone; raises nothing. `changed`: settings were, in the middle of it; `held_up`: seconds that
+    checkpoints took of the steps' seconds, in this process."""
     run, say, state, plan = job.run, job.say, t.state, t.plan
     if not job.world.leads:
         return
@@ -137,6 +139,7 @@ def look_after(job: TrainJob, t: Trainee, *, changed: bool) -> None:
         "P93": lambda: _weights_are_kept(run, state),
         "P94": lambda: _rates_as_planned(run, job.recipe, plan, changed=changed),
         "P95": lambda: _ranks_are_alike(run, job.world.size),
+        "P96": lambda: _checkpoints_beside(*held_up),
     }
     for id, look in looks.items():
         try:
@@ -228,6 +231,17 @@ def _ranks_are_alike(run: RunDir, num_ranks: int) -> Finding:
     if usual > _SKEWED:
         said += ": the others wait for it; see what else its device does"
     return finding("P95", name, f"{usual:.2f}", said, warn=usual > _SKEWED)
+
+
+def _checkpoints_beside(held_up_s: float, steps_s: float) -> Finding:
+    """P96: checkpoints are copied and written beside the training; it waits for the copy, and for the one before to be written."""
+    name = "checkpoints beside training"
+    share = held_up_s / steps_s if steps_s > 0 else 0.0
+    said = f"checkpoints before the last held up the steps for {held_up_s:.1f} of {steps_s:.0f} s"
+    late = share > _HELD_UP and held_up_s > _HELD_UP_S
+    if late:
+        said += ": they are due faster than this disk takes them; raise train.checkpoint_every_steps"
+    return finding("P96", name, f"{share:.1%}", said, warn=late)
 
 
 def _finding(value: Mapping[str, Any]) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -117,14 +118,16 @@ def _train(job: TrainJob, begun: Begun) -> None:
     about = {"settings": begun.settings, "plan": plan.hash, "total_steps": plan.num_steps, "how": computed}
     watch = Watch(job, t, begun, about, saver)
     watch.begin()
+    began = time.monotonic()
     try:
         if not begun.ends and not watch.has_stalled:  # as it may have when it was killed while it ended
             _steps(job, t, watch, saver)
     except Exception:  # not a second Ctrl-C: that ends at once
         saver.wait()
         raise
+    steps_s = time.monotonic() - began
     watch.end()
-    look_after(job, t, changed=bool(begun.changes))
+    look_after(job, t, changed=bool(begun.changes), held_up=(saver.held_up_beside_s, steps_s))
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
         remember_speed(speed_key(recipe, device.kind, device.dtype), provenance["tokens_per_s"] / world.size)

@@ -72,6 +72,7 @@ class Saver:
         self._told, self._failures, self._again_at = False, 0, 0.0
         self._written: tuple[int, bool] | None = None  # step, and whether it is the last
         self.held_up_s = self.longest_s = 0.0  # of the training; of one checkpoint, from its copy to its name
+        self.held_up_beside_s = 0.0  # of the training, but for those that had to be written at once
 
     def save(
         self,
@@ -104,7 +105,9 @@ class Saver:
             self._tell(f"trying again in {wait_s:.0f} s")
             time.sleep(wait_s)
             self._begin(state, about, finished=finished, best=best, only=only)
-        self.held_up_s += time.monotonic() - started
+        took_s = time.monotonic() - started
+        self.held_up_s += took_s
+        self.held_up_beside_s += 0.0 if must else took_s
         return place_of(self._place, state.step)
 
     def retry_now(self) -> bool:
