@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +63,33 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     if new_ids:
         _check_rows(network, tied)
     return adapted
+
+
+def dilute(network: Any, alpha: float) -> None:
+    """Bring what adapters change to α times that: merged, the network is then θ0 + α (θ - θ0), exact but for rounding.
+
+    A product of matrices is linear in its second one. DoRA is not linear in what it trains: its layers are merged here, and then
+    lie between what they were and that. Raises `ValueError` for adapters that are neither.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, LoraLayer):
+                if module.lora_variant and not len(module.lora_magnitude_vector):
+                    raise ValueError(f"adapters of another kind: {module.lora_variant}")
+                if module.lora_variant:
+                    before = module.get_base_layer().weight.clone()
+                    module.merge()
+                    weight = module.get_base_layer().weight
+                    weight.copy_(torch.lerp(before, weight, alpha))
+                else:
+                    for b in module.lora_B.values():
+                        b.weight.mul_(alpha)
+            elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+                for name, rows in module.trainable_tokens_delta.items():
+                    rows.copy_(torch.lerp(module.trainable_tokens_original[name].to(rows), rows, alpha))
 
 
 def linear_layers(network: Any) -> list[str]:
