@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from educe import __version__
+from educe.cli.blend import blend
 from educe.cli.ending import ended_by, saved
 from educe.cli.export import export
 from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
@@ -148,6 +149,7 @@ def chat(run: Path | None, base: bool, max_new_tokens: int) -> None:
 
 
 cli.add_command(export)
+cli.add_command(blend)
 
 
 @cli.command()

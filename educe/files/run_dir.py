@@ -45,6 +45,7 @@ class RunDir:
         self.answers = path / "answers"
         self.scores = path / "scores.json"
         self.report = path / "report.html"
+        self.blend = path / "blend"
 
     def load(self, file: Path) -> Any:
         """A JSON or JSONL file of this run; `RunError` when it is not there yet."""

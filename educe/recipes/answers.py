@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from educe.chat.prompt import answer_in, expected_answer, render_prompt
 from educe.config import Recipe
@@ -42,14 +42,14 @@ class Asked:
         return self.row.messages[:-1]
 
 
-def questions_of(prepared: Prepared, recipe: Recipe) -> list[Asked]:
-    """The test rows (at most `evaluation.max_rows`, drawn by the seed), each asked for its last answer."""
-    rows = prepared.conversations("test")
+def questions_of(prepared: Prepared, recipe: Recipe, split: Literal["dev", "test"] = "test") -> list[Asked]:
+    """The rows of a split (at most `evaluation.max_rows`, drawn by the seed), each asked for its last answer."""
+    rows = prepared.conversations(split)
     if not rows:
-        fix = "Give data.test a file, or a larger share, and train again."
-        raise EvalError(1, "data", "has no test rows.", fix)
+        fix = f"Give data.{split} a file, or a larger share, and train again."
+        raise EvalError(1, "data", f"has no {split} rows.", fix)
     asked = []
-    for i in sorted(permute(len(rows), derive(recipe.train.seed, "test"))[: recipe.evaluation.max_rows].tolist()):
+    for i in sorted(permute(len(rows), derive(recipe.train.seed, split))[: recipe.evaluation.max_rows].tolist()):
         c = rows[i]
         k = max(j for j, m in enumerate(c.messages) if m.role == "assistant")
         row = replace(c, messages=c.messages[: k + 1])
@@ -96,6 +96,14 @@ def answers_of(
     tuned = merged(prepared.model_dir, weights, recipe.tuning, device, new_ids=added)
     answers["tuned"], seconds["tuned"] = _ask(tuned, prepared, prompts["untouched"], recipe, "tuned", on_answers)
     return {name: _answers_in(given, asked, prepared) for name, given in answers.items()}, seconds
+
+
+def answered(
+    model: CausalLM, prepared: Prepared, recipe: Recipe, asked: list[Asked], name: str, on_answers: OnAnswers
+) -> list[Answer]:
+    """One model's answers."""
+    prompts = [render_prompt(a.prompt, prepared.tokenizer, a.row.tools) for a in asked]
+    return _answers_in(_ask(model, prepared, prompts, recipe, name, on_answers)[0], asked, prepared)
 
 
 def _few_shot_prompts(prepared: Prepared, recipe: Recipe, asked: list[Asked], say: Say) -> list[list[int]]:

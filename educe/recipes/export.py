@@ -15,6 +15,7 @@ from educe.config import Lora, Recipe
 from educe.errors import MachineError, ModelError, RunError, UsageError
 from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
+from educe.model.blended import Blend, blended
 from educe.model.describe import describe_model
 from educe.model.device import Device
 from educe.model.export import check_prompts, check_tokenizer, merged, put, stored, write_model, write_tokenizer
@@ -25,7 +26,7 @@ from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
-from educe.recipes.export_card import base_name, card_of, serve_command
+from educe.recipes.export_card import base_name, blend_lines, card_of, serve_command
 from educe.recipes.export_gguf import write_gguf_files
 from educe.recipes.finding import finding
 from educe.recipes.preflight import keep
@@ -48,6 +49,7 @@ class Tuned:
     prepared: Prepared
     device: Device
     rows: Sequence[Conversation]
+    blend: Blend | None = None
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -60,6 +62,8 @@ class Tuned:
     def merged(self, say: Say) -> CausalLM:
         """The model that is served. Where it is not the one that was trained (a base in 4 bits), says how far it is from that."""
         new_ids, tuning = self.tokenizer.new_tokens.values(), self.recipe.tuning
+        if self.blend is not None:
+            return blended(self.base, self.blend, tuning, self.device, new_ids=new_ids)
         model = merged(self.base, self.weights, tuning, self.device, new_ids=new_ids)
         if isinstance(tuning, Lora) and tuning.base_bits == 4:
             held_out = self.prepared.store("dev")
@@ -70,19 +74,27 @@ class Tuned:
         return model
 
 
-def export(run: RunDir, target: Path, say: Say, form: str = "merged", repository: str | None = None) -> Path:
-    """Write `target` (new or empty) in one of `FORMS`, read it back and compare; then upload it, where `repository` is given."""
+def export(
+    run: RunDir,
+    target: Path,
+    say: Say,
+    form: str = "merged",
+    repository: str | None = None,
+    blend: Blend | None = None,
+) -> Path:
+    """Write `target` (new or empty) in one of `FORMS`, read it back and compare; then upload it, where `repository` is given.
+
+    `blend`: that instead of the run's own weights.
+    """
     token = check_push(repository) if repository is not None else ""
     recipe = recipe_of(run)
-    _refuse_early(recipe, form)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(203, str(target), "is not an empty directory.", "Give a directory that does not exist yet.")
+    refuse_early(recipe, target, form, blend)
     device = answering_device(recipe, run, say)
     if form == "merged":
-        tokenizer = write_tuned(run, target, device, say).settings
+        tokenizer = write_tuned(run, target, device, say, blend).settings
         proof = f"logits are the same to the bit ({device.dtype}), token ids and template are those of the training"
     else:
-        tuned = _tuned(run, device, say)
+        tuned = _tuned(run, device, say, blend)
         tokenizer = tuned.tokenizer.settings
         proof = (_write_adapter if form == "adapter" else _write_gguf)(tuned, target, form, say)
     say(f"read back: {proof}")
@@ -98,8 +110,10 @@ def export(run: RunDir, target: Path, say: Say, form: str = "merged", repository
     return target
 
 
-def _refuse_early(recipe: Recipe, form: str) -> None:
-    """Before a model is loaded: what cannot be done. Raises `UsageError`, `MachineError`."""
+def refuse_early(recipe: Recipe, target: Path, form: str, blend: Blend | None = None) -> None:
+    """Before a model is loaded: what cannot be done. Raises `UsageError`, `MachineError`, `RunError`."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunError(203, str(target), "is not an empty directory.", "Give a directory that does not exist yet.")
     if form not in FORMS:
         near = difflib.get_close_matches(form, FORMS, 1, 0.5)
         fix = f"Did you mean {near[0]}? " if near else ""
@@ -107,13 +121,15 @@ def _refuse_early(recipe: Recipe, form: str) -> None:
     if form == "adapter" and not isinstance(recipe.tuning, Lora):
         found = "the run tuned all weights (tuning.kind: full), so there is no adapter."
         raise UsageError(101, "--as adapter", found, "Use --as merged.")
+    if form == "adapter" and blend is not None:
+        raise UsageError(101, "--as adapter", "a blend is exported as whole weights.", "Use --as merged.")
     if form.removeprefix("gguf-") in K_QUANTS:
         need_llama_cpp(form)
 
 
-def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatTokenizer:
+def write_tuned(run: RunDir, target: Path, device: Device, say: Say, blend: Blend | None = None) -> ChatTokenizer:
     """The finished run's model as a directory, in the device's arithmetic, read back before it has its name; returns the tokenizer."""
-    tuned = _tuned(run, device, say)
+    tuned = _tuned(run, device, say, blend)
     tokenizer, system = tuned.tokenizer, tuned.recipe.data.system
     size = describe_model(tuned.base, tuned.recipe.model).num_parameters * (2 if device.dtype == "bfloat16" else 4)
     need_space(target, 2 * size, "the exported model")
@@ -123,7 +139,7 @@ def write_tuned(run: RunDir, target: Path, device: Device, say: Say) -> ChatToke
             model,
             tuned.base,
             tokenizer,
-            card_of(run, tuned.recipe, "merged", tokenizer.settings, []),
+            card_of(run, tuned.recipe, "merged", tokenizer.settings, blend_lines(blend)),
             part,
             system=system,
         )
@@ -147,12 +163,12 @@ def read_back(part: Path, model: CausalLM, device: Device) -> None:
         )
 
 
-def _tuned(run: RunDir, device: Device, say: Say) -> Tuned:
+def _tuned(run: RunDir, device: Device, say: Say, blend: Blend | None) -> Tuned:
     recipe = recipe_of(run)
     weights = final_weights(run, say)
     prepared = data_of(run, recipe, say)
     rows = [row for split in ("test", "dev") for row in prepared.conversations(split)][:_COMPARED_PROMPTS]
-    return Tuned(run=run, recipe=recipe, weights=weights, prepared=prepared, device=device, rows=rows)
+    return Tuned(run=run, recipe=recipe, weights=weights, prepared=prepared, device=device, rows=rows, blend=blend)
 
 
 def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
@@ -203,6 +219,6 @@ def _write_gguf(tuned: Tuned, target: Path, form: str, say: Say) -> str:
             system=recipe.data.system,
             say=say,
         )
-        card = card_of(tuned.run, recipe, form, {}, made.usage)
+        card = card_of(tuned.run, recipe, form, {}, [*made.usage, *blend_lines(tuned.blend)])
         (part / "README.md").write_text(card, encoding="utf-8")
     return made.proof

@@ -10,6 +10,7 @@ from typing import Any
 
 from educe.config import Recipe
 from educe.files.run_dir import RunDir
+from educe.model.blended import Blend
 
 # By form, up to its first hyphen: the library that loads it and what it is to the base model.
 _KINDS = {
@@ -58,6 +59,21 @@ def card_of(run: RunDir, recipe: Recipe, form: str, settings: Mapping[str, Any],
         "",
     ]
     return "\n".join(lines)
+
+
+def blend_lines(blend: Blend | None) -> list[str]:
+    """What a blend is, and that the scores are not its own."""
+    if blend is None:
+        return []
+    if blend.alpha == 0:
+        return ["", "These are the base model's own weights, with the tokenizer and template of training. The scores are not theirs."]
+    means = ", ".join(f.parent.name for f in blend.weights)
+    of = f"the mean of {means}" if len(blend.weights) > 1 else "the tuned model"
+    return [
+        "",
+        f"A blend: base + {blend.alpha:g} x (tuned - base), where tuned is {of} (WiSE-FT, arXiv 2109.01903); chosen without the "
+        "test rows. The scores are those of the run itself, not of this blend.",
+    ]
 
 
 def base_name(recipe: Recipe) -> str:

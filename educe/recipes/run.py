@@ -13,6 +13,7 @@ from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
 
 if TYPE_CHECKING:
+    from educe.evaluate.blends import Choice, Point
     from educe.evaluate.probe import Tried
     from educe.recipes.check import Check
     from educe.recipes.inspect import Inspection
@@ -49,6 +50,14 @@ class SilentProbe:
     def step(self, rate: float, report: StepReport) -> None: ...
 
     def tried(self, tried: Tried, start_loss: float, loss: float | None) -> None: ...
+
+
+class SilentBlend:
+    """A screen of `blend` that shows nothing."""
+
+    def answers(self, label: str, done: int, total: int) -> None: ...
+
+    def measured(self, point: Point) -> None: ...
 
 
 class Run:
@@ -108,6 +117,41 @@ class Run:
         from educe.recipes.export import export
 
         return export(self.dir, Path(directory), say, form, push)
+
+    def blend(
+        self,
+        *,
+        alphas: Sequence[float] = (),
+        average: str = "",
+        general: str | Path | None = None,
+        rows: int | None = None,
+        out: str | Path | None = None,
+        form: str = "merged",
+        say: Say = quiet,
+        screen: Any = None,
+    ) -> Choice:
+        """Mix the base model and the tuned one in several shares, measure each on dev and on general text, choose; see blend/.
+
+        `average`: the mean of checkpoints ("last:3", "40,80") in place of the run's own weights; `out`: export the choice there.
+        """
+        need_torch()
+        from educe.recipes.blend import MOST_ROWS, Wish, blend
+
+        wish = Wish(
+            alphas=tuple(alphas),
+            average=average,
+            general=Path(general) if general is not None else None,
+            rows=MOST_ROWS if rows is None else rows,
+            out=Path(out) if out is not None else None,
+            form=form,
+        )
+        return blend(self.dir, wish, say, screen if screen is not None else SilentBlend())
+
+    def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
+        """Serve the tuned model (and the base model on the port after) on this machine until Ctrl-C; returns the server's exit code."""
+        from educe.recipes.serve import serve
+
+        return serve(self.path, say, port=port, base=base)
 
 
 def init(

@@ -10,7 +10,7 @@ from typing import Any
 from educe.report.charts import Scale, ticks
 from educe.report.wording import number
 
-_CSS = """
+CSS = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1a1e24;--soft:#57606b;--rule:#dde1e6;--mark:#1d5bb8;--bad:#b3261e;--held:#a8480a}
 @media(prefers-color-scheme:dark){:root{--paper:#14171b;--ink:#e7eaee;--soft:#a0aab6;--rule:#323942;--mark:#84b4ff;
 --bad:#ff8f86;--held:#f0a36a}}
@@ -32,21 +32,21 @@ code{font-family:ui-monospace,monospace}
 th,td{text-align:right;padding:.35rem .6rem;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{font-weight:500;color:var(--soft)}th:first-child,td:first-child,td.why{text-align:left}
 """
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title><style>{css}</style></head><body><main>
 {body}
 </main></body></html>
 """
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _SIZE = (800.0, 380.0)
 
 
 def build_probe_page(found: dict[str, Any]) -> str:
     """The page of what lr.json holds."""
     title = f"{found['name']}: learning rates"
-    return _PAGE.format(policy=_POLICY, title=escape(title), css=_CSS, body="\n".join(_body(found)))
+    return PAGE.format(policy=POLICY, title=escape(title), css=CSS, body="\n".join(_body(found)))
 
 
 def _body(found: dict[str, Any]) -> Iterator[str]:
@@ -128,15 +128,15 @@ def draw_rates(found: dict[str, Any]) -> str:
     y = Scale(low=low - room, high=high + room, start=height - 50, end=24)
     parts = []
     for t in ticks(y.low, y.high, 6):
-        parts.append(_line("grid", 50, y.at(t), width - 20, y.at(t)))
-        parts.append(_text("", 42, y.at(t) + 4, number(t), "end"))
+        parts.append(svg_line("grid", 50, y.at(t), width - 20, y.at(t)))
+        parts.append(svg_text("", 42, y.at(t) + 4, number(t), "end"))
     if near:
-        parts.append(_line("start", 50, y.at(start), width - 20, y.at(start)))
+        parts.append(svg_line("start", 50, y.at(start), width - 20, y.at(start)))
     said = f"untouched {start:.3f}" + ("" if near else ", out of the picture")
-    parts.append(_text("start", width - 20, y.at(start) - 6, said, "end"))
+    parts.append(svg_text("start", width - 20, y.at(start) - 6, said, "end"))
     own = math.log(found["own_rate"])
     if x.low <= own <= x.high:
-        parts.append(_line("own", x.at(own), 20, x.at(own), height - 50))
+        parts.append(svg_line("own", x.at(own), 20, x.at(own), height - 50))
     joined = " ".join(
         f"{'L' if i else 'M'}{x.at(math.log(r['rate'])):.1f} {y.at(r['loss']):.1f}" for i, r in enumerate(measured)
     )
@@ -144,14 +144,14 @@ def draw_rates(found: dict[str, Any]) -> str:
     for r in rates:
         at = x.at(math.log(r["rate"]))
         said = f"{r['rate']:.2g}" + (" (recipe)" if math.isclose(r["rate"], found["own_rate"]) else "")
-        parts.append(_text("value", at, height - 28, said, "middle"))
+        parts.append(svg_text("value", at, height - 28, said, "middle"))
         if r["stopped"]:
-            parts.append(_text("bad", at, 20, "× diverged", "middle"))
+            parts.append(svg_text("bad", at, 20, "× diverged", "middle"))
             continue
-        parts.append(_line("bar", at, y.at(r["loss"] - _half(r)), at, y.at(r["loss"] + _half(r))))
+        parts.append(svg_line("bar", at, y.at(r["loss"] - _half(r)), at, y.at(r["loss"] + _half(r))))
         parts.append(f'<circle cx="{at:.1f}" cy="{y.at(r["loss"]):.1f}" r="5"/>')
-        parts.append(_text("value", at, y.at(r["loss"]) - 12, f"{r['loss']:.3f}", "middle"))
-    parts.append(_text("", width - 20, height - 8, "learning rate (logarithmic)", "end"))
+        parts.append(svg_text("value", at, y.at(r["loss"]) - 12, f"{r['loss']:.3f}", "middle"))
+    parts.append(svg_text("", width - 20, height - 8, "learning rate (logarithmic)", "end"))
     said = "; ".join(f"{r['rate']:.2g}: {r['stopped'] or round(r['loss'], 4)}" for r in rates)
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="t d"><title id="t">Held-out loss by rate</title>'
@@ -163,9 +163,9 @@ def _half(r: dict[str, Any]) -> float:
     return float(r["behind"]["high"] - r["behind"]["low"]) / 2
 
 
-def _line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def svg_line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(css: str, x: float, y: float, text: str, anchor: str) -> str:
+def svg_text(css: str, x: float, y: float, text: str, anchor: str) -> str:
     return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
