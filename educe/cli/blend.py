@@ -28,11 +28,21 @@ _PATH = click.Path(path_type=Path)
     metavar="A,B",
     help="Shares of the tuning, 0 (base model) to 1 (tuned); default 0,0.3,0.5,0.7,1. One alone is the one that --out exports.",
 )
-@click.option("--average", default="", metavar="last:N|S,S", help="Take the mean of these checkpoints as the tuned model.")
-@click.option("--general", type=_PATH, help="Text that nobody tuned for, passages divided by empty lines (default: a short own one).")
-@click.option("--rows", type=click.IntRange(2), default=500, show_default=True, help="Measure on at most so many dev rows.")
+@click.option(
+    "--average", default="", metavar="last:N|S,S", help="Take the mean of these checkpoints as the tuned model."
+)
+@click.option(
+    "--general",
+    type=_PATH,
+    help="Text that nobody tuned for, passages divided by empty lines (default: a short own one).",
+)
+@click.option(
+    "--rows", type=click.IntRange(2), default=500, show_default=True, help="Measure on at most so many dev rows."
+)
 @click.option("--out", type=_PATH, metavar="DIR", help="Export the chosen blend there, read back and compared.")
-@click.option("--as", "form", default="merged", show_default=True, metavar="FORM", help="Its form, as for `educe export`.")
+@click.option(
+    "--as", "form", default="merged", show_default=True, metavar="FORM", help="Its form, as for `educe export`."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def blend(
     run: Path | None,

@@ -42,7 +42,7 @@ class Texts:
         groups = plan_once(lengths, capacity_tokens=capacity_tokens)
         self._batches = [_by_row(examples, self._rows_R, group) for group in groups]
         self.num_rows = int(self._rows_R.max()) + 1
-        self.weights_R: list[float] = sum(self._summed(b, b.weights_N) for b in self._batches).tolist()
+        self.weights_R: list[float] = np.sum([self._summed(b, b.weights_N) for b in self._batches], 0).tolist()
         self._base: list[Kept] = []
 
     def remember(self, base: CausalLM) -> None:

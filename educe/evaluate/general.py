@@ -34,7 +34,8 @@ def read_passages(file: Path) -> list[str]:
         raise UsageError(101, "--general", f"{file} cannot be read: {e.strerror}.", "Give a text file.") from e
     except UnicodeDecodeError as e:
         raise UsageError(101, "--general", f"{file} is not UTF-8 text (byte {e.start}).", "Give a text file.") from e
-    found, size = [], 0
+    found: list[str] = []
+    size = 0
     for passage in _passages(text):
         size += len(passage.encode())
         if size > MOST_BYTES and len(found) > 1:

@@ -28,8 +28,9 @@ from educe.model.device import Device, release_free_memory, told_of_memory
 from educe.model.load import CausalLM
 from educe.model.source import Say
 from educe.recipes.answers import Asked, answered, questions_of
-from educe.recipes.eval import answering_device, data_of, final_manifest, final_weights, recipe_of
+from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
 from educe.recipes.export import export, refuse_early
+from educe.recipes.export_card import base_name
 from educe.recipes.prepare import Prepared
 from educe.report.blend_page import build_blend_page
 from educe.seeds import derive, permute
@@ -243,7 +244,7 @@ def _write(run: RunDir, scale: _Scale, points: Sequence[Point], choice: Choice) 
     provenance = run.load(run.provenance)
     about: dict[str, Any] = {
         "name": scale.recipe.name,
-        "model": provenance["model"]["name"],
+        "model": base_name(scale.recipe),
         "tuning": scale.recipe.tuning.model_dump(),
         "steps": provenance["weights_step"],
         "device": {"kind": scale.device.kind, "dtype": scale.device.dtype, "name": scale.device.name},

@@ -134,7 +134,8 @@ def write_tuned(run: RunDir, target: Path, device: Device, say: Say, blend: Blen
     size = describe_model(tuned.base, tuned.recipe.model).num_parameters * (2 if device.dtype == "bfloat16" else 4)
     need_space(target, 2 * size, "the exported model")
     model = tuned.merged(say)
-    with directory(target, about={"stage": "export", "run": run.path.name}, private=False) as part:
+    about = {"stage": "export", "run": run.path.name, "template_settings": dict(tokenizer.settings)}
+    with directory(target, about=about, private=False) as part:
         write_model(
             model,
             tuned.base,

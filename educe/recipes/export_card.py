@@ -66,7 +66,10 @@ def blend_lines(blend: Blend | None) -> list[str]:
     if blend is None:
         return []
     if blend.alpha == 0:
-        return ["", "These are the base model's own weights, with the tokenizer and template of training. The scores are not theirs."]
+        return [
+            "",
+            "These are the base model's own weights, with the tokenizer and template of training. The scores are not theirs.",
+        ]
     means = ", ".join(f.parent.name for f in blend.weights)
     of = f"the mean of {means}" if len(blend.weights) > 1 else "the tuned model"
     return [

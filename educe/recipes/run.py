@@ -148,7 +148,7 @@ class Run:
         return blend(self.dir, wish, say, screen if screen is not None else SilentBlend())
 
     def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
-        """Serve the tuned model (and the base model on the port after) on this machine until Ctrl-C; returns the server's exit code."""
+        """Serve the tuned model (and the base model on the port after) here until Ctrl-C; returns the server's exit code."""
         from educe.recipes.serve import serve
 
         return serve(self.path, say, port=port, base=base)

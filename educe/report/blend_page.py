@@ -24,18 +24,19 @@ def build_blend_page(found: dict[str, Any]) -> str:
 
 def _body(found: dict[str, Any]) -> Iterator[str]:
     yield f"<h1>{escape(found['name'])} · blends with {escape(found['model'])}</h1>"
-    yield f'<p class="said">{escape(found["choice"]["text"])}</p>'
+    said, _, facts = found["choice"]["text"].partition(". ")
+    yield f'<p class="said">{escape(said.rstrip("."))}.</p><p>{escape(facts)}</p>'
     yield "".join(f"<p>{escape(line)}</p>" for line in what_it_means(found))
     yield f'<div class="scroll" tabindex="0">{draw_blends(found)}</div>'
     yield (
-        '<p class="soft">Each dot is a blend, base + α × (tuned − base): the lower, the better on dev; the farther right, the more was '
+        '<p class="soft">Each dot is a blend, base + α × (tuned − base): lower is better on dev, farther right is more '
         "forgotten. Bars: 95 % intervals of the differences from the base model (α = 0), over the same rows and passages.</p>"
     )
     yield _table(found)
     device = found["device"]
     yield (
         f'<p class="soft">{found["dev_rows"]} dev rows; {escape(general_said(found))}; {escape(device["name"])}, '
-        f"{escape(device['dtype'])}. KL: of the base model’s predictions from the blend’s, nats per token, over its 64 likeliest tokens "
+        f"{escape(device['dtype'])}. KL(base, blend): nats per token, over the base’s 64 likeliest tokens "
         "and all others together. α was chosen on dev: what it scores there flatters it a little. No test row was read. Weights "
         "between two models: WiSE-FT, Wortsman et al. 2022.</p>"
     )
@@ -58,7 +59,9 @@ def what_it_means(found: dict[str, Any]) -> list[str]:
             f"{number(lost['high'])}), {lost['value'] / base['general']:.1%} of what the base model needs."
         )
     elif lost["high"] < 0:
-        said.append(f"Tuning did not cost anything on general text: it needs {number(-lost['value'])} bits per byte less.")
+        said.append(
+            f"Tuning did not cost anything on general text: it needs {number(-lost['value'])} bits per byte less."
+        )
     else:
         said.append("On general text the tuned model cannot be told from the base model: there is little to win back.")
     if not found["general"]["file"]:
@@ -94,7 +97,10 @@ def draw_blends(found: dict[str, Any]) -> str:
     x, y = _axis(points, "general", "lost", 64, _SIZE[0] - 60), _axis(points, "loss", "gained", _SIZE[1] - 56, 34)
     parts = []
     for t in ticks(y.low, y.high, 6):
-        parts += [svg_line("grid", 58, y.at(t), _SIZE[0] - 20, y.at(t)), svg_text("", 50, y.at(t) + 4, number(t), "end")]
+        parts += [
+            svg_line("grid", 58, y.at(t), _SIZE[0] - 20, y.at(t)),
+            svg_text("", 50, y.at(t) + 4, number(t), "end"),
+        ]
     for t in ticks(x.low, x.high, 6):
         parts += [
             svg_line("grid", x.at(t), 34, x.at(t), _SIZE[1] - 56),
@@ -112,9 +118,13 @@ def draw_blends(found: dict[str, Any]) -> str:
         if k == found["choice"]["point"]:
             parts.append(f'<circle class="chosen" cx="{px:.1f}" cy="{py:.1f}" r="10"/>')
         name = {0: "base", 1: "tuned"}.get(p["alpha"], "") if not p["steps"] else "mean"
-        parts.append(svg_text("value", px + 12, py - 9, f"{p['alpha']:g} {name}".strip(), "start"))
+        parts.append(
+            svg_text("value", px + 12, py + (20 if p["steps"] else -9), f"{p['alpha']:g} {name}".strip(), "start")
+        )
     parts.append(svg_text("", 0, 16, "dev loss, nats per trained token", "start"))
-    parts.append(svg_text("", _SIZE[0] - 20, _SIZE[1] - 10, "general text, bits per byte: farther right, more forgotten", "end"))
+    parts.append(
+        svg_text("", _SIZE[0] - 20, _SIZE[1] - 10, "general text, bits per byte: farther right, more forgotten", "end")
+    )
     said = "; ".join(f"alpha {p['label']}: dev {p['loss']:.4f}, general {p['general']:.4f}" for p in points)
     return (
         f'<svg viewBox="0 0 {_SIZE[0]:g} {_SIZE[1]:g}" role="img" aria-labelledby="t d"><title id="t">Gain against forgetting</title>'

@@ -1,0 +1,26 @@
+"""`educe serve`: which model, on which port."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path), required=False, metavar="[RUN|DIR]")
+@click.option("--port", type=click.IntRange(1, 65534), default=8000, show_default=True, help="On 127.0.0.1 alone.")
+@click.option("--with", "beside", type=click.Choice(["base"]), help="The base model too, on the port after.")
+def serve(run: Path | None, port: int, beside: str | None) -> None:
+    """Serve the tuned model on this machine, OpenAI-compatible: by vLLM where it is installed, else by transformers' own server."""
+    from educe.cli.screens import say
+    from educe.recipes.machine import need_torch
+    from educe.recipes.run import Run
+
+    need_torch()
+    from educe.recipes.serve import serve as run_serve
+
+    exported = run is not None and not (run / "recipe.resolved.json").is_file()
+    place = run if exported and run is not None else Run(run).path
+    sys.exit(run_serve(place, say, port=port, base=beside == "base"))

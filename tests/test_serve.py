@@ -1,0 +1,245 @@
+"""`educe serve`: the right program, on this machine alone, healthy before it is announced, ended with us."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import educe  # noqa: E402
+from educe.errors import MachineError, RunError, UsageError  # noqa: E402
+from educe.recipes import serve as served  # noqa: E402
+from educe.recipes.run import Run, quiet  # noqa: E402
+from educe.recipes.serve import Served, how_to_ask, transformers_command, vllm_command  # noqa: E402
+
+from small_runs import Dying, recipe, small_place  # noqa: E402
+from test_export import command  # noqa: E402
+
+SETTINGS = {"enable_thinking": False, "say": 'it\'s "so"'}
+ONE = Served(directory=Path("/a b/$(x)"), name="orders", port=8123, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    with small_place(tmp_path_factory, tiny_model) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Run:
+    return educe.train(recipe(place, "orders", epochs=6))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+# What is started
+
+
+@pytest.mark.parametrize("make", [vllm_command, transformers_command])
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_server_listens_here_alone_and_is_given_what_training_saw(make: Any, together: int) -> None:
+    words = make(ONE, together)
+    assert words[0] == sys.executable
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    assert words[words.index("--port") + 1] == "8123"
+    assert "/a b/$(x)" in words  # one argument: no shell reads it
+    (given,) = (words[k + 1] for k, w in enumerate(words) if w.endswith("chat-template-kwargs"))
+    assert json.loads(given) == SETTINGS
+    plain = Served(directory=ONE.directory, name=ONE.name, port=1, settings={})
+    assert not any("kwargs" in w for w in make(plain, together))
+
+
+def test_two_servers_share_a_gpu() -> None:
+    words = vllm_command(ONE, 2)
+    assert words[words.index("--gpu-memory-utilization") + 1] == "0.45"
+    assert words[words.index("--served-model-name") + 1] == "orders"
+    assert "--gpu-memory-utilization" not in vllm_command(ONE, 1)
+
+
+def test_options_are_those_of_transformers_own_server() -> None:
+    """Its source names each of them: an option that is gone would end the server before it begins."""
+    from transformers.cli import serve as theirs
+
+    source = Path(str(theirs.__file__)).read_text(encoding="utf-8")
+    for word in (w for w in transformers_command(ONE, 1) if w.startswith("--")):
+        assert re.search(rf"\b{word[2:].replace('-', '_')}: Annotated", source), word
+
+
+def test_what_to_ask_is_a_command_that_a_shell_reads_so() -> None:
+    line, settings = how_to_ask(ONE)
+    words = shlex.split(line.removeprefix("ask it: "))
+    assert words[:2] == ["curl", "http://127.0.0.1:8123/v1/chat/completions"]
+    assert json.loads(words[-1])["model"] == "orders"
+    assert json.dumps(SETTINGS) in settings
+
+
+# What cannot be served
+
+
+def test_without_a_server_it_is_said_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    hidden = {"vllm", *served.TRANSFORMERS_NEEDS}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name in hidden else found(name, *a))
+    with pytest.raises(MachineError, match=r"E-SYS-001 serve .*pip install vllm .*pip install fastapi uvicorn openai"):
+        run.serve()
+
+
+def test_an_unfinished_run_and_other_places_are_refused(place: Path, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        educe.train(recipe(place, "half", epochs=6), screen=Dying(step=3))
+    with pytest.raises(RunError, match=r"E-RUN-002 .*not trained to its end"):
+        served.serve(place / "runs" / "half", quiet)
+    for other in (tmp_path, tmp_path / "absent", place / "tiny"):
+        with pytest.raises(RunError, match=r"E-RUN-001 .*neither a run nor a directory"):
+            served.serve(other, quiet)
+    out = run.export(tmp_path / "out")
+    with pytest.raises(UsageError, match="--with base an exported directory does not hold"):
+        served.serve(out, quiet, base=True)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"neither a run .*config\.json"):
+        served.serve(out, quiet)
+
+
+def test_a_port_that_is_taken_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "find_server", lambda: ("vllm", vllm_command))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"E-CLI-101 --port {port} cannot be listened on"):
+            run.serve(port=port)
+        with pytest.raises(UsageError, match=f"--port {port} cannot"):
+            run.serve(port=port - 1, base=True)  # the base model would have it
+
+
+# Processes: any server that answers /health
+
+
+SERVER = """
+import http.server, json, os, signal, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        self.wfile.write(json.dumps(dict(os.environ)).encode())
+    def log_message(self, *a): pass
+def end(*_):
+    raise SystemExit(7)
+signal.signal(signal.SIGINT, end)
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+FAILS = "raise SystemExit(3)"
+
+
+def starts(code: str) -> Any:
+    return lambda: ("stub", lambda s, together: [sys.executable, "-c", code, "--port", str(s.port)])
+
+
+def test_a_server_that_ends_at_once_ends_us_with_its_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "find_server", starts(FAILS))
+    said: list[str] = []
+    assert run.serve(port=free_port(), say=said.append) == 3
+    assert any("ended before it was ready (exit code 3)" in line for line in said)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_ctrl_c_reaches_the_servers_and_their_code_is_ours(
+    run: Run, monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    """Once they serve; before that it ends us as it ends any command. Nothing goes on listening, no token gets there."""
+    monkeypatch.setattr(served, "find_server", starts(SERVER))
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "k" * 34)
+    port, seen = free_port(), {}
+
+    def say(line: str) -> None:
+        if line.startswith("tuned: "):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                seen.update(json.load(answer))
+            if not ready:
+                signal.raise_signal(signal.SIGINT)
+        if line == "Ctrl-C ends it":
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if ready:
+            assert run.serve(port=port, base=True, say=say) == 7
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run.serve(port=port, say=say)
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert "HF_TOKEN" not in seen
+    for k in range(2):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port + k)) != 0
+
+
+# transformers' own server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in served.TRANSFORMERS_NEEDS),
+    reason=f"transformers' server needs {', '.join(served.TRANSFORMERS_NEEDS)}",
+)
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_base_and_tuned_side_by_side(run: Run) -> None:
+    port = free_port()
+    words = [sys.executable, "-m", "educe", "serve", str(run.path), "--port", str(port), "--with", "base"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, restore_signals=True)
+    lines, until = [], time.monotonic() + 300
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if "Ctrl-C ends it" in line or time.monotonic() > until:
+            break
+    names = [re.search(r"\((?:model) '(.*)'\)", x)[1] for x in lines if "/v1 (model" in x]  # type: ignore[index]
+    answers = []
+    for k, name in enumerate(names):
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": "order 1003 the user said"}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port + k}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            answers.append(json.load(answer)["choices"][0]["message"]["content"])
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert len(set(answers)) == 2
+    assert answers[0].startswith('{"')
+    for k in range(2):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port + k)) != 0
+
+
+def test_the_verb_parses(place: Path) -> None:
+    code, said = command("serve", "--port", "70000")
+    assert code == 2
+    assert "70000" in said
