@@ -154,10 +154,16 @@ def starts(code: str) -> Any:
     return lambda: ("stub", lambda s, together: [sys.executable, "-c", code, "--port", str(s.port)])
 
 
-def test_a_server_that_ends_at_once_ends_us_with_its_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_ends_at_once_ends_us_with_its_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a run, exported once, and of a directory that was exported before."""
     monkeypatch.setattr(served, "find_server", starts(FAILS))
     said: list[str] = []
     assert run.serve(port=free_port(), say=said.append) == 3
+    assert run.serve(port=free_port(), say=said.append) == 3
+    assert sum("was exported before" in line for line in said) >= 1
+    assert served.serve(run.export(tmp_path / "out"), said.append, port=free_port()) == 3
     assert any("ended before it was ready (exit code 3)" in line for line in said)
 
 
