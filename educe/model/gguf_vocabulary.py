@@ -223,16 +223,19 @@ def _sentencepiece(tree: Mapping[str, Any], names: Mapping[int, str], tokenizer:
     if any(f"<0x{b:02X}>" not in vocabulary and not (b < 128 and chr(b) in vocabulary) for b in range(256)):
         _refuse("no token for some bytes")
     pairs = _pairs(tree)
+    runs = _runs(tree, tokenizer)
     rank: dict[str, int] = {}
     previous = None
     for a, b in pairs:
         piece = a + b
+        if piece in runs:
+            continue
         if piece != previous and piece in rank:
             _refuse("merges in an order that no scores of pieces give")
         rank.setdefault(piece, len(rank))
         previous = piece
     known = set(pairs)
-    for piece in vocabulary:
+    for piece in vocabulary.keys() - runs:
         for cut in range(1, len(piece)):
             if piece[:cut] in vocabulary and piece[cut:] in vocabulary and (piece[:cut], piece[cut:]) not in known:
                 _refuse(f"no merge that makes {piece!r} of {piece[:cut]!r} and {piece[cut:]!r}")
@@ -244,6 +247,25 @@ def _sentencepiece(tree: Mapping[str, Any], names: Mapping[int, str], tokenizer:
         "scores_of": scores,
         "adds_space": _adds_space(tokenizer),
     }
+
+
+def _runs(tree: Mapping[str, Any], tokenizer: ChatTokenizer) -> set[str]:
+    """Added tokens that repeat one character (Gemma has some for spaces, tabs and ends of lines). llama.cpp cuts them out of a text
+    before it joins anything, the longest first: so their merges say nothing, if all runs of the character come out so here too."""
+    added = {t["content"] for t in tree["added_tokens"] if not t["special"]}
+    runs = {word for word in added if len(word) > 1 and len(set(word)) == 1}
+    for character in {word[0] for word in runs}:
+        known = sorted((len(word) for word in runs if word[0] == character), reverse=True)
+        single = 1 if character in tree["model"]["vocab"] else 0
+        for size in range(2, 2 * known[0] + 3):
+            left, lengths = size, []
+            while left:
+                lengths.append(next((n for n in known if n <= left), single or left))
+                left -= lengths[-1]
+            made = tokenizer.stock.encode(character.replace(_SPACE, " ") * size, add_special_tokens=False).tokens
+            if made != [character * n for n in lengths]:
+                _refuse(f"tokens for runs of {character!r}, which it does not make of the longest first")
+    return runs
 
 
 def _adds_space(tokenizer: ChatTokenizer) -> bool:
