@@ -29,7 +29,7 @@ class Staging:
         if end and torch.cuda.is_available():
             runtime, place = torch.cuda.cudart(), self._room.data_ptr()
             if int(runtime.cudaHostRegister(place, end, 0)) == 0:
-                weakref.finalize(self._room, runtime.cudaHostUnregister, place)
+                weakref.finalize(self._room, runtime.cudaHostUnregister, place).atexit = False
 
     def take(self, tensors: Mapping[str, Tensor], alive: Callable[[], None]) -> dict[str, Tensor]:
         """Copies, plain and whole, good until the next call; all ranks must take part, with this or with `gathered`. `alive` is
