@@ -29,6 +29,7 @@ from educe.training.loop import LoopConfig, train
 from educe.training.optim import Adam, AdamSettings
 from educe.training.saver import Kept, Saver
 from educe.training.sft import SftLoss, held_out_loss, sft_loss
+from educe.training.staging import Staging
 from educe.training.state import State, StepReport
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -235,7 +236,41 @@ def refused(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     return {"refused": isinstance(verify(written), dict)}
 
 
-JOBS = {"refused": refused, "spoilt": spoilt, "steps": steps, "resharded": resharded, "alone_sharded": alone_sharded}
+def staged(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """Copies in memory: rank 0 has no room for one, then fails in the middle of one; then the checkpoint is written."""
+    saver_room._PATIENCE_S = (0.01, 0.01)
+    saver_room._copies_in_memory = lambda state, size: True
+    state, at = fresh(model_dir, FULL, world), place / f"staged-{world.size}"
+    writer, made, failures = Saver(at, Kept(), lambda line: None, world), [], iter((MemoryError, OSError))
+
+    class Failing(Staging):
+        def __init__(self, tensors: Any) -> None:
+            made.append(1)
+            if len(made) == 1:
+                raise next(failures)
+            super().__init__(tensors)
+
+        def take(self, tensors: Any, alive: Any) -> Any:
+            def fail() -> None:
+                if error := next(failures, None):
+                    raise error
+
+            return super().take(tensors, fail)
+
+    saver_room.Staging = Failing
+    written = writer.save(state, {}, finished=False, must=True)
+    saver_room.Staging = Staging
+    return {"staged": [isinstance(verify(written), dict), next(failures, None) is None or not world.leads]}
+
+
+JOBS = {
+    "refused": refused,
+    "staged": staged,
+    "spoilt": spoilt,
+    "steps": steps,
+    "resharded": resharded,
+    "alone_sharded": alone_sharded,
+}
 
 
 def main(jobs: str, place: str, model_dir: str) -> None:

@@ -14,12 +14,14 @@ torch = pytest.importorskip("torch")
 from educe.config import Full, Lora  # noqa: E402
 from educe.errors import TrainError  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
+from educe.training import saver  # noqa: E402
 from educe.training.checkpoint import load_checkpoint, newest_checkpoint  # noqa: E402
 from educe.training.loop import LoopConfig, train  # noqa: E402
 from educe.training.optim import Adam, AdamSettings  # noqa: E402
 from educe.training.sft import held_out_loss, sft_loss  # noqa: E402
 from educe.training.state import State, StepReport  # noqa: E402
 from educe.types import Batch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from saving import saved  # noqa: E402
 from test_engine import FULL, LORA, Tensors, _one_thread, cpu, examples, groups  # noqa: E402, F401
@@ -260,3 +262,24 @@ def test_old_checkpoints_go_and_a_finished_one_is_weights_alone(tiny_model: Path
     last = saved(tmp_path, state, {}, finished=True, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == [last.name]
     assert sorted(p.name for p in last.iterdir()) == ["manifest.json", "weights.safetensors"]
+
+
+def test_a_copy_in_memory_is_the_file_that_is_written_at_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a parameter has its first gradient, and so its first moments, after the first checkpoint."""
+    state = fresh(tiny_model, FULL)
+    monkeypatch.setattr(saver, "_copies_in_memory", lambda state, size: True)
+    writer = saver.Saver(tmp_path / "staged", saver.Kept(), print)
+    late, *others = state.model.trainable().values()
+    for step, parameters in enumerate(([*others], [late, *others]), 1):
+        for p in parameters:
+            (p * 0.1 * step).sum().backward()
+        state.optimizer.step(1e-2)
+        state.step = step
+        written = writer.save(state, {}, finished=False, must=True)
+        plain = saved(tmp_path / "plain", state, {}, finished=False, keep=2)
+        for name in ("weights.safetensors", "optimizer.safetensors"):
+            found, expected = load_file(written / name), load_file(plain / name)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[n], t) for n, t in expected.items())

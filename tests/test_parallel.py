@@ -40,7 +40,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     place = tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
     one, four = [ranks.steps(place, tiny_model, ALONE)], results("steps", place, tiny_model, 4)
-    return {0: place, 1: one, 2: results("steps, resharded, refused, spoilt", place, tiny_model, 2), 4: four}
+    return {0: place, 1: one, 2: results("steps, resharded, refused, staged, spoilt", place, tiny_model, 2), 4: four}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -106,6 +106,10 @@ def test_the_rank_whose_loss_is_no_number_is_named_by_all(found: dict[int, Any])
 def test_ranks_try_a_refused_checkpoint_again_together(found: dict[int, Any]) -> None:
     """Rank 0 alone knows that it was refused: were it alone to copy again, the others would wait for ever."""
     assert [one["refused"] for one in found[2]] == [True, True]
+
+
+def test_a_copy_that_fails_on_one_rank_leaves_none_waiting(found: dict[int, Any]) -> None:
+    assert [one["staged"] for one in found[2]] == [[True, True]] * 2
 
 
 def test_a_streamed_file_is_safetensors(tmp_path: Path) -> None:

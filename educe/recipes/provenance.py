@@ -25,7 +25,7 @@ from educe.secrets import redacted_values
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
-TRAIN_VERSION = 4
+TRAIN_VERSION = 5
 
 
 def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: int) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def changes_since(
     where, finished = str(run.path), bool(found[1]["finished"])
     fixed = [k for k in changed if k.startswith(_FIXED)]
     refused = [k for k in changed if k not in allowed]
-    first = next(iter(fixed or refused or changed))
+    of_code = [k for k in changed if k == "code.version"]  # of which all else may follow
+    first = next(iter(of_code or fixed or refused or changed))
     what = f"{first} was {_brief(old.get(first))}, now {_brief(settings.get(first))}"
     others = [k for k in changed if k != first]
     more = f" (and {len(others)} more: {', '.join(others)})" if others else ""

@@ -196,9 +196,10 @@ class Saver:
             need_space(self._place, size + _SPARE_BYTES, "this checkpoint")
             part = begin(target)
             for name in files:
-                group = left.pop(name)
-                if name in self._host or _copies_in_memory(state, size):
-                    copies[name] = self._staged(name, group)
+                staging = self._staging(name, files[name], state)
+                group = left.pop(name)  # both of these give all of it, whatever happens
+                if staging is not None:
+                    copies[name] = staging.take(group, self._alive)
                 else:
                     with told(target):
                         write_safetensors(part / name, group, self._alive)
@@ -226,10 +227,17 @@ class Saver:
         except Exception as e:  # told by the thread that trains
             self._fail(e, part, target)
 
-    def _staged(self, name: str, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _staging(self, name: str, group: Mapping[str, Tensor], state: State) -> Staging | None:
+        """Room for a copy from a GPU, made once for a file; None where the host has none. Copied there, it is out of the way sooner
+        than in a file. Beside weights in the host's memory it would be one more."""
+        if name in self._host and not self._host[name].fits(group):
+            del self._host[name]
         if name not in self._host:
+            size = sum(t.numel() * t.element_size() for t in group.values())
+            if not _copies_in_memory(state, size):
+                return None
             self._host[name] = Staging(group)
-        return self._host[name].take(group, self._alive)
+        return self._host[name]
 
     def _give_rows(self, group: Mapping[str, Tensor]) -> None:
         """This rank's part of tensors that another rank writes."""
@@ -246,5 +254,4 @@ class Saver:
 
 
 def _copies_in_memory(state: State, size: int) -> bool:
-    """Copied from a GPU, it is out of the way sooner than in a file. Beside weights in the host's memory it would be one more."""
     return state.model.device.kind == "cuda" and free_host_memory() > size + _SPARE_MEMORY

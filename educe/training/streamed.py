@@ -29,11 +29,12 @@ _NAMES = {
 }
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor whole and plain, on the CPU, in the order of a file. All ranks must take all of them."""
+def gathered(tensors: Mapping[str, Tensor], *, on_host: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor whole and plain, on the CPU or where it is, in the order of a file. All ranks must take all of them."""
     for name in file_order(tensors):
         t = tensors[name].detach()
-        yield name, (t.full_tensor() if isinstance(t, DTensor) else t).cpu().contiguous()
+        whole = t.full_tensor() if isinstance(t, DTensor) else t
+        yield name, whole.cpu().contiguous() if on_host else whole
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> bytes:

@@ -19,6 +19,7 @@ from educe.training import saver
 from educe.training.optim import Adam
 from educe.training.saver import Saver
 from educe.training.sft import SftLoss, held_out_loss
+from educe.training.staging import Staging
 from educe.types import Batch
 from transformers import GPT2Config, GPT2LMHeadModel
 from zoo_stand import DATA, TRAIN, Failure, Stand
@@ -171,7 +172,7 @@ def later_weights_saved(stand: Stand, wrong: bool) -> set[str]:
             join(self)
 
         stand.patch.setattr(saver, "_copies_in_memory", lambda state, size: True)
-        stand.patch.setattr(Saver, "_staged", lambda self, name, group: dict(group))
+        stand.patch.setattr(Staging, "take", lambda self, group, alive: dict(group))
         stand.patch.setattr(Saver, "_finish", late)
         stand.patch.setattr(Saver, "wait", joined)
     return stand.look_on_model(stand.recipe())
