@@ -5,7 +5,7 @@ Shape legend: T tokens of all examples end to end, N examples, S shingles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,9 +37,10 @@ class Near:
     of: Int64[np.ndarray, " k"]
 
 
-def near_copies(train: Tokens, held: Tokens) -> Near:
+def near_copies(train: Tokens, held: Tokens, alive: Callable[[], None] = lambda: None) -> Near:
     """Examples of `train` whose Jaccard index with one of `held` is `ALIKE` or more, over shingles of `SHINGLE` tokens
-    (Broder 1997), the wording that many held-out examples share left out. Exact up to 64-bit hashes; no sketch.
+    (Broder 1997), the wording that many held-out examples share left out. Exact up to 64-bit hashes; no sketch. `alive` is called
+    at each block of examples.
     """
     nothing = Near(examples=np.zeros(0, np.int64), of=np.zeros(0, np.int64))
     if not train.offsets.size > 1 or not held.offsets.size > 1:
@@ -52,6 +53,7 @@ def near_copies(train: Tokens, held: Tokens) -> Near:
     num = train.offsets.size - 1
     hits, wording = np.zeros(num, np.int64), np.zeros(num, np.int64)
     for first, last in _blocks(train.offsets):
+        alive()
         start = int(train.offsets[first])
         slots_S = _slot(_hashes(train.ids_T[start : int(train.offsets[last])]))
         for table, count in ((rare, hits), (common, wording)):
@@ -62,6 +64,7 @@ def near_copies(train: Tokens, held: Tokens) -> Near:
     sizes = np.maximum(np.diff(train.offsets) - SHINGLE + 1, 0) - wording
     found: list[tuple[int, int]] = []
     for i in np.flatnonzero((hits >= ALIKE * sizes) & (sizes >= MIN_SHINGLES)).tolist():
+        alive()
         mine = train.ids_T[train.offsets[i] : train.offsets[i + 1]]
         best = index.nearest(np.unique(_hashes(mine)))
         if best is not None:

@@ -134,13 +134,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def directory(path: Path, *, about: dict[str, Any], private: bool = True) -> Iterator[Path]:
+def directory(
+    path: Path, *, about: dict[str, Any], private: bool = True, alive: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Build a directory in a temporary place beside `path`, then move it there whole, manifest last (`begin`, `finish`). On any
     error nothing is left and an older `path` stays as it was. `private`: only its owner may enter it."""
     part = begin(path, private=private)
     try:
         yield part
-        finish(part, path, about)
+        finish(part, path, about, alive)
     except BaseException as e:
         abandon(part, path)
         with told(path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 # Between blocks a thread waits for the interpreter, 5 ms and more beside one that computes in Python.
 _BLOCK = 64 * 2**20
+_SEEN: dict[tuple[Path, int, int], str] = {}
 
 
 def hash_bytes(data: bytes) -> str:
@@ -35,15 +35,13 @@ def hash_file(path: Path, alive: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def hash_file_once(path: Path) -> str:
+def hash_file_once(path: Path, alive: Callable[[], None] = lambda: None) -> str:
     """The same, computed once in a process for a file that keeps its size and time."""
     found = path.stat()
-    return _hash_seen(path.resolve(), found.st_size, found.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_seen(path: Path, _size: int, _time: int) -> str:
-    return hash_file(path)
+    key = (path.resolve(), found.st_size, found.st_mtime_ns)
+    if key not in _SEEN:
+        _SEEN[key] = hash_file(path, alive)
+    return _SEEN[key]
 
 
 def cache_dir() -> Path:

@@ -95,14 +95,14 @@ def build(
         settled = found.tokenizer
         if found.why:
             say(found.why)
-    with directory(path, about={"stage": "prepare", **about}) as place:
+    with directory(path, about={"stage": "prepare", **about}, alive=alive) as place:
         job = _job(recipe, settled, place / "parts", names, alone=hands == 1)
         done = _done(parts, job, settled, engine, hands, say, alive)
         if not any(d.keys["train"] for d in done):
             raise _nothing_left(inputs, done)
-        _join(place, done, job)
+        _join(place, done, job, alive)
         alive()
-        copies = _copies(place, recipe.data)
+        copies = _copies(place, recipe.data, alive)
         alive()
         if len(open_store(place / "train")) == np.load(place / "left_out.npy").size:
             why = "has no row left to train on: each nearly repeats a held-out row."
@@ -202,9 +202,10 @@ def _forced(shares: Shares, done: Sequence[Done]) -> dict[str, HeldOut]:
 # --- what is written -----------------------------------------------------------------------------------------------------
 
 
-def _join(place: Path, done: Sequence[Done], job: Job) -> None:
+def _join(place: Path, done: Sequence[Done], job: Job, alive: Alive) -> None:
     firsts = [0, *accumulate(d.counts["rows"] for d in done)]
     for split in SPLITS:
+        alive()
         join_shards([job.place_of(d.number) / split for d in done], firsts[:-1], place / split)
     for split in ("dev", "test"):
         with (place / f"{split}.jsonl").open("wb") as out:
@@ -213,11 +214,11 @@ def _join(place: Path, done: Sequence[Done], job: Job) -> None:
                     shutil.copyfileobj(f, out, 1 << 20)
 
 
-def _copies(place: Path, data: Data) -> dict[int, int]:
+def _copies(place: Path, data: Data, alive: Alive) -> dict[int, int]:
     """Training rows that nearly repeat a held-out row, and that row, by their numbers; their examples are never drawn, if the
     recipe says so (see `left_out.npy`)."""
     train, dev, test = (open_store(place / s) for s in SPLITS)
-    near = near_copies(Tokens(*train.tokens), Tokens(*joined_tokens([dev, test])))
+    near = near_copies(Tokens(*train.tokens), Tokens(*joined_tokens([dev, test])), alive)
     rows = train.rows[near.examples]
     copies = dict(zip(rows.tolist(), np.concatenate([dev.rows, test.rows])[near.of].tolist(), strict=True))
     drop = data.near_copies == "drop"

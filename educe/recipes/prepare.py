@@ -206,7 +206,7 @@ def _hashes(inputs: Sequence[Input], alive: Alive = lambda: None) -> list[list[s
 
     def told(file: Path) -> str:
         alive()
-        return f"{container_of(file)} {hash_file_once(file)}"
+        return f"{container_of(file)} {hash_file_once(file, alive)}"
 
     return [[i.role, *map(told, i.files)] for i in inputs]
 

@@ -88,7 +88,7 @@ class Saver:
         manifest.
 
         A finished run keeps its fp32 weights alone: there is nothing left to resume, and two thirds of the space is the
-        optimizer's. `must`: come back when it is written; raises `MachineError` where that fails for a minute.
+        optimizer's. `must`: come back when it is written; raises what went wrong where that fails for a minute.
         `only`: these tensors, which is no checkpoint to go on from.
         """
         started = time.monotonic()
