@@ -6,6 +6,8 @@ Shape legend: P tokens, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,16 +20,32 @@ from educe.model.four_bit import dense
 class AdaptedLinear(Linear):  # type: ignore[misc]
     """peft's layer, with a forward of its own while one plain adapter is on and nothing is dropped."""
 
+    as_peft = False
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.active_adapters[0]
-        plain = len(self.active_adapters) == 1 and not (args or kwargs or self.merged or self.lora_variant)
+        plain = len(self.active_adapters) == 1 and not (args or kwargs or self.merged or self.lora_variant or self.as_peft)
         dropout = self.lora_dropout[name]
         if not plain or self.disable_adapters or (self.training and not isinstance(dropout, torch.nn.Identity)):
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
         base, a_RI, b_OR = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        assert base.bias is None or not base.bias.requires_grad  # its gradient is not computed
         made: Tensor = _Adapted.apply(x, base.weight, base.bias, a_RI, b_OR, self.scaling[name])
         return made
+
+
+@contextlib.contextmanager
+def computed_by_peft(network: torch.nn.Module) -> Iterator[None]:
+    """Adapted layers compute as peft has it within, to the bit: to compare with what peft loads."""
+    layers = [m for m in network.modules() if isinstance(m, AdaptedLinear)]
+    for layer in layers:
+        layer.as_peft = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.as_peft = False
 
 
 class _Adapted(torch.autograd.Function):  # type: ignore[misc]
@@ -44,7 +62,7 @@ class _Adapted(torch.autograd.Function):  # type: ignore[misc]
         low_PR = (x_PI @ a_RI.t()).mul_(scaling)
         y_PO.addmm_(low_PR, b_OR.t())
         ctx.save_for_backward(x_PI, low_PR, weight, a_RI, b_OR)
-        ctx.state, ctx.scaling, ctx.biased = state, scaling, bias is not None and bias.requires_grad
+        ctx.state, ctx.scaling = state, scaling
         return y_PO.view(*x.shape[:-1], -1)
 
     @staticmethod

@@ -65,17 +65,19 @@ def _is_inside(name: str) -> bool:
 def check_adapter(
     directory: Path, base: Path, model: CausalLM, merged: CausalLM, batch: Batch, *, new_ids: Collection[int] = ()
 ) -> float:
-    """peft must load `directory` onto the base model and give `model`'s logits to the bit.
+    """peft must load `directory` onto the base model and give to the bit the logits that it computes of `model`.
 
     Returns how far those are from the logits of `merged`, which are rounded to its dtype. Raises `ModelError`.
     """
     from peft import PeftModel  # takes seconds to import, and not every export needs it
 
+    from educe.model.adapted import computed_by_peft
+
     untouched = load_model(base, model.device, new_ids=new_ids)
     with quiet():
         again = PeftModel.from_pretrained(untouched.network, directory, local_files_only=True).eval()
     ids = model.tensor(batch.ids_P)[None]
-    with model.answering():
+    with model.answering(), computed_by_peft(model.network):
         one, two, three = (
             n(input_ids=ids, use_cache=False).logits.float() for n in (model.network, again, merged.network)
         )
