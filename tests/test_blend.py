@@ -17,6 +17,7 @@ import educe  # noqa: E402
 from educe.chat.tokens import load_tokenizer  # noqa: E402
 from educe.config import Full, Lora  # noqa: E402
 from educe.errors import RunError, UsageError  # noqa: E402
+from educe.evaluate import drift  # noqa: E402
 from educe.evaluate.blends import Point, choose  # noqa: E402
 from educe.evaluate.drift import Texts  # noqa: E402
 from educe.evaluate.general import MOST_BYTES, own_passages, passage_examples, read_passages  # noqa: E402
@@ -24,6 +25,7 @@ from educe.model.blended import Blend, blended, read_packed  # noqa: E402
 from educe.model.export import adapted, merged  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
+from educe.recipes.served import said_of_served  # noqa: E402
 from educe.report.blend_page import build_blend_page  # noqa: E402
 from educe.training.sft import held_out_loss  # noqa: E402
 from educe.types import Example, Interval  # noqa: E402
@@ -175,6 +177,27 @@ def test_drift_is_the_loss_and_the_kl_by_row(
     assert all(0 < kl < full for kl, full in zip(found.kl_R, wanted[3], strict=True))
     assert none.kl_R == pytest.approx([0] * 4, abs=1e-6)
     assert held_out_loss(other, texts._batches).mean == pytest.approx(sum(found.nll_R) / sum(texts.weights_R), rel=1e-5)
+
+
+def test_what_is_served_is_compared_in_pieces_of_positions(
+    tiny_model: Path, checkpoints: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as from transformers' own logits in float64, and never the logits of a whole row."""
+    one, two = (merged(tiny_model, f, Full(kind="full"), cpu()) for f in checkpoints["full"])
+    rows, together, sizes = examples(3), np.zeros(4), []
+    for e in rows:
+        ids, w = torch.tensor(e.ids_T.astype(np.int64)), torch.tensor(e.weights_T[1:]).double()
+        with torch.no_grad():
+            p, q = (m.network(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (one, two))
+        losses = (-float((w * x.gather(1, ids[1:, None])[:, 0]).sum()) for x in (p, q))
+        together += [*losses, float((w * (p.exp() * (p - q)).sum(1)).sum()), float(w.sum())]
+    for m in (one, two):
+        m.base.get_output_embeddings().register_forward_pre_hook(lambda _m, args: sizes.append(args[0].shape[-2]))
+    monkeypatch.setattr(drift, "_LOGIT_BYTES", 3 * one.vocabulary * 4)
+    said = said_of_served(one, two, rows)
+    was, is_, kl = together[:3] / together[3]
+    assert f"the loss is {is_:.4f}, it was {was:.4f}; KL {kl:.4f} nats" in said
+    assert max(sizes) == 3
 
 
 def test_general_text_is_counted_once_and_ends_nowhere(tiny_model: Path) -> None:

@@ -73,7 +73,7 @@ def _kept(model: CausalLM, batch: Batch) -> Kept:
     with torch.no_grad():
         hidden_ND = model.hidden_states(batch)[model.tensor(batch.predict_N)]
         anchor = Anchor(hidden_ND=hidden_ND, head=model.head, beta=1.0)
-        for piece in _pieces(model, len(hidden_ND)):
+        for piece in pieces(model, len(hidden_ND)):
             kept = anchor.kept(piece)
             parts.append((kept.ids_BK.int().cpu(), kept.log_p_BK.cpu(), kept.log_rest_B.cpu()))
     ids, log_p, log_rest = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -86,7 +86,7 @@ def _measured(model: CausalLM, batch: Batch, base: Kept) -> tuple[np.ndarray, np
     with torch.no_grad():
         hidden_ND = model.hidden_states(batch)[model.tensor(batch.predict_N)]
         targets_N = model.tensor(batch.targets_N)
-        for piece in _pieces(model, len(hidden_ND)):
+        for piece in pieces(model, len(hidden_ND)):
             logits_CV = model.head(hidden_ND[piece])
             facts = softmax_facts(logits_CV, targets_N[piece])
             pull = _there(base.rows(piece), logits_CV).pull(
@@ -106,6 +106,7 @@ def _there(kept: Kept, like: torch.Tensor) -> Kept:
     )
 
 
-def _pieces(model: CausalLM, num: int) -> list[slice]:
+def pieces(model: CausalLM, num: int) -> list[slice]:
+    """Runs of `num` positions, so few that their logits take little memory."""
     step = chunk_positions(model.vocabulary, _LOGIT_BYTES, model.element_bytes)
     return [slice(i, min(num, i + step)) for i in range(0, num, step)]

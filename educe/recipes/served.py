@@ -7,6 +7,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
+from educe.evaluate.drift import pieces
 from educe.model.load import CausalLM
 from educe.types import Example
 
@@ -21,11 +22,12 @@ def said_of_served(trained: CausalLM, served: CausalLM, rows: Collection[Example
     for row in rows:
         ids_N = torch.from_numpy(row.ids_T[1:].astype(np.int64))
         weights_N = torch.from_numpy(row.weights_T[1:].astype(np.float64))
-        found = [_log_probabilities(m, row) for m in (trained, served)]
-        for k, p_NV in enumerate(found):
-            losses[k] -= float((weights_N * p_NV.gather(1, ids_N[:, None])[:, 0]).sum())
-        was_NV, is_NV = found
-        apart += float((weights_N * (was_NV.exp() * (was_NV - is_NV)).sum(-1)).sum())
+        states_ND = [_states(m, row) for m in (trained, served)]
+        for piece in pieces(trained, len(ids_N)):
+            was_CV, is_CV = (_log_p(m, s[piece]) for m, s in zip((trained, served), states_ND, strict=True))
+            for k, p_CV in enumerate((was_CV, is_CV)):
+                losses[k] -= float((weights_N[piece] * p_CV.gather(1, ids_N[piece, None])[:, 0]).sum())
+            apart += float((weights_N[piece] * (was_CV.exp() * (was_CV - is_CV)).sum(-1)).sum())
         weight += float(weights_N.sum())
     return (
         f"trained on a base in 4 bits, served on the published one in 16: over {len(rows)} held-out rows the loss is "
@@ -33,10 +35,15 @@ def said_of_served(trained: CausalLM, served: CausalLM, rows: Collection[Example
     )
 
 
-def _log_probabilities(model: CausalLM, row: Example) -> torch.Tensor:
-    """Of the next token at every position but the last, (N, V), on the CPU in fp64."""
+def _states(model: CausalLM, row: Example) -> torch.Tensor:
+    """The last hidden states at every position but the last, (N, D)."""
     with model.answering():
-        logits_NV = model.network(input_ids=model.tensor(row.ids_T.astype(np.int64))[None], use_cache=False).logits[
-            0, :-1
-        ]
-    return logits_NV.cpu().double().log_softmax(-1)
+        ids_T = model.tensor(row.ids_T.astype(np.int64))
+        states: torch.Tensor = model.base.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state
+    return states[0, :-1]
+
+
+def _log_p(model: CausalLM, states_CD: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next token, (C, V), on the CPU in fp64."""
+    with model.answering():
+        return model.head(states_CD).cpu().double().log_softmax(-1)
