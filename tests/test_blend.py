@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from educe.evaluate import drift  # noqa: E402
 from educe.evaluate.blends import Point, choose  # noqa: E402
 from educe.evaluate.drift import Texts  # noqa: E402
 from educe.evaluate.general import MOST_BYTES, own_passages, passage_examples, read_passages  # noqa: E402
+from educe.model import blended as blended_model  # noqa: E402
 from educe.model.blended import Blend, blended, read_packed  # noqa: E402
 from educe.model.export import adapted, merged  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
@@ -123,6 +125,23 @@ def test_a_mean_of_adapters_is_no_mean_of_their_matrices(
     right = Blend(alpha=1, weights=tuple(checkpoints["lora"]))
     found = numbers(blended(tiny_model, right, tuning("lora"), cpu(), new_ids=NEW))
     assert max(float((t - naive[n]).abs().max()) for n, t in found.items()) > 1e-4
+
+
+def test_a_mean_holds_one_checkpoints_model_beside_the_sum(
+    tiny_model: Path, checkpoints: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> CausalLM:
+        assert not [p for p in (ref() for ref in alive) if p is not None]
+        model = adapted(*args, **kwargs)
+        alive.append(weakref.ref(model.base.get_decoder()))
+        return model
+
+    monkeypatch.setattr(blended_model, "adapted", counted)
+    files = tuple(checkpoints["lora"] * 2)
+    blended(tiny_model, Blend(alpha=0.5, weights=files), tuning("lora"), cpu(), new_ids=NEW)
+    assert len(alive) == 4
 
 
 def test_weights_of_another_kind_are_no_blend(tiny_model: Path, checkpoints: dict[str, list[Path]]) -> None:

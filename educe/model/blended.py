@@ -43,7 +43,7 @@ def blended(
     tokens begin with), with α = 1 of one file what `merged` makes of it.
 
     Beside the model, one tensor in fp32 is in memory, and with adapters as much as `merged` needs; of several checkpoints with
-    adapters once more the model in fp32: the mean of products is not the product of means.
+    adapters once more the model in fp32, their sum: the mean of products is not the product of means.
     """
     if blend.alpha == 0:
         return load_model(base, device, new_ids=new_ids)
@@ -84,13 +84,26 @@ def _mean_of_merged(
     """The mean over checkpoints of θ0 + α (θ - θ0), by name, in fp32."""
     totals: dict[str, Tensor] = {}
     for file in blend.weights:
-        network = adapted(base, file, tuning, device, new_ids=new_ids).network
-        dilute(network, blend.alpha)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # peft's word on layers that are merged already
-            for name, p in network.merge_and_unload().named_parameters():
-                totals[name] = totals[name].add_(p) if name in totals else p.detach()
+        _add(totals, base, file, blend.alpha, tuning, device, new_ids)
     return {name: total.div_(len(blend.weights)) for name, total in totals.items()}
+
+
+def _add(
+    totals: dict[str, Tensor],
+    base: Path,
+    file: Path,
+    alpha: float,
+    tuning: Lora,
+    device: Device,
+    new_ids: Collection[int],
+) -> None:
+    """Add one checkpoint's weights; its model is gone when this returns, before the next is loaded."""
+    network = adapted(base, file, tuning, device, new_ids=new_ids).network
+    dilute(network, alpha)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # peft's word on layers that are merged already
+        for name, p in network.merge_and_unload().named_parameters():
+            totals[name] = totals[name].add_(p) if name in totals else p.detach()
 
 
 def read_packed(model: CausalLM, packs: bool) -> None:
