@@ -42,8 +42,8 @@ def blended(
     """The blend, ready to answer, in the device's arithmetic. With α = 0 it is the base model to the bit (with the rows that new
     tokens begin with), with α = 1 of one file what `merged` makes of it.
 
-    Beside the model, one tensor in fp32 is in memory, and with adapters as much as `merged` needs; of several checkpoints with
-    adapters once more the model in fp32, their sum: the mean of products is not the product of means.
+    Beside the model, one tensor in fp32 is in memory; with adapters, between the ends, the model in fp32, and of several checkpoints
+    once more, their sum: the mean of products is not the product of means.
     """
     if blend.alpha == 0:
         return load_model(base, device, new_ids=new_ids)

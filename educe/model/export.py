@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -18,14 +19,16 @@ from educe.chat.prompt import render_prompt
 from educe.chat.tokens import MORE_TEMPLATES, ChatTokenizer
 from educe.config import Full, Lora
 from educe.errors import ModelError
+from educe.model.adapters import with_adapters
 from educe.model.attention import answers_with
+from educe.model.describe import weight_files
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model, quiet
 from educe.types import Conversation, Message
 
-# With the files of models that also take images or sound: what makes numbers of those.
 # One file of weights has at most so many bytes: hosts and file systems know limits.
 MAX_SHARD_BYTES = 5 * 10**9
+# With the files of models that also take images or sound: what makes numbers of those.
 _COPIED = (
     "special_tokens_map.json",
     "tokenizer.model",
@@ -45,9 +48,12 @@ def merged(
     """
     if isinstance(tuning, Lora):
         model = load_model(base, device, new_ids=new_ids)
-        exactly = dict(
-            adapted(base, weights, tuning, device, new_ids=new_ids).network.merge_and_unload().named_parameters()
-        )
+        if device.dtype == "float32" or _is_stored_in_16_bits(base):
+            merge_into(model, stored(weights, device), tuning, new_ids)
+            return model
+        # What was published has more digits than the model here: they count until the adapters are in.
+        exact = adapted(base, weights, tuning, device, new_ids=new_ids).network.merge_and_unload()
+        exactly = dict(exact.named_parameters())
         with torch.no_grad():  # not `network.to(...)`: which tensors stay in fp32 is for the model's class to say
             for name, p in model.network.named_parameters():
                 p.copy_(exactly[name])
@@ -57,6 +63,37 @@ def merged(
     model.network.set_attn_implementation(answers_with(type(model.network), model.network.config))
     model.network.eval()
     return model
+
+
+def _is_stored_in_16_bits(base: Path) -> bool:
+    """Whether bfloat16 holds every weight as it was published."""
+    for file in weight_files(base):
+        with safe_open(file, "pt") as tensors:
+            if any(tensors.get_slice(name).get_dtype() != "BF16" for name in tensors.keys()):  # noqa: SIM118 - no mapping
+                return False
+    return True
+
+
+def merge_into(model: CausalLM, masters: dict[str, Tensor], tuning: Lora, new_ids: Collection[int]) -> None:
+    """Merge fp32 masters of adapters into a model that was loaded to answer: in fp32, one matrix at a time, each rounded once."""
+    from peft.tuners.lora.layer import LoraLayer  # takes seconds to import
+
+    with quiet(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # peft's word on layers that are merged already
+        network = with_adapters(model.network, tuning, sorted(new_ids))
+        parameters = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        _need_same(masters, parameters)
+        for name, p in parameters.items():
+            p.data = masters[name]
+        for layer in list(network.modules()):
+            if isinstance(layer, LoraLayer):
+                p = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+                own = p.data
+                p.data = own.float()
+                layer.merge()
+                p.data = own.copy_(p.data)
+        network.merge_and_unload()  # rows of new tokens
+    model.network.requires_grad_(True).eval()
 
 
 def adapted(base: Path, weights: Path, tuning: Lora, device: Device, *, new_ids: Collection[int] = ()) -> CausalLM:
@@ -78,11 +115,15 @@ def stored(weights: Path, device: Device) -> dict[str, Tensor]:
 def put(masters: dict[str, Tensor], model: CausalLM) -> None:
     """Copy fp32 masters into the model's trainable parameters; the names must be the same, all of them."""
     parameters = model.trainable()
-    if masters.keys() != parameters.keys():
-        raise ValueError(f"weights do not fit: {sorted(masters.keys() ^ parameters.keys())[:3]}")
+    _need_same(masters, parameters)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(masters[name])
+
+
+def _need_same(masters: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    if masters.keys() != parameters.keys():
+        raise ValueError(f"weights do not fit: {sorted(masters.keys() ^ parameters.keys())[:3]}")
 
 
 def served_template(source: str, system: str | None) -> str:
