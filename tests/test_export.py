@@ -216,6 +216,30 @@ def test_numbers_on_disk_are_those_planned_and_stop_tokens_all_there(
 # Wrong use
 
 
+@pytest.mark.parametrize(
+    "inner, words",
+    [
+        ("eval.answers_of", ["eval"]),
+        ("export.merged", ["export"]),
+        ("blend.blended", ["blend"]),
+        ("export.merged", ["serve", "--port", "8765"]),
+        ("chat.merged", ["chat"]),
+    ],
+)
+def test_memory_that_ends_is_said(
+    full: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str, words: list[str]
+) -> None:
+    def ends(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(f"educe.recipes.{inner}", ends)
+    monkeypatch.setattr("educe.recipes.serve.find_server", lambda: ("vllm", None))
+    code, said = command(*words, full.path, *([tmp_path / "out"] if words == ["export"] else []))
+    assert code == 2
+    assert "E-SYS-003" in said
+    assert "more memory" in said
+
+
 def test_the_wrong_way_round_gets_a_hint(full: Run, tmp_path: Path) -> None:
     code, said = command("export", tmp_path / "out", full.path)
     assert code == 2

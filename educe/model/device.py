@@ -107,13 +107,18 @@ def peak_memory_bytes(kind: str) -> int:
         return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))
 
 
+# For what answers with a finished run's model: of its recipe nothing can be changed now.
+CLOSE_OTHERS = "Close other programs on it, or use a device with more memory."
+
+
 @contextlib.contextmanager
-def told_of_memory(doing: str) -> Iterator[None]:
-    """Where the device's memory ends within, `MachineError` says so."""
+def told_of_memory(
+    doing: str, fix: str = "Close other programs on it, set tuning.kind: lora, or lower train.micro_batch_tokens."
+) -> Iterator[None]:
+    """Where the device's memory ends within, `MachineError` says so, and `fix`."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        fix = "Close other programs on it, set tuning.kind: lora, or lower train.micro_batch_tokens."
         raise MachineError(3, doing, f"{str(e).split('. ')[0]}.", fix) from e
 
 

@@ -42,14 +42,17 @@ class Asked:
         return self.row.messages[:-1]
 
 
-def questions_of(prepared: Prepared, recipe: Recipe, split: Literal["dev", "test"] = "test") -> list[Asked]:
-    """The rows of a split (at most `evaluation.max_rows`, drawn by the seed), each asked for its last answer."""
+def questions_of(
+    prepared: Prepared, recipe: Recipe, split: Literal["dev", "test"] = "test", most: int | None = None
+) -> list[Asked]:
+    """The rows of a split (at most `evaluation.max_rows` and `most`, drawn by the seed), each asked for its last answer."""
     rows = prepared.conversations(split)
     if not rows:
         fix = f"Give data.{split} a file, or a larger share, and train again."
         raise EvalError(1, "data", f"has no {split} rows.", fix)
     asked = []
-    for i in sorted(permute(len(rows), derive(recipe.train.seed, split))[: recipe.evaluation.max_rows].tolist()):
+    num = recipe.evaluation.max_rows if most is None else min(most, recipe.evaluation.max_rows)
+    for i in sorted(permute(len(rows), derive(recipe.train.seed, split))[:num].tolist()):
         c = rows[i]
         k = max(j for j, m in enumerate(c.messages) if m.role == "assistant")
         row = replace(c, messages=c.messages[: k + 1])

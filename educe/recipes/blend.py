@@ -24,7 +24,7 @@ from educe.files.atomic import directory, verify, write_json, write_text
 from educe.files.run_dir import RunDir
 from educe.model.blended import Blend, blended, read_packed
 from educe.model.describe import describe_model
-from educe.model.device import Device, release_free_memory, told_of_memory
+from educe.model.device import CLOSE_OTHERS, Device, release_free_memory, told_of_memory
 from educe.model.load import CausalLM
 from educe.model.source import Say
 from educe.recipes.answers import Asked, answered, questions_of
@@ -77,6 +77,7 @@ class _Scale:
     source: str
 
 
+@told_of_memory("blending", CLOSE_OTHERS)
 def blend(run: RunDir, wish: Wish, say: Say, screen: BlendScreen) -> Choice:
     """Measure, choose, write RUN/blend/, export where asked. Raises `RunError` for an unfinished run, `UsageError`, `RecipeError`
     without dev rows."""
@@ -101,7 +102,7 @@ def blend(run: RunDir, wish: Wish, say: Say, screen: BlendScreen) -> Choice:
             found = "on dev no blend is better than the base model: nothing was exported."
             raise UsageError(101, "--out", found, "Name one to export all the same: --alpha 0.5 --out DIR")
         chosen, of = blends[points.index(choice.point)]
-        export(run, wish.out, say, wish.form, blend=chosen if chosen.alpha < 1 or of else None)
+        export(run, wish.out, say, wish.form, blend=chosen if chosen.alpha < 1 or of else None, asked=False)
     return choice
 
 
@@ -160,7 +161,7 @@ def _scale(run: RunDir, recipe: Recipe, wish: Wish, device: Device, say: Say) ->
     texts, of_passage = passage_examples(passages, prepared.tokenizer, positions)
     asked: list[Asked] = []
     if recipe.evaluation.metric.kind != "text":
-        asked = questions_of(prepared, recipe, "dev")[: wish.rows]
+        asked = questions_of(prepared, recipe, "dev", wish.rows)
     return _Scale(
         recipe=recipe,
         prepared=prepared,
@@ -176,7 +177,7 @@ def _scale(run: RunDir, recipe: Recipe, wish: Wish, device: Device, say: Say) ->
 
 def _announced(scale: _Scale, num: int, steps: Sequence[int]) -> str:
     of = f" of the mean of steps {', '.join(map(str, steps))}" if steps else ""
-    answers = f"{len(scale.asked)} of them answered, " if scale.asked else ""
+    answers = f"{len(scale.asked)} dev rows, drawn apart, to answer, " if scale.asked else ""
     text = scale.source or "educe's own general text"
     return (
         f"{num} blends{of}, each measured on {scale.dev.num_rows} dev rows, {answers}and "
@@ -191,15 +192,14 @@ def _points(scale: _Scale, blends: Sequence[tuple[Blend, tuple[int, ...]]], scre
     new_ids = scale.prepared.tokenizer.new_tokens.values()
     for b, steps in blends:
         began = time.perf_counter()
-        with told_of_memory("blending"):
-            model = blended(scale.prepared.model_dir, b, scale.recipe.tuning, scale.device, new_ids=new_ids)
-            read_packed(model, scale.packs)
-            if at_base is None:
-                scale.dev.remember(model)
-                scale.general.remember(model)
-            found = scale.dev.drift(model), scale.general.drift(model)
-            at_base = at_base or found
-            right = _right(scale, model, f"{b.alpha:g}", screen) if scale.asked else None
+        model = blended(scale.prepared.model_dir, b, scale.recipe.tuning, scale.device, new_ids=new_ids)
+        read_packed(model, scale.packs)
+        if at_base is None:
+            scale.dev.remember(model)
+            scale.general.remember(model)
+        found = scale.dev.drift(model), scale.general.drift(model)
+        at_base = at_base or found
+        right = _right(scale, model, f"{b.alpha:g}", screen) if scale.asked else None
         del model
         release_free_memory()
         points.append(

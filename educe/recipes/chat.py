@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from educe.chat.prompt import render_prompt
 from educe.errors import RunError
 from educe.files.run_dir import RunDir
+from educe.model.device import CLOSE_OTHERS, told_of_memory
 from educe.model.export import merged
 from educe.model.load import load_model
 from educe.model.source import Say
@@ -22,6 +23,7 @@ class Chat:
     The system message is that of the training rows when they all have the same one, else the template's own.
     """
 
+    @told_of_memory("chat", CLOSE_OTHERS)
     def __init__(self, run: RunDir, say: Say, *, base: bool) -> None:
         recipe = recipe_of(run)
         weights = final_weights(run, say)
@@ -49,9 +51,10 @@ class Chat:
         messages = (*self._history[name], Message(role="user", content=text))
         prompt = render_prompt(messages, self._prepared.tokenizer)
         parts = []
-        for part in self._samplers[name].stream(prompt, max_new_tokens):
-            parts.append(part)
-            yield part
+        with told_of_memory("chat", CLOSE_OTHERS):
+            for part in self._samplers[name].stream(prompt, max_new_tokens):
+                parts.append(part)
+                yield part
         self._history[name] = (*messages, Message(role="assistant", content="".join(parts)))
 
 

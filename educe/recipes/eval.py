@@ -14,7 +14,7 @@ from educe.evaluate.metrics import METRICS
 from educe.files.atomic import make_private, told, write_json
 from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
-from educe.model.device import Device
+from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.source import Say
 from educe.recipes.answers import OnAnswers, answers_of, questions_of
 from educe.recipes.machine import device_of, device_of_run
@@ -81,6 +81,7 @@ def answering_device(recipe: Recipe, run: RunDir, say: Say) -> Device:
         return device
 
 
+@told_of_memory("evaluating", CLOSE_OTHERS)
 def evaluate(
     run: RunDir, say: Say, on_answers: OnAnswers, *, regrade_only: bool = False, metric: str | None = None
 ) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from educe.files.atomic import directory, need_space
 from educe.files.run_dir import RunDir
 from educe.model.blended import Blend, blended
 from educe.model.describe import describe_model
-from educe.model.device import Device
+from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.export import check_prompts, check_tokenizer, merged, put, stored, write_model, write_tokenizer
 from educe.model.export_adapter import adapter_limits, check_adapter, write_adapter
 from educe.model.export_hub import check_push, push
@@ -74,6 +74,7 @@ class Tuned:
         return model
 
 
+@told_of_memory("exporting", CLOSE_OTHERS)
 def export(
     run: RunDir,
     target: Path,
@@ -81,10 +82,13 @@ def export(
     form: str = "merged",
     repository: str | None = None,
     blend: Blend | None = None,
+    *,
+    asked: bool = True,
 ) -> Path:
     """Write `target` (new or empty) in one of `FORMS`, read it back and compare; then upload it, where `repository` is given.
 
-    `blend`: that instead of the run's own weights.
+    `blend`: that instead of the run's own weights. `asked`: a user named this target, and the run keeps what was proved of it, where
+    it is of the run's own weights.
     """
     token = check_push(repository) if repository is not None else ""
     recipe = recipe_of(run)
@@ -98,8 +102,9 @@ def export(
         tokenizer = tuned.tokenizer.settings
         proof = (_write_adapter if form == "adapter" else _write_gguf)(tuned, target, form, say)
     say(f"read back: {proof}")
-    with contextlib.suppress(MachineError):  # a run that cannot be written to can be exported all the same
-        keep(run, "export", [finding("P90", "export", form, f"read back: {proof}")])
+    if asked and blend is None:
+        with contextlib.suppress(MachineError):  # a run that cannot be written to can be exported all the same
+            keep(run, "export", [finding("P90", "export", form, f"read back: {proof}")])
     if recipe.data.system is not None:
         say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
     if tokenizer and form in ("merged", "adapter"):
