@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ import pytest
 torch = pytest.importorskip("torch")
 from educe.cli.main import main  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from educe.model.load import load_model  # noqa: E402
+from educe.model.loaded import prove_loaded  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from conftest import write_tokenizer  # noqa: E402
+from test_adapters import cpu  # noqa: E402
 from test_new_tokens import KNOWN, NEW, SIZES  # noqa: E402
 
 SYSTEM = 'You say "one word".\n{{ no variable }} 😀 %}'
@@ -225,3 +229,13 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused_for_all_new_tokens(
     code, said = command("check", job.recipe("short", old="model: base", new="model: short"))
     assert code == 2
     assert "E-MODEL-202" in said
+
+
+def test_weights_beside_the_model_are_not_judged(tiny_model: Path, tmp_path: Path) -> None:
+    """They are not loaded: another layout of the same model, often."""
+    shutil.copytree(tiny_model, directory := tmp_path / "model")
+    other = {"lm_head.weight": torch.full((512, 32), math.nan)}
+    save_file(other, directory / "consolidated.safetensors")
+    network = load_model(directory, cpu()).network
+    assert network.config.tie_word_embeddings
+    prove_loaded(network, (), directory, packed=True)

@@ -28,9 +28,12 @@ from educe.model import export as export_model  # noqa: E402
 from educe.model.blended import Blend, blended, read_packed  # noqa: E402
 from educe.model.export import adapted, merged  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
+from educe.recipes.answers import questions_of  # noqa: E402
+from educe.recipes.eval import data_of  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
 from educe.recipes.served import said_of_served  # noqa: E402
 from educe.report.blend_page import build_blend_page  # noqa: E402
+from educe.seeds import derive, permute  # noqa: E402
 from educe.training.sft import held_out_loss  # noqa: E402
 from educe.types import Example, Interval  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
@@ -401,6 +404,17 @@ def test_checkpoints_are_averaged_and_those_that_are_gone_are_said(run: Run, tmp
         run.blend(average="7,20")
     with pytest.raises(UsageError, match="--average 'all' names no checkpoints"):
         run.blend(average="all")
+
+
+def test_one_checkpoint_is_named_and_rows_to_answer_are_drawn(run: Run, tmp_path: Path) -> None:
+    said: list[str] = []
+    run.blend(average="20", rows=4, out=tmp_path / "out", alphas=[1.0], say=said.append)
+    assert "where tuned is step-000020 (" in (tmp_path / "out" / "README.md").read_text()
+    assert any("measured on 4 dev rows, 4 dev rows, drawn apart, to answer" in line for line in said)
+    prepared, order = data_of(run.dir, run.recipe, said.append), permute(12, derive(run.recipe.train.seed, "dev"))
+    rows = [f"dev.jsonl:{i + 1}" for i in sorted(order[:4].tolist())]
+    assert [a.question.row for a in questions_of(prepared, run.recipe, "dev", 4)] == rows
+    assert rows != [f"dev.jsonl:{i + 1}" for i in sorted(order.tolist())[:4]]
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,70 @@ def test_ctrl_c_reaches_the_servers_and_their_code_is_ours(
             assert probe.connect_ex(("127.0.0.1", port + k)) != 0
 
 
+def test_the_second_server_starts_when_the_first_is_healthy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def command_of(s: Served, together: int) -> list[str]:
+        seen.append(served._healthy(Served(directory=s.directory, name=s.name, port=port, settings={})))
+        return [sys.executable, "-c", SERVER if not seen[-1] else FAILS, "--port", str(s.port)]
+
+    monkeypatch.setattr(served, "find_server", lambda: ("stub", command_of))
+    port = free_port()
+    assert run.serve(port=port, base=True) == 3
+    assert seen == [False, True]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals")
+def test_a_terminal_that_is_closed_ends_the_servers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "find_server", starts(SERVER))
+    monkeypatch.setattr(served, "_watched", lambda _: signal.raise_signal(signal.SIGHUP))
+    port = free_port()
+    old = signal.signal(signal.SIGHUP, signal.default_int_handler)  # without ours, this ends the block too, as Ctrl-C
+    try:
+        code, _ = command("serve", run.path, "--port", port)
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert code == 128 + signal.SIGHUP
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_runs_share_a_base_and_two_at_once_export_it_once(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is exported for a server is no export that the run keeps a proof of."""
+    other = educe.train(recipe(place, "others", epochs=2))
+    before = run.dir.preflight.read_bytes()
+    monkeypatch.setattr(served, "cache_dir", lambda: tmp_path / "cache")
+    said: list[str] = []
+    made: list[list[Served]] = []
+
+    def first(of: Run) -> None:
+        made.append(served._from_run(of.dir, served.final_weights(of.dir, quiet), 8000, True, said.append))
+
+    beside = threading.Thread(target=first, args=(run,))
+    written, begun = served.export, []
+
+    def slowly(*args: Any, **kwargs: Any) -> Path:
+        """As another `serve` of the run comes to where this one is."""
+        begun.append(args[1])
+        if len(begun) == 1:
+            beside.start()
+            until = time.monotonic() + 5
+            while not any("waiting for it" in line for line in said) and time.monotonic() < until:
+                time.sleep(0.02)
+        return written(*args, **kwargs)
+
+    monkeypatch.setattr(served, "export", slowly)
+    first(run)
+    beside.join()
+    first(other)
+    assert len(begun) == len(set(begun)) == 3  # two tuned models and a base
+    assert [len({m[k].directory for m in made}) for k in range(2)] == [2, 1]
+    assert {m[1].name for m in made} == {"orders-base", "others-base"}
+    assert run.dir.preflight.read_bytes() == before
+
+
 # transformers' own server
 
 

@@ -19,7 +19,8 @@ def ended_by(number: int, code: int | None = None, word: str = "Ended by a signa
         return
 
     def end(number: int, frame: object) -> None:
-        click.echo(word, err=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            click.echo(word, err=True)
         raise SystemExit(128 + number if code is None else code)
 
     old = signal.signal(number, end)

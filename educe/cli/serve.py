@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 
 import click
+
+from educe.cli.ending import ended_by
 
 
 @click.command()
@@ -23,4 +27,13 @@ def serve(run: Path | None, port: int, beside: str | None) -> None:
 
     exported = run is not None and not (run / "recipe.resolved.json").is_file()
     place = run if exported and run is not None else Run(run).path
-    sys.exit(run_serve(place, say, port=port, base=beside == "base"))
+    with _ended_with_the_terminal():
+        code = run_serve(place, say, port=port, base=beside == "base")
+    sys.exit(code)
+
+
+def _ended_with_the_terminal() -> contextlib.AbstractContextManager[None]:
+    """SIGHUP ends the servers too; under nohup it is ignored as before."""
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return contextlib.nullcontext()
+    return ended_by(signal.SIGHUP)

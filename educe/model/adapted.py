@@ -24,7 +24,9 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.active_adapters[0]
-        plain = len(self.active_adapters) == 1 and not (args or kwargs or self.merged or self.lora_variant or self.as_peft)
+        plain = len(self.active_adapters) == 1 and not (
+            args or kwargs or self.merged or self.lora_variant or self.as_peft
+        )
         dropout = self.lora_dropout[name]
         if not plain or self.disable_adapters or (self.training and not isinstance(dropout, torch.nn.Identity)):
             out: Tensor = super().forward(x, *args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from educe.errors import ModelError
+from educe.model.describe import weight_files
 
 _ROWS = 64  # of a head that are compared with the embedding's
 
@@ -37,7 +38,7 @@ def prove_loaded(network: Any, missing: Collection[str], directory: Path, *, pac
 
 def _stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the files, one after the other."""
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 yield name, tensors.get_tensor(name)
@@ -49,7 +50,7 @@ def _is_head(name: str) -> bool:
 
 def _prove_tied(shared_VD: torch.Tensor, directory: Path) -> None:
     """A head in the files that differs from the embedding would be dropped where the config ties the two."""
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, "pt") as tensors:
             for name in filter(_is_head, tensors.keys()):
                 rows = tensors.get_slice(name)[:_ROWS].to(shared_VD)

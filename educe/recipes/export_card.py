@@ -71,7 +71,7 @@ def blend_lines(blend: Blend | None) -> list[str]:
             "These are the base model's own weights, with the tokenizer and template of training. The scores are not theirs.",
         ]
     means = ", ".join(f.parent.name for f in blend.weights)
-    of = f"the mean of {means}" if len(blend.weights) > 1 else "the tuned model"
+    of = f"the mean of {means}" if len(blend.weights) > 1 else means
     return [
         "",
         f"A blend: base + {blend.alpha:g} x (tuned - base), where tuned is {of} (WiSE-FT, arXiv 2109.01903); chosen without the "

@@ -7,6 +7,7 @@ training, waits until it answers, and ends with it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -19,12 +20,14 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from educe.errors import MachineError, RunError, UsageError
 from educe.files.atomic import verify
 from educe.files.hashes import cache_dir, hash_json
+from educe.files.locks import one_at_a_time
 from educe.files.run_dir import RunDir
 from educe.model.blended import Blend
 from educe.model.source import Say
@@ -110,10 +113,13 @@ def serve(place: Path, say: Say, *, port: int = 8000, base: bool = False) -> int
         ]
     if kind == "vllm" and base:
         say("vllm: two processes, each with 45 % of the GPU's memory")
-    with _started([command(s, len(served)) for s in served]) as processes:
-        code = _until_healthy(served, processes, say)
-        if code is not None:
-            return code
+    _let_go()
+    with _servers() as processes:
+        for s in served:  # one after the other: a server looks how much of the GPU is free as it begins
+            processes.append(_start(command(s, len(served))))
+            code = _until_healthy(s, processes, say)
+            if code is not None:
+                return code
         for s, role in zip(served, ("tuned", "base"), strict=False):
             say(f"{role}: {s.address}/v1 (model {s.name!r})")
         for line in how_to_ask(served[0]):
@@ -154,27 +160,43 @@ def how_to_ask(served: Served) -> list[str]:
 def _from_run(run: RunDir, weights: Path, port: int, base: bool, say: Say) -> list[Served]:
     """The run's model, and the base model, as directories in the cache; written where they are not there yet."""
     recipe, provenance = recipe_of(run), run.load(run.provenance)
-    made_of = [
-        _VERSION,
-        final_manifest(run, say),
-        provenance["model"]["sha256"],
-        provenance["device"],
-        recipe.data.system,
-    ]
-    kinds = {recipe.name: None, **({f"{recipe.name}-base": Blend(alpha=0, weights=(weights,))} if base else {})}
+    like = [_VERSION, provenance["model"]["sha256"], provenance["template_sha256"], provenance["template_settings"]]
+    like += [recipe.data.system, *(provenance["device"][k] for k in ("kind", "dtype"))]
+    keys = {
+        "tuned": hash_json([*like, "tuned", final_manifest(run, say)])[:24],
+        "base": hash_json([*like, "base"])[:24],
+    }
     found = []
-    for k, (name, blend) in enumerate(kinds.items()):
-        place = cache_dir() / "served" / hash_json([*made_of, provenance["template_sha256"], blend is None])[:24] / name
-        if isinstance(verify(place), str):  # why it cannot be used: not there, or not whole
-            say(f"exporting {name} for the server to {place}")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                raise RunError(203, str(place), f"is damaged: {verify(place)}", "Delete it.")
-            export(run, place, say, blend=blend)
-        else:
-            say(f"{name} was exported before: {place}")
-        found.append(Served(directory=place, name=name, port=port + k, settings=provenance["template_settings"]))
+    for k, (role, key) in enumerate(keys.items() if base else [("tuned", keys["tuned"])]):
+        name = recipe.name if role == "tuned" else f"{recipe.name}-base"
+        directory = cache_dir() / "served" / key / (name if role == "tuned" else "base")  # runs share a base
+        waits = partial(say, f"another process exports {name} for the server: waiting for it")
+        with one_at_a_time(cache_dir() / "locks" / f"served--{key}", waits):
+            _cached(run, directory, name, say, Blend(alpha=0, weights=(weights,)) if role == "base" else None)
+        found.append(Served(directory=directory, name=name, port=port + k, settings=provenance["template_settings"]))
     return found
+
+
+def _cached(run: RunDir, directory: Path, name: str, say: Say, blend: Blend | None) -> None:
+    """Export into the cache, where that was not done before. Raises `RunError` for what is damaged there."""
+    fault = verify(directory)
+    if not isinstance(fault, str):
+        say(f"{name} was exported before: {directory}")
+        return
+    if directory.exists():
+        raise RunError(203, str(directory), f"is damaged: {fault}", "Delete it.")
+    say(f"exporting {name} for the server to {directory}")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    export(run, directory, say, blend=blend, asked=False)
+
+
+def _let_go() -> None:
+    """Give back what an export took: the servers need it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _exported(place: Path, port: int, base: bool) -> list[Served]:
@@ -191,33 +213,34 @@ def _exported(place: Path, port: int, base: bool) -> list[Served]:
 
 
 @contextlib.contextmanager
-def _started(commands: Sequence[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes in groups of their own, so that a Ctrl-C on the terminal reaches each once, through us. None outlives the block."""
-    environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}
-    environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
+def _servers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that the block puts here; none outlives it."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for words in commands:
-            # one by one: where the second cannot be started, the first must be ended
-            processes += [subprocess.Popen(words, env=environment, start_new_session=os.name != "nt")]
         yield processes
     finally:
         _stop(processes)
 
 
-def _until_healthy(served: Sequence[Served], processes: Sequence[subprocess.Popen[bytes]], say: Say) -> int | None:
-    """Wait until all answer; the exit code of one that ended first, or None."""
+def _start(words: list[str]) -> subprocess.Popen[bytes]:
+    """In a process group of its own, so that a Ctrl-C on the terminal reaches it once, through us."""
+    environment = {k: v for k, v in os.environ.items() if k not in _SECRETS}
+    environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return subprocess.Popen(words, env=environment, start_new_session=os.name != "nt")
+
+
+def _until_healthy(served: Served, processes: Sequence[subprocess.Popen[bytes]], say: Say) -> int | None:
+    """Wait until the last one answers; the exit code of any that ended first, or None."""
     began = told = time.monotonic()
-    for s, process in zip(served, processes, strict=True):
-        while not _healthy(s):
-            ended = next((p for p in processes if p.poll() is not None), None)
-            if ended is not None:
-                say(f"a server ended before it was ready (exit code {_code(ended)}); what it said is above")
-                return _code(ended)
-            if process.poll() is None and time.monotonic() - told > _TOLD_EVERY_S:
-                told = time.monotonic()
-                say(f"{s.address} is not ready after {told - began:.0f} s")
-            time.sleep(0.2)
+    while not _healthy(served):
+        ended = next((p for p in processes if p.poll() is not None), None)
+        if ended is not None:
+            say(f"a server ended before it was ready (exit code {_code(ended)}); what it said is above")
+            return _code(ended)
+        if time.monotonic() - told > _TOLD_EVERY_S:
+            told = time.monotonic()
+            say(f"{served.address} is not ready after {told - began:.0f} s")
+        time.sleep(0.2)
     return None
 
 

@@ -12,7 +12,7 @@ from educe.report.wording import number
 
 _SIZE = (800.0, 420.0)
 _MORE_CSS = """
-circle.chosen{fill:none;stroke:var(--held);stroke-width:2.5}rect.mark{fill:var(--held)}tr.chosen td{font-weight:650}
+circle.chosen{fill:none;stroke:var(--held);stroke-width:2.5}tr.chosen td{font-weight:650}
 """
 
 
