@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,19 +18,17 @@ import educe  # noqa: E402
 from educe.chat.tokens import load_tokenizer  # noqa: E402
 from educe.config import Full, Lora  # noqa: E402
 from educe.errors import RunError, UsageError  # noqa: E402
-from educe.evaluate import drift  # noqa: E402
 from educe.evaluate.blends import Point, choose  # noqa: E402
 from educe.evaluate.drift import Texts  # noqa: E402
 from educe.evaluate.general import MOST_BYTES, own_passages, passage_examples, read_passages  # noqa: E402
 from educe.model import blended as blended_model  # noqa: E402
-from educe.model import export as export_model  # noqa: E402
 from educe.model.blended import Blend, blended, read_packed  # noqa: E402
 from educe.model.export import adapted, merged  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
 from educe.recipes.answers import questions_of  # noqa: E402
 from educe.recipes.eval import data_of  # noqa: E402
+from educe.recipes.export_card import blend_lines  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
-from educe.recipes.served import said_of_served  # noqa: E402
 from educe.report.blend_page import build_blend_page  # noqa: E402
 from educe.seeds import derive, permute  # noqa: E402
 from educe.training.sft import held_out_loss  # noqa: E402
@@ -39,7 +36,7 @@ from educe.types import Example, Interval  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from small_runs import recipe, small_place  # noqa: E402
 from test_adapters import cpu  # noqa: E402
@@ -88,54 +85,6 @@ def test_both_ends_are_exact(tiny_model: Path, checkpoints: dict[str, list[Path]
     ):
         made = blended(tiny_model, Blend(alpha=alpha, weights=files), tuning(kind), cpu(dtype), new_ids=NEW)
         assert same(numbers(made), numbers(end))
-
-
-@pytest.mark.parametrize("kind", KINDS[1:])
-@pytest.mark.parametrize("dtype, stored", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
-def test_adapters_are_merged_as_into_a_whole_model_in_fp32(
-    tiny_model: Path, checkpoints: dict[str, list[Path]], tmp_path: Path, kind: str, dtype: Any, stored: str
-) -> None:
-    """To the bit, layer by layer too, which is done where the model here holds all that was published."""
-    shutil.copytree(tiny_model, base := tmp_path / "base")
-    published = {n: t.to(getattr(torch, stored)) for n, t in load_file(base / "model.safetensors").items()}
-    save_file(published, base / "model.safetensors", {"format": "pt"})
-    same_as_whole(base, checkpoints[kind][0], tuning(kind), dtype, NEW)
-
-
-@pytest.mark.parametrize("kind", ["lora", "rslora"])
-def test_adapters_on_fused_experts_are_merged_as_into_a_whole_model(tmp_path: Path, kind: str) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_experts=4,
-        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(base := tmp_path / "base")
-    start = load_model(base, cpu(), tuning(kind), new_ids=(126, 127)).trainable()
-    assert any("experts" in n for n in start)
-    save_file({n: (p.detach() + 0.05 * torch.randn(p.shape)).contiguous() for n, p in start.items()}, tmp_path / "w")
-    same_as_whole(base, tmp_path / "w", tuning(kind), "bfloat16", (126, 127))
-
-
-def same_as_whole(base: Path, weights: Path, kind: Any, dtype: Any, new_ids: tuple[int, ...]) -> None:
-    whole = dict(adapted(base, weights, kind, cpu(), new_ids=new_ids).network.merge_and_unload().named_parameters())
-    found = merged(base, weights, kind, cpu(dtype), new_ids=new_ids)
-    assert not found.network.training
-    assert not any("lora" in n or "token_adapter" in n for n, _ in found.network.named_modules())
-    assert numbers(found).keys() == whole.keys()
-    moved = numbers(load_model(base, cpu(dtype), new_ids=new_ids))
-    for name, t in numbers(found).items():
-        assert t.dtype == getattr(torch, dtype)
-        assert torch.equal(t, whole[name].to(t.dtype)), name
-    assert sum(not torch.equal(t, moved[n]) for n, t in numbers(found).items()) >= 14
-
-
-def test_one_model_is_loaded_where_it_holds_all_that_was_published(
-    tiny_model: Path, checkpoints: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[Any] = []
-    monkeypatch.setattr(export_model, "load_model", lambda *a, **k: loaded.append(a) or load_model(*a, **k))
-    merged(tiny_model, checkpoints["dora"][0], tuning("dora"), cpu(), new_ids=NEW)
-    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,27 +198,6 @@ def test_drift_is_the_loss_and_the_kl_by_row(
     assert all(0 < kl < full for kl, full in zip(found.kl_R, wanted[3], strict=True))
     assert none.kl_R == pytest.approx([0] * 4, abs=1e-6)
     assert held_out_loss(other, texts._batches).mean == pytest.approx(sum(found.nll_R) / sum(texts.weights_R), rel=1e-5)
-
-
-def test_what_is_served_is_compared_in_pieces_of_positions(
-    tiny_model: Path, checkpoints: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same numbers as from transformers' own logits in float64, and never the logits of a whole row."""
-    one, two = (merged(tiny_model, f, Full(kind="full"), cpu()) for f in checkpoints["full"])
-    rows, together, sizes = examples(3), np.zeros(4), []
-    for e in rows:
-        ids, w = torch.tensor(e.ids_T.astype(np.int64)), torch.tensor(e.weights_T[1:]).double()
-        with torch.no_grad():
-            p, q = (m.network(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (one, two))
-        losses = (-float((w * x.gather(1, ids[1:, None])[:, 0]).sum()) for x in (p, q))
-        together += [*losses, float((w * (p.exp() * (p - q)).sum(1)).sum()), float(w.sum())]
-    for m in (one, two):
-        m.base.get_output_embeddings().register_forward_pre_hook(lambda _m, args: sizes.append(args[0].shape[-2]))
-    monkeypatch.setattr(drift, "_LOGIT_BYTES", 3 * one.vocabulary * 4)
-    said = said_of_served(one, two, rows)
-    was, is_, kl = together[:3] / together[3]
-    assert f"the loss is {is_:.4f}, it was {was:.4f}; KL {kl:.4f} nats" in said
-    assert max(sizes) == 3
 
 
 def test_general_text_is_counted_once_and_ends_nowhere(tiny_model: Path) -> None:
@@ -389,7 +317,9 @@ def test_what_is_chosen_on_dev_is_what_is_exported(run: Run, place: Path, tiny_m
 
 
 def test_checkpoints_are_averaged_and_those_that_are_gone_are_said(run: Run, tmp_path: Path) -> None:
-    choice = run.blend(average="last:2", rows=4, out=tmp_path / "out", alphas=[1.0])
+    said: list[str] = []
+    choice = run.blend(average="last:2", rows=4, out=tmp_path / "out", alphas=[1.0], say=said.append)
+    assert any("measured on 4 dev rows, 4 dev rows, drawn apart, to answer" in line for line in said)
     assert choice.point is not None
     assert len(choice.point.steps) == 2
     files = [run.path / "checkpoints" / f"step-{s:06d}" / "weights.safetensors" for s in choice.point.steps]
@@ -406,11 +336,10 @@ def test_checkpoints_are_averaged_and_those_that_are_gone_are_said(run: Run, tmp
         run.blend(average="all")
 
 
-def test_one_checkpoint_is_named_and_rows_to_answer_are_drawn(run: Run, tmp_path: Path) -> None:
+def test_one_checkpoint_is_named_and_rows_to_answer_are_drawn(run: Run) -> None:
+    card = " ".join(blend_lines(Blend(alpha=1, weights=(Path("step-000020/weights.safetensors"),))))
+    assert "where tuned is step-000020 (" in card
     said: list[str] = []
-    run.blend(average="20", rows=4, out=tmp_path / "out", alphas=[1.0], say=said.append)
-    assert "where tuned is step-000020 (" in (tmp_path / "out" / "README.md").read_text()
-    assert any("measured on 4 dev rows, 4 dev rows, drawn apart, to answer" in line for line in said)
     prepared, order = data_of(run.dir, run.recipe, said.append), permute(12, derive(run.recipe.train.seed, "dev"))
     rows = [f"dev.jsonl:{i + 1}" for i in sorted(order[:4].tolist())]
     assert [a.question.row for a in questions_of(prepared, run.recipe, "dev", 4)] == rows

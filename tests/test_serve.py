@@ -229,6 +229,7 @@ def test_a_terminal_that_is_closed_ends_the_servers(run: Run, monkeypatch: pytes
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.slow
 def test_runs_share_a_base_and_two_at_once_export_it_once(
     place: Path, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
