@@ -96,6 +96,7 @@ CODES: dict[str, str] = {
     "E-RUN-201": "run directory belongs to other settings",
     "E-RUN-202": "run is in use by another process",
     "E-RUN-203": "target directory is not empty",
+    "E-RUN-204": "run directory was taken away while it trained",
     # evaluation
     "E-EVAL-001": "no test rows",
     "E-EVAL-002": "stored answers missing or of other rows",

@@ -193,6 +193,7 @@ def test_a_run_that_is_not_finished_is_no_model(place: Path, begun: Path) -> Non
         ("provenance.json", "torn"),
         ("recipe.resolved.json", "flipped"),
         ("metrics.jsonl", "flipped"),
+        ("metrics.jsonl", "gone"),
         ("ledger.jsonl", "gone"),
         ("preview.json", "torn"),
     ],
@@ -209,11 +210,15 @@ def test_a_damaged_record_costs_nothing(place: Path, begun: Path, file: str, how
         (run / file).unlink()
     else:
         (run / file).write_bytes(content[: len(content) // 2] if how == "torn" else b"\xff" + content[1:])
-    again = educe.train(recipe(place, name, **LITTLE))
+    said: list[str] = []
+    again = educe.train(recipe(place, name, **LITTLE), say=said.append)
     assert again.finished
     assert same(final(run), final(straight))
     if file != "metrics.jsonl":
         assert story(run) == story(straight)
+    else:
+        assert any("history has a gap there" in line for line in said)
+        assert not [line for line in said if "FAILED" in line]
 
 
 # The end of a run
@@ -335,6 +340,10 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_tried_again(
     assert not writer.retry_now()
     assert "a checkpoint was not written" in said[0]
     assert "trying again" in said[0]
+    state.step = 2
+    writer.save(state, {}, finished=False)  # due, but it is not time yet
+    assert not writer.retry_now()
+    assert len(said) == 1
     time.sleep(0.1)
     assert writer.retry_now()
     assert len(said) == 1
@@ -381,3 +390,13 @@ def test_asked_before_a_step_was_made_it_ends_well(place: Path) -> None:
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
     assert "SIGUSR1" in said or "Saved after step" in said
+
+
+def test_a_run_whose_directory_goes_ends_at_once(place: Path) -> None:
+    class Takes(Dying):
+        def step(self, report: Any) -> None:
+            if report.step == 3:
+                (place / "runs" / "taken").rename(place / "runs" / "elsewhere")
+
+    with pytest.raises(RunError, match="E-RUN-204"):
+        educe.train(recipe(place, "taken", epochs=5), screen=Takes())

@@ -73,6 +73,12 @@ class RunDir:
         finally:
             handle.close()
 
+    def still_there(self) -> None:
+        """Raises `RunError` where the locked directory was deleted or moved: another process could begin in its place."""
+        if not (self.path / ".lock").exists():
+            found = "was deleted or moved while this process trained in it."
+            raise RunError(204, str(self.path), found, "Move it back and give the same command, or begin anew.")
+
 
 def find_run(given: Path | None, runs: Path) -> RunDir:
     """The run at `given`, or the latest one under `runs` or under a directory of that name one level below.

@@ -191,10 +191,11 @@ def little_is_cut(b: Before) -> Finding:
     share = lost / max(1, lost + s["trained_tokens"])
     said = (
         f"{dropped:,} rows too long and left out, {s['turn_splits']:,} splits between turns, {s['cut_rows']:,} rows cut: "
-        f"{lost:,} trained tokens and {unfinished:,} stop tokens lost"
+        f"of what was split or cut {lost:,} trained tokens and {unfinished:,} stop tokens are lost"
     )
     odd = share > 0.01 or unfinished > 0 or dropped > 0.05 * s["rows_in"]
-    return finding("P10", "rows too long", f"{share:.1%} of trained tokens lost", said, warn=odd)
+    number = f"{dropped:,} of {s['rows_in']:,} rows, and {share:.1%} of the others' trained tokens"
+    return finding("P10", "rows too long", number, said, warn=odd)
 
 
 def control_text_is_text(b: Before) -> Finding:

@@ -25,7 +25,7 @@ from educe.model.source import Alive, Say
 from educe.pack.plan import PackPlan
 from educe.parallel.world import ALONE, World
 from educe.recipes.estimate import estimate_run
-from educe.recipes.finding import Finding, before, finding, refused
+from educe.recipes.finding import Finding, before, finding, refused, unchecked
 from educe.recipes.job import TrainJob
 from educe.recipes.machine import device_of
 from educe.recipes.memory import trained_share
@@ -165,6 +165,9 @@ def _as_planned(run: RunDir, prepared: Prepared, state: State, plan: PackPlan, *
     planned = int(lengths[drawn].sum()), int(trained_of[drawn].sum())
     needed = {"step", "tokens", "trained_tokens"}
     steps = {x["step"]: x for x in read_jsonl(run.metrics) if x.get("kind") == "step" and needed <= x.keys()}
+    if len(steps) < state.step:
+        gone = f"{state.step - len(steps):,} of {state.step:,} steps are not in {run.metrics.name} any more"
+        return unchecked("P91", "tokens as planned", gone)
     done = sum(x["tokens"] for x in steps.values()), sum(x["trained_tokens"] for x in steps.values())
     said = f"{done[0]:,} tokens in {len(steps):,} steps, {done[1]:,} of them with loss"
     if done != planned:

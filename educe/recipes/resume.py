@@ -25,6 +25,21 @@ Found = tuple[Path, dict[str, Any]]
 _FIXED = ("model", "tuning.")
 # Follows from others: told only where it alone has changed.
 _DERIVED = ("prepared",)
+# Of what rows a step is made does not follow from these.
+_SAME_ROWS = tuple(
+    f"train.{name}"
+    for name in (
+        "learning_rate",
+        "schedule",
+        "warmup_share",
+        "weight_decay",
+        "betas",
+        "clip_norm",
+        "loss",
+        "rates",
+        "kl_to_base",
+    )
+)
 
 
 def last_of(run: RunDir, say: Say) -> Found | None:
@@ -85,7 +100,8 @@ def changes_since(
         if finished:
             fix = f"{anew}; to train these weights further, set `model: {run.path}` in that recipe."
         raise RunError(201, where, f"was {'trained' if finished else 'begun'} with other settings: {what}{more}.", fix)
-    say(f"going on from step {step} with other settings, as allowed: {what}{more}. Rows may come twice or never")
+    rows = "" if all(k.startswith(_SAME_ROWS) for k in changed) else ". Rows may come twice or never"
+    say(f"going on from step {step} with other settings, as allowed: {what}{more}{rows}")
     return [{"step": step, "field": k, "old": old.get(k), "new": settings.get(k)} for k in changed]
 
 

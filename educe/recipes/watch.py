@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from educe.files.journal import Journal
+from educe.files.jsonl import read_jsonl
 from educe.model.device import release_free_memory
 from educe.recipes.asking import Questions
 from educe.recipes.begun import Begun
@@ -44,6 +45,10 @@ class Watch:
                 lambda line: line["step"] <= step > 0 and not (line["kind"] == "dev" and line["step"] not in measured),
                 keys={"step", "kind"},
             )
+            there = len({x["step"] for x in read_jsonl(self._job.run.metrics) if x["kind"] == "step"})
+            if there < step:
+                gone = f"{step - there:,} of the first {step:,} steps are not in {self._job.run.metrics.name} any more"
+                self._job.say(f"warning: {gone}: the run goes on, its history has a gap there")
             last = step if self._begun.ends else step + 1
             self._samples.begin(lambda line: line["step"] < last and step > 0, keys={"step"})
         if step == 0:
@@ -56,6 +61,8 @@ class Watch:
         dog.settle()
         dog.heard()  # the screen shows steps in its own time
         dog.beat(f"what follows step {report.step}")
+        if self._job.world.leads:
+            self._job.run.still_there()
         self._note(report)
         if report.step < self._t.plan.num_steps:
             self._look(report.step)

@@ -24,18 +24,22 @@ def newest_checkpoint(
 
     Raises `MachineError` where the disk refuses to say: that is no damage, and may pass.
     """
+    damaged = False
     for candidate in newest_first(place):
         manifest = verify(candidate)
         if not isinstance(manifest, str):
             return candidate, manifest
+        damaged = True
         said = f"checkpoint {candidate.name} is damaged: {manifest}"
         if quarantine:
             aside = candidate.with_name(f"damaged-{candidate.name}")
             with told(candidate):
                 shutil.rmtree(aside, ignore_errors=True)
                 candidate.replace(aside)
-            said += f" Moved to {aside.name}; going back to the one before."
+            said += f" Moved to {aside.name}; the one before it is next."
         say(said)
+    if quarantine and damaged:
+        say("no whole checkpoint is left: beginning anew")
     return None
 
 

@@ -95,7 +95,8 @@ class Saver:
         at = {"step": state.step, "finished": finished, "halvings": state.halvings, "usual_losses": state.spikes.recent}
         about = {**about, **at}
         # A stop may fall on the step of a checkpoint. Rank 0 alone knows whether that one was refused: all copy, or none.
-        if self._world.share(self._written != (state.step, finished)):
+        waits_still = self._told and not must and time.monotonic() < self._again_at
+        if self._world.share(self._written != (state.step, finished) and not waits_still):
             self._begin(state, about, finished=finished, best=best, only=only)
         waits = list(_PATIENCE_S)
         while must and (problem := self._outcome()):
