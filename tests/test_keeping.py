@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,3 +199,13 @@ def test_a_run_that_blows_up_is_said_once() -> None:
     said = [far_above(history[: k + 1]) for k in range(len(history))]
     assert [bool(line) for line in said] == [False, False, False, True, False, False]
     assert "1.6 times the untouched model's" in said[3]
+
+
+def test_a_run_whose_directory_goes_ends_at_once(place: Path) -> None:
+    class Takes(Dying):
+        def step(self, report: Any) -> None:
+            if report.step == 3:
+                (place / "runs" / "taken").rename(place / "runs" / "elsewhere")
+
+    with pytest.raises(RunError, match="E-RUN-204"):
+        educe.train(recipe(place, "taken", epochs=5), screen=Takes())

@@ -390,13 +390,3 @@ def test_asked_before_a_step_was_made_it_ends_well(place: Path) -> None:
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
     assert "SIGUSR1" in said or "Saved after step" in said
-
-
-def test_a_run_whose_directory_goes_ends_at_once(place: Path) -> None:
-    class Takes(Dying):
-        def step(self, report: Any) -> None:
-            if report.step == 3:
-                (place / "runs" / "taken").rename(place / "runs" / "elsewhere")
-
-    with pytest.raises(RunError, match="E-RUN-204"):
-        educe.train(recipe(place, "taken", epochs=5), screen=Takes())
