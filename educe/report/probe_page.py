@@ -28,7 +28,10 @@ line.own{stroke:var(--soft);stroke-dasharray:2 4}
 path.join{fill:none;stroke:var(--mark);stroke-width:1.5;opacity:.5}
 line.bar{stroke:var(--mark);stroke-width:2}circle{fill:var(--mark)}
 code{font-family:ui-monospace,monospace}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem;margin-top:1.5rem}
+.scroll{overflow-x:auto;background:linear-gradient(90deg,var(--paper) 40%,transparent) left/3rem 100%,
+linear-gradient(270deg,var(--paper) 40%,transparent) right/3rem 100%,linear-gradient(90deg,var(--soft),transparent) left/.5rem 100%,
+linear-gradient(270deg,var(--soft),transparent) right/.5rem 100%;background-repeat:no-repeat;
+background-attachment:local,local,scroll,scroll}table{border-collapse:collapse;width:100%;font-size:.9rem;margin-top:1.5rem}
 th,td{text-align:right;padding:.35rem .6rem;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{font-weight:500;color:var(--soft)}th:first-child,td:first-child,td.why{text-align:left}
 """
