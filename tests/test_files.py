@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from educe.errors import MachineError, RunError
-from educe.files.atomic import directory, need_space, told, verify, write_json, write_text
+from educe.files.atomic import directory, need_space, sized, told, verify, write_json, write_text
 from educe.files.run_dir import RunDir, find_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,3 +286,8 @@ def test_what_a_run_has_not_written_yet_is_told(tmp_path: Path) -> None:
         assert caught.value.code == "E-RUN-002"
     write_json(run.scores, {"a": 1})
     assert run.load(run.scores) == {"a": 1}
+
+
+def test_sizes_are_said_in_a_unit_of_their_own() -> None:
+    said = [sized(n) for n in (0, 430_000, 64e6, 1.5e9, 7.2e10)]
+    assert said == ["0.0 kB", "0.4 MB", "64.0 MB", "1.5 GB", "72.0 GB"]

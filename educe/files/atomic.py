@@ -328,5 +328,11 @@ def need_space(path: Path, needed_bytes: int, what: str) -> None:
     """Refuse before the work, not in the middle of it, when `path`'s disk has too little room."""
     free = shutil.disk_usage(existing(path)).free
     if free < needed_bytes:
-        found = f"{what} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free."
+        found = f"{what} needs {sized(needed_bytes)}, {sized(free)} are free."
         raise MachineError(2, str(path), found, "Free some space or choose another place with `runs:` in the recipe.")
+
+
+def sized(num_bytes: float) -> str:
+    """Bytes in the unit that leaves a few digits."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= u / 10), (1e3, "kB"))
+    return f"{num_bytes / unit:.1f} {name}"

@@ -13,7 +13,7 @@ import orjson
 
 from educe.config import Recipe
 from educe.data.finding import passed_over
-from educe.files.atomic import existing
+from educe.files.atomic import existing, sized
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
@@ -108,7 +108,7 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
             "train.micro_batch_tokens, set tuning.kind: lora, or train.activations: auto"
         )
     if estimate.disk_bytes > free:
-        blockers.append(f"needs {estimate.disk_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
+        blockers.append(f"needs {sized(estimate.disk_bytes)} of disk, {sized(free)} are free")
     blockers += too_many_unused(recipe, prepared)
     odd = odd_rows(inputs, names)
     b = before(

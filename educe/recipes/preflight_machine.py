@@ -19,7 +19,7 @@ import psutil
 from educe.chat.named import NAMED
 from educe.config import Full, Lora, Recipe, Wsd
 from educe.errors import EduceError, ModelError
-from educe.files.atomic import existing
+from educe.files.atomic import existing, sized
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
 from educe.recipes.estimate import checkpoint_bytes
@@ -115,8 +115,8 @@ def disk_is_enough(b: Before) -> Finding:
     keep, each = b.recipe.train.keep_checkpoints, checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
     theirs = sum(p.stat().st_size for p in b.run.checkpoints.rglob("*") if p.is_file())
     free = shutil.disk_usage(existing(b.run.path)).free + theirs
-    said = f"{keep} checkpoints of {each / 1e9:.2f} GB are kept; {free / 1e9:.1f} GB are free or hold them already"
-    number = f"{free / each:,.1f} checkpoints fit"
+    said = f"{keep} checkpoints of {sized(each)} are kept; {sized(free)} are free or hold them already"
+    number = f"{free / each:,.0f} checkpoints fit"
     return finding("P40", "disk", number, said, fail=free < (keep + 1) * each, warn=free < (keep + 2) * each)
 
 
