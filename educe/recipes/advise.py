@@ -135,6 +135,7 @@ def recipe_text(
     metric, why_metric = metric_of(looked.answers)
     longest_answer = max(looked.answer_tokens)
     new_tokens = min(8 * math.ceil(1.5 * longest_answer / 8), facts.max_positions // 2)
+    half = "; half of the model's positions" if new_tokens < longest_answer else ""
     share = 0.1 if looked.rows >= 500 else 0.2
 
     def split(file: str | None, part: float, why: str) -> str:
@@ -169,7 +170,7 @@ train:
 
 evaluation:
   metric: {{kind: {metric}}}  # {why_metric}
-  max_new_tokens: {new_tokens}  # the longest answer has {longest_answer} tokens
+  max_new_tokens: {new_tokens}  # the longest answer has {longest_answer} tokens{half}
   few_shot: 5  # examples given to the untouched model: is tuning needed at all?
 """
 
