@@ -38,9 +38,8 @@ class Watch:
     def begin(self) -> None:
         """Before the first step of this process."""
         step, measured = self._t.state.step, dict(self._held_out.history)
-        if (
-            self._job.world.leads
-        ):  # a run that begins again measures step 0 again; one that was killed at its end, the end
+        # A run that begins again measures step 0 again; one that was killed at its end, the end.
+        if self._job.world.leads:
             self._metrics.begin(
                 lambda line: line["step"] <= step > 0 and not (line["kind"] == "dev" and line["step"] not in measured),
                 keys={"step", "kind"},
