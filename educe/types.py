@@ -208,6 +208,29 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a model is asked: the messages before its answer, and the tools it may call. `key` names it in records, unique in a set."""
+
+    key: str
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How an answer is drawn. A `temperature` of 0 is greedy; `seed` decides every draw, together with the prompt's key."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"need max_new_tokens > 0, temperature >= 0 and 0 < top_p <= 1: {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a model said to one prompt. `stopped`: it ended by itself, with a stop token."""
 
