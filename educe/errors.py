@@ -100,7 +100,10 @@ CODES: dict[str, str] = {
     # evaluation
     "E-EVAL-001": "no test rows",
     "E-EVAL-002": "stored answers missing or of other rows",
+    "E-EVAL-003": "file of a benchmark cannot be read",
     "E-EVAL-201": "metric does not fit the expected answers",
+    "E-EVAL-301": "judge cannot be tried, or does not follow the format",
+    "E-EVAL-302": "judge is fooled by answers that deserve nothing",
     # machine
     "E-SYS-001": "package missing",
     "E-SYS-002": "not enough disk space",
