@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from educe.errors import EvalError
 from educe.evaluate.judge.difficulty import Weights, estimate_difficulty, estimate_pull
 from educe.evaluate.judge.length import Judged, length_controlled, raw_win_rate, win_rate_at
 from educe.evaluate.judge.mt_bench import MtQuestion, averages, parse_rating, single_prompt
+from educe.evaluate.judge.questions import read_difficulty, read_gamed, read_instructions, read_mt_questions
+from educe.evaluate.judge.scores import score_ratings
 
 EVAL = Path(__file__).parents[2] / "shared" / "data" / "eval"
 pytestmark = pytest.mark.skipif(not EVAL.is_dir(), reason="no public annotations beside the repository")
@@ -173,3 +176,47 @@ def test_the_judge_is_asked_as_it_was_for_the_public_judgments() -> None:
 
 def _between(text: str, start: str, end: str) -> str:
     return text[text.index(start) + len(start) : text.rindex(end)]
+
+
+def test_published_files_are_read(tmp_path: Path) -> None:
+    place = EVAL / "mt_bench"
+    read = read_mt_questions(place / "question.jsonl", place / "reference_answer" / "gpt-4.jsonl")
+    assert {int(q.name): q for q in read} == questions()
+    with pytest.raises(EvalError, match="E-EVAL-003"):
+        read_mt_questions(place / "question.jsonl", None)
+    instructions = read_instructions(EVAL / "alpaca_eval" / "instructions.json")
+    assert len(instructions) == 805
+    assert instructions[7] == ("Who is Larry Page?", "")
+    (tmp_path / "d.csv").write_text(",instruction_difficulty\n0,1.5\n1,-0.5\n")
+    assert read_difficulty(tmp_path / "d.csv").tolist() == [1.5, -0.5]
+    head = "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
+    (tmp_path / "g.csv").write_text(head + "v,0,0.75,-1.0,1.5,False\n")
+    gamed = read_gamed(tmp_path / "g.csv")
+    assert gamed.features_n3[0].tolist() == pytest.approx([np.tanh(-1.0), 1.5, 0.0])
+    assert gamed.weight_n.tolist() == [0.1]
+    for reader in (read_difficulty, read_gamed, read_instructions):
+        with pytest.raises(EvalError, match="E-EVAL-003"):
+            reader(place / "judge_prompts.missing")
+
+
+def test_scores_of_the_public_judgments_cluster_by_question() -> None:
+    lines = [
+        {
+            "name": str(j["question_id"]),
+            "category": questions()[j["question_id"]].category,
+            "turn": j["turn"],
+            "answers": [""],
+            "score": parse_rating(j["judgment"]),
+        }
+        for j in judgments()
+        if j["model"] == "llama2_chat_7b"
+    ]
+    found = score_ratings(lines)
+    by_question = {x["name"]: 0.0 for x in lines}
+    for x in lines:
+        by_question[x["name"]] += (x["score"] - found["mean"]) / len(lines)
+    error = (80 / 79 * sum(v * v for v in by_question.values())) ** 0.5
+    assert found["interval"]["value"] == pytest.approx(found["mean"])
+    assert found["interval"]["high"] - found["mean"] == pytest.approx(
+        1.99 * error, rel=0.001
+    )  # Student's t, 79 degrees
