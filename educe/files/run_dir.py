@@ -11,6 +11,7 @@ checkpoints/step-N/    atomic, with a manifest
 stacks/rank-N.txt      where a run hung that its watchdog ended
 answers/NAME.jsonl     stored answers, re-gradable
 scores.json            what they scored
+judged/NAME.jsonl      verdicts of a judge, re-gradable; NAME.json what they add up to
 report.html            one page, no network
 """
 
@@ -44,6 +45,7 @@ class RunDir:
         self.stacks = path / "stacks"
         self.answers = path / "answers"
         self.scores = path / "scores.json"
+        self.judged = path / "judged"
         self.report = path / "report.html"
         self.blend = path / "blend"
 

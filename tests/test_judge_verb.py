@@ -1,0 +1,163 @@
+"""`educe judge` on a run directory, before judges that are functions of what they are asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from educe.errors import EvalError, UsageError
+from educe.evaluate.judge.mt_bench import MtQuestion
+from educe.files.run_dir import RunDir
+from educe.recipes.judge import Wish, answer_turns, judge, regrade
+from educe.sample.sampler import Sampler
+from educe.types import Answer, Prompt, Sampling
+
+from run_directory import write_file
+from test_judging import Judge, honest, shown
+
+NUM_ROWS = 12
+
+
+def none(name: str) -> Sampler:
+    raise AssertionError(f"{name} need not be loaded: its answers are stored")
+
+
+def say(line: str) -> None: ...
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    for name in ("untouched", "tuned"):
+        lines = [
+            {
+                "row": f"test.jsonl:{i}",
+                "prompt": [{"role": "user", "content": f"Question {i}?"}],
+                "expected": f"the right answer to {i}",
+                "answer": f"well said about {i} indeed" if name == "tuned" else "no no no no",
+            }
+            for i in range(NUM_ROWS)
+        ]
+        write_file(made.answers / f"{name}.jsonl", lines)
+    return made
+
+
+def test_rows_are_judged_in_both_orders_and_can_be_read_again(run: RunDir) -> None:
+    wish = Wish(bench="rows")
+    scores = judge(run, wish, Judge(honest), none, say)
+    assert scores["win_rate"]["value"] == 1.0
+    assert scores["counts"] == {"questions": NUM_ROWS, "judged": NUM_ROWS, "unparsed": 0, "split": 0}
+    assert scores["mean_length"]["own"] > scores["mean_length"]["other"]
+    assert scores["length_controlled"]["with_difficulty"] is False
+    assert len(scores["canaries"]) == 4
+    lines = run.load(run.judged / "rows-untouched.jsonl")
+    assert len(lines) == 2 * NUM_ROWS
+    assert run.load(run.judged / "rows-untouched.json") == scores
+    again = regrade(run, wish)
+    assert json.dumps(again, sort_keys=True) == json.dumps(scores, sort_keys=True)
+
+
+def test_a_fooled_judge_writes_nothing(run: RunDir) -> None:
+    with pytest.raises(EvalError, match="E-EVAL-302"):
+        judge(run, Wish(bench="rows"), Judge(lambda _: "m"), none, say)
+    assert not run.judged.exists()
+
+
+def test_verdicts_that_cannot_be_read_are_said(run: RunDir) -> None:
+    def lazy(text: str) -> str:
+        return "Both." if "Question 4?" in text and "well said" in text else honest(text)
+
+    scores = judge(run, Wish(bench="rows"), Judge(lazy), none, say)
+    assert scores["counts"]["unparsed"] == 2
+    assert scores["counts"]["judged"] == NUM_ROWS - 1
+
+
+def test_constant_answers_are_pointed_out(run: RunDir) -> None:
+    lines = run.load(run.answers / "tuned.jsonl")
+    write_file(run.answers / "tuned.jsonl", [{**x, "answer": "the one best answer of all of them"} for x in lines])
+    assert "are the same" in judge(run, Wish(bench="rows"), Judge(honest), none, say)["lint"][0]
+
+
+def test_instructions_are_answered_and_judged_against_a_file(run: RunDir, tmp_path: Path) -> None:
+    instructions = [{"instruction": f"Tell me of {i}", "output": f"The baseline tells of {i}."} for i in range(8)]
+    write_file(tmp_path / "set.json", instructions)
+    (tmp_path / "hard.csv").write_text("," + "instruction_difficulty\n" + "".join(f"{i},{i / 4}\n" for i in range(8)))
+    wish = Wish(
+        bench="alpaca-eval",
+        questions=tmp_path / "set.json",
+        against=str(tmp_path / "set.json"),
+        difficulty=tmp_path / "hard.csv",
+    )
+    longer = Judge(lambda text: f"I say so much more about {text[-1]} than anybody else would")
+    scores = judge(run, wish, Judge(honest), lambda name: longer, say)
+    assert scores["win_rate"]["value"] == 1.0
+    assert scores["length_controlled"]["with_difficulty"] is True
+    assert (run.judged / "alpaca-eval-set.jsonl").is_file()
+
+
+class Talker:
+    """Answers with what it was asked so far, and remembers how."""
+
+    name = "talker"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Prompt, Sampling]] = []
+
+    def sample(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Answer]:
+        self.asked += [(p, sampling) for p in prompts]
+        return [Answer(text=f"said {len(p.messages)}", num_tokens=2, stopped=True) for p in prompts]
+
+
+def test_the_second_turn_follows_the_first_at_the_categorys_temperature() -> None:
+    questions = [
+        MtQuestion(name="1", category="writing", turns=("a", "b")),
+        MtQuestion(name="2", category="math", turns=("c", "d"), reference=("x", "y")),
+    ]
+    talker = Talker()
+    assert answer_turns(questions, talker, 64) == {"1": ["said 1", "said 3"], "2": ["said 1", "said 3"]}
+    assert {(p.key, s.temperature) for p, s in talker.asked} == {("1/1", 0.7), ("1/2", 0.7), ("2/1", 0.0), ("2/2", 0.0)}
+    second = next(p for p, _ in talker.asked if p.key == "2/2")
+    assert [m.content for m in second.messages] == ["c", "said 1", "d"]
+
+
+def test_mt_bench_rates_both_systems(run: RunDir, tmp_path: Path) -> None:
+    questions = [{"question_id": i, "category": "math", "turns": [f"{i} + 1?", "And?"]} for i in range(4)]
+    references = [{"question_id": i, "choices": [{"turns": [f"It is {i + 1}", f"It is {i + 2}"]}]} for i in range(4)]
+    write_file(tmp_path / "q.jsonl", questions)
+    write_file(tmp_path / "r.jsonl", references)
+
+    def rates(text: str) -> str:
+        if "[The Start of Assistant's Answer]\nIt is" in text or "tuned said" in text:
+            return "Rating: [[8]]"
+        return "no rating" if "untouched said 3" in text and "0 + 1?" in text else "Rating: [[1]]"
+
+    wish = Wish(bench="mt-bench", questions=tmp_path / "q.jsonl", references=tmp_path / "r.jsonl")
+    systems = {
+        name: Judge(lambda text, n=name: f"{n} said {3 if text == 'And?' else 1}") for name in ("tuned", "untouched")
+    }
+    scores = judge(run, wish, Judge(rates), lambda name: systems[name], say)
+    assert scores["systems"]["tuned"]["mean"] == 8.0
+    assert scores["systems"]["untouched"]["unparsed"] == 1
+    assert scores["systems"]["untouched"]["by_turn"] == {"1": 1.0, "2": 1.0}
+    assert regrade(run, wish)["systems"] == scores["systems"]
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"bench": "mt-bench"}, "--questions"),
+        ({"bench": "mt-bench", "questions": Path("q")}, "--references"),
+        ({"bench": "alpaca-eval"}, "CC BY-NC"),
+        ({"bench": "other"}, "--bench"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_licence(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        Wish(**fields)
+
+
+def test_the_shape_of_a_comparison_is_known_to_these_tests() -> None:
+    assert shown("# Answer of model m\n\nx\n\n# Answer of model M\n\ny\n\n# Your task") == ("x", "y")
