@@ -1,10 +1,11 @@
-"""Greedy answers from a loaded model: batched, left-padded, cached; the ids all prompts begin with are computed once."""
+"""Answers from a loaded model: batched, left-padded, cached; the ids all prompts begin with are computed once."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from educe.chat.prompt import answer_in, render_prompt
 from educe.chat.tokens import ChatTokenizer
-from educe.types import Answer
+from educe.sample.draw import Chooser, chooser_of, likeliest
+from educe.types import Answer, Conversation, Message, Prompt, Sampling, Source
 
 # Prompt tokens of one batch: bounds the memory of the cache.
 BATCH_TOKENS = 4096
@@ -32,10 +35,27 @@ class Answering(Protocol):
 
 
 class LocalSampler:
-    """Greedy decoding. An answer ends at a stop token (not part of its text) or after `max_new_tokens`."""
+    """An answer ends at a stop token (not part of its text) or after `max_new_tokens`. `name`: whose answers these are."""
 
-    def __init__(self, model: Answering, tokenizer: ChatTokenizer) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: Answering, tokenizer: ChatTokenizer, name: str = "local") -> None:
+        self._model, self._tokenizer, self.name = model, tokenizer, name
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Callable[[int], None] | None = None
+    ) -> list[Answer]:
+        """One answer to each prompt, rendered as in training, without what the template makes each answer begin with.
+
+        A draw depends on (seed, key, place), not on the prompts beside it. The logits do so by rounding: in fp32 by 1e-6 or so.
+        """
+        ids = [render_prompt(p.messages, self._tokenizer, p.tools) for p in prompts]
+        choose = chooser_of(sampling, [p.key for p in prompts])
+        answers = self.answer(ids, sampling.max_new_tokens, progress, choose=choose)
+        return [replace(a, text=self._said(a.text, p)) for a, p in zip(answers, prompts, strict=True)]
+
+    def _said(self, text: str, prompt: Prompt) -> str:
+        said = (*prompt.messages, Message(role="assistant", content=text or "."))
+        row = Conversation(messages=said, source=Source(file="prompt", line=0), tools=prompt.tools)
+        return answer_in(text, row, self._tokenizer)
 
     def answer(
         self,
@@ -43,21 +63,22 @@ class LocalSampler:
         max_new_tokens: int,
         progress: Callable[[int], None] | None = None,
         alive: Callable[[], None] = lambda: None,
+        choose: Chooser = likeliest,
     ) -> list[Answer]:
-        """Of each prompt. `progress` gets how many are done, after each batch; `alive` is called before each token."""
+        """Of each prompt's ids. `progress` gets how many are done, after each batch; `alive` is called before each token."""
         made: dict[int, list[int]] = {}
         shared = _shared_prefix(prompts) if self._holds_keys_alone() else 0
         with self._model.answering():
             if not self._caches():
                 for i, p in enumerate(prompts):
                     made[i] = []
-                    for token in self._uncached(p, max_new_tokens):
+                    for token in self._uncached(p, max_new_tokens, i, choose):
                         made[i].append(token)
                         alive()
                 prompts = []
             start = self._prefill(prompts[0][:shared]) if shared and prompts else None
             for batch in _batches(prompts, shared, max_new_tokens):
-                decoded = self._decode([prompts[i] for i in batch], shared, start, max_new_tokens, alive)
+                decoded = self._decode([prompts[i] for i in batch], batch, shared, start, max_new_tokens, alive, choose)
                 made |= dict(zip(batch, decoded, strict=True))
                 if progress is not None:
                     progress(len(made))
@@ -90,12 +111,15 @@ class LocalSampler:
                 return
             step = torch.tensor([[token]], device=self._model.device_kind)
 
-    def _uncached(self, prompt: list[int], max_new_tokens: int) -> Iterator[int]:
+    def _uncached(
+        self, prompt: list[int], max_new_tokens: int, row: int = 0, choose: Chooser = likeliest
+    ) -> Iterator[int]:
         """The same, all of it computed again for each token."""
         ids = list(prompt)
         while len(ids) < len(prompt) + max_new_tokens:
             step = torch.tensor([ids], device=self._model.device_kind)
-            ids.append(int(self._model.network(input_ids=step, use_cache=False).logits[0, -1].argmax()))
+            logits_BV = self._model.network(input_ids=step, use_cache=False).logits[:, -1]
+            ids += choose(logits_BV, [row], len(ids) - len(prompt))
             yield ids[-1]
             if ids[-1] in self._tokenizer.stop:
                 return
@@ -119,10 +143,12 @@ class LocalSampler:
     def _decode(
         self,
         prompts: list[list[int]],
+        numbers: list[int],
         shared: int,
         start: DynamicCache | None,
         max_new_tokens: int,
         alive: Callable[[], None],
+        choose: Chooser,
     ) -> list[list[int]]:
         """New ids of each prompt, its stop token included where it came."""
         device = self._model.device_kind
@@ -134,7 +160,7 @@ class LocalSampler:
         cache = self._repeated(start, len(prompts))
         made: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
-        for _ in range(max_new_tokens):
+        for place in range(max_new_tokens):
             alive()
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
             out = self._model.network(
@@ -145,7 +171,7 @@ class LocalSampler:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            tokens: list[int] = out.logits[:, -1].argmax(-1).tolist()
+            tokens = choose(out.logits[:, -1], [numbers[row] for row in active], place)
             going = []
             for k, (row, token) in enumerate(zip(active, tokens, strict=True)):
                 made[row].append(token)
