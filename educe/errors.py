@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 CODES: dict[str, str] = {
     # recipe
@@ -104,6 +105,18 @@ CODES: dict[str, str] = {
     "E-EVAL-201": "metric does not fit the expected answers",
     "E-EVAL-301": "judge cannot be tried, or does not follow the format",
     "E-EVAL-302": "judge is fooled by answers that deserve nothing",
+    # asking a server
+    "E-SAMPLE-001": "server cannot be reached",
+    "E-SAMPLE-002": "server did not answer in time",
+    "E-SAMPLE-003": "server refused the request",
+    "E-SAMPLE-004": "server fails again and again",
+    "E-SAMPLE-101": "not the address of a server",
+    "E-SAMPLE-102": "server's answer cannot be read",
+    "E-SAMPLE-103": "price or cap makes no sense",
+    "E-SAMPLE-104": "key in the environment cannot be used",
+    "E-SAMPLE-201": "asking would pass a cap",
+    "E-SAMPLE-202": "stopped at a cap",
+    "E-SAMPLE-301": "unencrypted address",
     # machine
     "E-SYS-001": "package missing",
     "E-SYS-002": "not enough disk space",
@@ -128,12 +141,15 @@ class EduceError(Exception):
         self.code = f"{self.prefix}{number:03d}"
         if self.code not in CODES:
             raise KeyError(f"{self.code} is not in errors.CODES")
-        self.where, self.found, self.fix = where, found, fix
+        self.number, self.where, self.found, self.fix = number, where, found, fix
         super().__init__(f"{self.code} {where} {found} {fix}")
-        self._given = number, where, found, fix
+
+    def adding(self, sentence: str) -> Self:
+        """The same with one more sentence of what was found."""
+        return type(self)(self.number, self.where, f"{self.found} {sentence}", self.fix)
 
     def __reduce__(self) -> tuple[type[EduceError], tuple[int, str, str, str]]:
-        return type(self), self._given  # from a process to another
+        return type(self), (self.number, self.where, self.found, self.fix)  # from a process to another
 
 
 class RecipeError(EduceError):
@@ -182,6 +198,12 @@ class EvalError(EduceError):
     """Evaluation cannot be done."""
 
     prefix = "E-EVAL-"
+
+
+class SampleError(EduceError):
+    """A server that answers questions cannot be asked."""
+
+    prefix = "E-SAMPLE-"
 
 
 class MachineError(EduceError):

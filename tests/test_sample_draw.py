@@ -73,7 +73,9 @@ def test_a_draw_is_the_same_alone_and_in_any_batch(
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(st.permutations(range(len(TEXTS))), st.integers(1, len(TEXTS)), st.integers(0, 99), st.sampled_from([0.0, 0.7, 3.0]))
+@given(
+    st.permutations(range(len(TEXTS))), st.integers(1, len(TEXTS)), st.integers(0, 99), st.sampled_from([0.0, 0.7, 3.0])
+)
 def test_any_part_in_any_order(sampler: Sampler, order: list[int], most: int, seed: int, temperature: float) -> None:
     how = Sampling(max_new_tokens=6, temperature=temperature, seed=seed)
     prompts = asked(*TEXTS)
@@ -147,7 +149,9 @@ def test_the_sampler_says_what_the_greedy_ids_say(sampler: Sampler, tokenizer: C
 def test_a_fake_says_what_it_is_told() -> None:
     fake: Sampler = FakeSampler(says={"q0": "one two three"}, name="f")
     (prompt,) = asked("?")
-    assert fake.sample([prompt], Sampling(max_new_tokens=9)) == [Answer(text="one two three", num_tokens=4, stopped=True)]
+    assert fake.sample([prompt], Sampling(max_new_tokens=9)) == [
+        Answer(text="one two three", num_tokens=4, stopped=True)
+    ]
     assert fake.sample([prompt], Sampling(max_new_tokens=2)) == [Answer(text="one two", num_tokens=2, stopped=False)]
     upper = FakeSampler(says=lambda p: p.messages[-1].content.upper())
     assert upper.sample(asked("hi there"), WARM)[0].text == "HI THERE"
