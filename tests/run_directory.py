@@ -131,6 +131,7 @@ def ledger_records() -> list[dict[str, Any]]:
     def row(file: str, line: int, status: str, code: str | None = None, reason: str | None = None) -> dict[str, Any]:
         tokens = 0 if status == "refused" else 110 if status == "dropped" else 60 + line % 30
         return {"file": file, "line": line, "status": status, "code": code, "reason": reason,
+                "task": "returns" if line % 4 == 0 else "orders", "draws": 2 if status == "train" else 0,
                 "tokens": tokens, "trained_tokens": 20 + line % 8 if status == "train" else 0}  # fmt: skip
 
     rows = [row("train.jsonl", i + 1, "train") for i in range(840)]
@@ -142,7 +143,10 @@ def ledger_records() -> list[dict[str, Any]]:
 
 
 def metric_records(steps: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [{"kind": "dev", "step": 0, "loss": 1.62, "elapsed_s": 0.0}]
+    rows: list[dict[str, Any]] = [
+        {"kind": "dev", "step": 0, "loss": 1.62, "elapsed_s": 0.0, "tasks": {"orders": 1.6, "returns": 1.64}},
+        {"kind": "score", "step": 0, "metric": "json", "right": 1, "rows": 32, "seconds": 4.0},
+    ]
     for i in range(1, steps + 1):
         x = i / steps
         loss = (
@@ -154,7 +158,11 @@ def metric_records(steps: int) -> list[dict[str, Any]]:
             "tokens_per_s": 340 + 8 * math.sin(i), "peak_memory_bytes": 3_600_000_000,
         })  # fmt: skip
         if i in (steps // 3, 2 * steps // 3, steps):
-            rows.append({"kind": "dev", "step": i, "loss": 0.11 - 0.03 * x, "elapsed_s": 3.0 * i})
+            tasks = {"orders": 0.10 - 0.03 * x, "returns": 0.13 - 0.03 * x}
+            rows.append({"kind": "dev", "step": i, "loss": 0.11 - 0.03 * x, "elapsed_s": 3.0 * i, "tasks": tasks})
+            rows.append(
+                {"kind": "score", "step": i, "metric": "json", "right": round(32 * x * 0.8), "rows": 32, "seconds": 2.5}
+            )
     return rows
 
 
@@ -188,6 +196,19 @@ def _preview() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def check_records() -> dict[str, Any]:
+    def check(id: str, name: str, verdict: str, number: str, evidence: str) -> dict[str, str]:
+        return {"id": id, "name": name, "verdict": verdict, "number": number, "evidence": evidence}
+
+    return {
+        "before": [check("P01", "masks proved", "pass", "64 rows", "every trained position agrees with inference"),
+                   check("P10", "rows left out", "warn", "8 of 1,148", "7 are longer than data.max_tokens"),
+                   check("P31", "ranks", "skip", "-", "one device")],
+        "after": [check("A01", "loss fell", "pass", "1.62 → 0.08", "held-out loss, nats per token")],
+        "export": [],
+    }  # fmt: skip
+
+
 def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = True) -> RunDir:
     """A finished run as the other rooms write it."""
     run = RunDir(path)
@@ -214,6 +235,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
     write_file(run.metrics, metric_records(steps))
     write_file(run.samples, sample_records(steps))
     write_file(run.path / "preview.json", _preview())
+    write_file(run.preflight, check_records())
     for name, answers in (("untouched", untouched), ("few_shot", shots), ("tuned", tuned)):
         if name != "few_shot" or few_shot:
             write_file(run.answers / f"{name}.jsonl", answers)
@@ -224,7 +246,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
 class Page(HTMLParser):
     """Tags, attribute names and text of a page; complains about elements left open."""
 
-    VOID = frozenset({"meta", "br", "line", "rect", "circle", "path"})
+    VOID = frozenset({"meta", "br"})
     BLOCK = frozenset({"td", "th", "li", "p", "dt", "dd", "div", "h2", "h3", "br"})
 
     def __init__(self, html: str) -> None:
@@ -233,6 +255,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.ids: list[str] = []
         self.open: list[str] = []
+        self.links: list[str] = []
         self.feed(html)
         self.close()
 
@@ -241,6 +264,7 @@ class Page(HTMLParser):
         if tag in self.BLOCK:
             self.words.append(" ")
         self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name == "href"]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -252,7 +276,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from educe.files.run_dir import RunDir
 from educe.report import build_report
 from educe.report.reading import read_run
-from educe.report.sections import sum_ledger
 from educe.report.visible import shown, visible
 from hypothesis import given
 from hypothesis import strategies as st
 
+from report_payloads import FILES
 from run_directory import (
     Page,
     ledger_records,
@@ -39,7 +37,8 @@ def test_page_is_well_formed_and_self_contained(page: Page, tmp_path: Path) -> N
     assert not page.open
     assert len(page.ids) == len(set(page.ids))
     tags = {t for t, _ in page.shape}
-    assert not tags & {"script", "img", "link", "iframe", "object", "form", "a", "base"}
+    assert not tags & {"img", "link", "iframe", "object", "form", "base"}
+    assert [t for t, _ in page.shape].count("script") == 1
     assert not re.search(r"url\(|@import|https?://", html)
     assert "Content-Security-Policy" in html
     assert "default-src 'none'" in html
@@ -84,7 +83,8 @@ def test_ledger_adds_up(page: Page, tmp_path: Path) -> None:
     assert "7 dropped: row is longer than the sequence length E-DATA-201" in page.text
     assert "First five: train.jsonl:841, train.jsonl:842" in page.text
     assert "train.jsonl:846" not in page.text
-    ledger = sum_ledger(read_run(make_run(tmp_path)).ledger)
+    ledger = read_run(make_run(tmp_path)).ledger
+    assert ledger is not None
     assert ledger.rows == sum(t.rows for t in ledger.terms) == 1148
     assert ledger.trained.trained_tokens == sum(20 + (i + 1) % 8 for i in range(840))
 
@@ -103,10 +103,6 @@ def test_cost_settings_and_provenance(page: Page) -> None:
                  "timed matmul", "train.learning_rate 0.0003", "a1a1a1a1a1a1…", "apache-2.0", "135 million",
                  "educe train recipe.yaml"):  # fmt: skip
         assert said in page.text
-
-
-FILES = ("recipe.resolved.json", "provenance.json", "ledger.jsonl", "metrics.jsonl", "samples.jsonl", "preview.json",
-         "scores.json", "answers/untouched.jsonl", "answers/few_shot.jsonl", "answers/tuned.jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -185,7 +181,7 @@ def test_losses_that_are_not_numbers_are_counted(tmp_path: Path) -> None:
         )
     html = build_report(run)
     assert "3 steps without a finite loss (below 1e30) left out" in html
-    assert "nan" not in html.lower().replace("provenance", "")
+    assert "nan" not in Page(html).text.lower().replace("provenance", "")
 
 
 def test_all_steps_not_finite(tmp_path: Path) -> None:
@@ -198,92 +194,6 @@ def test_a_step_written_twice_counts_once(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     write_file(run.metrics, metric_records(125) + metric_records(125)[60:])
     assert len(read_run(run).steps) == 125
-
-
-PAYLOADS = [
-    "<script>alert(1)</script>",
-    "</style><script>alert(1)</script>",
-    "</title><img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "'><iframe srcdoc=x>",
-    '" onmouseover="alert(1)" x="',
-    "' onfocus='alert(1)' autofocus='",
-    "<!--",
-    "-->",
-    "]]><x>",
-    "<base href=//evil.test>",
-    "<meta http-equiv=refresh content=0>",
-    "{{ 7*7 }}{% include 'x' %}",
-    "javascript:alert(1)",
-    "&lt;b&gt;&#60;b&#62;&amp;",
-    "</bdi></td></table></main><h1>Hi",
-    "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>",
-    "\\u003cscript\\u003e<plaintext>",
-    "</svg></desc></textarea><xmp>",
-    "`${alert(1)}`<%= 1 %>",
-]
-
-
-_KEPT_WORDS = frozenset({"train", "dev", "test", "dropped", "refused", "full", "user", "system", "role", "template",
-                         "content", "trained", "step", "file", "untouched", "few_shot", "tuned"})  # fmt: skip
-
-
-def _poison(value: Any, word: str) -> Any:
-    """Every text replaced by `word` and a number, apart from the few words that the page reads as choices."""
-    counter = itertools.count()
-
-    def swap(v: Any, key: str = "") -> Any:
-        if isinstance(v, dict):
-            renamed = key in ("packages", "recipe", "data")
-            return {(f"{k}{word}" if renamed and k not in _KEPT_NAMES else k): swap(x, k) for k, x in v.items()}
-        if isinstance(v, list):
-            return [swap(x) for x in v]
-        if isinstance(v, str) and not (key in ("kind", "role", "status", "before", "after") and v in _KEPT_WORDS):
-            return f"{word}{next(counter)}" if key not in ("row", "code") else f"{v}{word}"
-        return v
-
-    return swap(value)
-
-
-_KEPT_NAMES = frozenset({"name", "model", "tuning", "evaluation", "train", "data", "file"})
-
-
-def poisoned(path: Path, word: str) -> RunDir:
-    """A run in which all text of all files is `word`."""
-    run = make_run(path, rows=30, steps=12)
-    for name in FILES:
-        file = run.path / name
-        write_file(file, _poison(run.load(file), word))
-    return run
-
-
-@pytest.fixture(scope="module")
-def harmless(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return Page(build_report(poisoned(tmp_path_factory.mktemp("harmless") / "run", "plain words")))
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_text_never_becomes_markup(tmp_path: Path, payload: str, harmless: Page) -> None:
-    html = build_report(poisoned(tmp_path, payload))
-    found = Page(html)
-    assert found.shape == harmless.shape, "data made or broke an element"
-    assert not found.open
-    assert not any(a.startswith("on") or a in ("href", "src", "style") for _, names in found.shape for a in names)
-    assert found.text.count(payload) > 60, "the payload must be seen, as text"
-
-
-def test_bidi_zero_width_and_control_characters_are_shown(tmp_path: Path) -> None:
-    bad = "a\u202eb\u200bc\u0000d\u0007e\u00adf\u2028g\ufeffh\U000e0041i\u3164j"
-    html = build_report(poisoned(tmp_path, bad))
-    for point in ("202E", "200B", "0000", "0007", "00AD", "2028", "FEFF", "E0041", "3164"):
-        assert f"⟨U+{point}⟩" in html
-    assert not set(html) & set(bad) - set("abcdefghij")
-    assert not Page(html).open
-
-
-def test_a_lone_surrogate_does_not_break_the_file(tmp_path: Path) -> None:
-    html = build_report(poisoned(tmp_path, "half \ud83d a character"))
-    assert "⟨U+D83D⟩" in html.encode("utf-8").decode()
 
 
 def test_long_text_is_clamped_and_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ unreadable labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -17,6 +17,7 @@ from educe.report.wording import number
 from educe.types import Interval
 
 MOST_POINTS = 400
+MOST_MEASURED = 100
 LARGEST = 1e30  # losses beyond it are not drawn: their sums would overflow
 
 
@@ -109,22 +110,37 @@ def plan_curve(train: Sequence[Point], dev: Sequence[Point]) -> Curve:
     line = smooth(train, window) if len(train) >= 10 else ()
     every = max(1, math.ceil(len(line) / (MOST_POINTS // 2)))
     kept = tuple(p for i, p in enumerate(line) if i % every == 0 or i == len(line) - 1)
-    return Curve(raw=raw, smooth=kept, dev=tuple(dev), window=window if line else 0, bucket=bucket)
+    return Curve(raw=raw, smooth=kept, dev=thin(dev, MOST_MEASURED)[0], window=window if line else 0, bucket=bucket)
 
 
-def _svg(name: str, size: tuple[float, float], title: str, desc: str, parts: list[Markup]) -> Markup:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A chart, drawn twice; the style sheet shows one."""
+
+    wide: Markup
+    narrow: Markup
+
+
+def svg(name: str, size: tuple[float, float], title: str, desc: str, parts: list[Markup]) -> Markup:
     kind = "narrow" if name.endswith("narrow") else "wide"
     return Markup(
-        '<svg class="chart {kind}" viewBox="0 0 {w:g} {h:g}" role="img" aria-labelledby="{n}-title {n}-desc">'
+        '<svg class="chart {kind}" viewBox="0 0 {w:g} {h:g}" role="group" aria-labelledby="{n}-title {n}-desc">'
         '<title id="{n}-title">{title}</title><desc id="{n}-desc">{desc}</desc>{body}</svg>'
     ).format(kind=kind, w=size[0], h=size[1], n=name, title=title, desc=desc, body=Markup("").join(parts))
 
 
-def _line(css: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+def spot(css: str, x: float, y: float, said: str, *, first: bool = False, radius: float = 4.5) -> Markup:
+    """A point with its value: for the pointer, for the keyboard (`first`: reached by Tab, the others by arrow keys), read aloud."""
+    return Markup(
+        '<circle class="pt {}" cx="{:.1f}" cy="{:.1f}" r="{:g}" tabindex="{}" role="img" aria-label="{}"><title>{}</title></circle>'
+    ).format(css, x, y, radius, "0" if first else "-1", said, said)
+
+
+def line(css: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     return Markup(f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
 
 
-def _label(css: str, x: float, y: float, text: str, anchor: str = "start") -> Markup:
+def label(css: str, x: float, y: float, text: str, anchor: str = "start") -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(css, x, y, anchor, text)
 
 
@@ -139,8 +155,8 @@ def _bar(bar: Bar, x: Scale, y: float, thick: float) -> list[Markup]:
         ),
     ]
     for css in ("rim", "whisker"):
-        parts.append(_line(css, low, middle, high, middle))
-        parts += [_line(css, cap, middle - 5, cap, middle + 5) for cap in (low, high)]
+        parts.append(line(css, low, middle, high, middle))
+        parts += [line(css, cap, middle - 5, cap, middle + 5) for cap in (low, high)]
     return parts
 
 
@@ -152,22 +168,23 @@ def draw_bars(bars: Sequence[Bar], narrow: bool = False) -> Markup:
     bottom = 6 + row * len(bars)
     parts: list[Markup] = []
     for t in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(_line("grid", x.at(t), 4, x.at(t), bottom))
+        parts.append(line("grid", x.at(t), 4, x.at(t), bottom))
         anchor = "middle" if 0 < t < 1 or not narrow else "end" if t else "start"
-        parts.append(_label("tick", x.at(t), bottom + 18, f"{100 * t:.0f}\u202f%", anchor))
+        parts.append(label("tick", x.at(t), bottom + 18, f"{100 * t:.0f}\u202f%", anchor))
     for i, bar in enumerate(bars):
         top = 6 + row * i
         if narrow:
-            parts.append(_label("name", x.start, top + 15, bar.label))
-            parts.append(_label("value", x.end, top + 15, bar.text, "end"))
-            parts += _bar(bar, x, top + 23, thick)
+            drawn = [label("name", x.start, top + 15, bar.label), label("value", x.end, top + 15, bar.text, "end")]
+            drawn += _bar(bar, x, top + 23, thick)
         else:
-            parts.append(_label("name", 0, top + 26, bar.label))
-            parts.append(_label("value", x.end + 16, top + 26, bar.text))
-            parts += _bar(bar, x, top + 10, thick)
+            drawn = [label("name", 0, top + 26, bar.label), label("value", x.end + 16, top + 26, bar.text)]
+            drawn += _bar(bar, x, top + 10, thick)
+        said = f"{bar.label}: {bar.text}"
+        start = Markup('<g class="pt" tabindex="{}" role="img" aria-label="{}"><title>{}</title>')
+        parts += [start.format("-1" if i else "0", said, said), *drawn, Markup("</g>")]
     desc = "; ".join(f"{b.label}: {b.text}" for b in bars)
     name = "bars-narrow" if narrow else "bars-wide"
-    return _svg(name, (width, bottom + 26), "Share of right answers with 95 % intervals", desc, parts)
+    return svg(name, (width, bottom + 26), "Share of right answers with 95 % intervals", desc, parts)
 
 
 def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
@@ -184,19 +201,20 @@ def _describe(curve: Curve) -> str:
     return " ".join(said)
 
 
-def _axes(x: Scale, y: Scale, narrow: bool) -> list[Markup]:
+def axes(x: Scale, y: Scale, narrow: bool, what: str, word: Callable[[float], str] = number) -> list[Markup]:
+    """Both axes with round numbers, steps along x; `what` is measured along y, in words of `word`."""
     parts: list[Markup] = []
     for t in ticks(y.low, y.high, 5):
-        parts.append(_line("grid" if t > y.low else "axis", x.start, y.at(t), x.end, y.at(t)))
-        parts.append(_label("tick", x.start - 8, y.at(t) + 4.5, number(t), "end"))
+        parts.append(line("grid" if t > y.low else "axis", x.start, y.at(t), x.end, y.at(t)))
+        parts.append(label("tick", x.start - 8, y.at(t) + 4.5, word(t), "end"))
     for t in ticks(x.low, x.high, 5 if narrow else 9, whole=True):
-        parts.append(_line("axis", x.at(t), y.start, x.at(t), y.start + 4))
+        parts.append(line("axis", x.at(t), y.start, x.at(t), y.start + 4))
         # The last number would leave the picture if it were centred on the right edge.
         parts.append(
-            _label("tick", x.at(t), y.start + 20, f"{t:,.0f}", "end" if x.at(t) > x.end - 6 and t > 0 else "middle")
+            label("tick", x.at(t), y.start + 20, f"{t:,.0f}", "end" if x.at(t) > x.end - 6 and t > 0 else "middle")
         )
-    parts.append(_label("tick", 0, 13, "loss per trained token"))
-    parts.append(_label("tick", x.end, y.start + 38, "step", "end"))
+    parts.append(label("tick", 0, 13, what))
+    parts.append(label("tick", x.end, y.start + 38, "step", "end"))
     return parts
 
 
@@ -204,13 +222,26 @@ def _measured(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
     """Held-out points, with their values where there are few; not joined, since nothing was measured between them."""
     parts = []
     for p in curve.dev:
-        parts.append(Markup(f'<circle class="dev" cx="{x.at(p.step):.1f}" cy="{y.at(p.loss):.1f}" r="4.5"/>'))
+        said = f"Step {p.step:,}: held-out loss {number(p.loss)}"
+        parts.append(spot("dev", x.at(p.step), y.at(p.loss), said))
         if len(curve.dev) <= 6:
             px, right = x.at(p.step), x.end - 20
             anchor, dx = ("start", 8) if px < x.start + 20 else ("end", 2) if px > right else ("middle", 0)
-            said = number(round(p.loss, 3) if p.loss >= 0.01 else p.loss)
-            parts.append(_label("dev-value", px + dx, y.at(p.loss) - 10, said, anchor))
+            value = number(round(p.loss, 3) if p.loss >= 0.01 else p.loss)
+            parts.append(label("dev-value", px + dx, y.at(p.loss) - 10, value, anchor))
     return parts
+
+
+def _spots(curve: Curve, x: Scale, y: Scale, most: int) -> list[Markup]:
+    """Points of the bold line to read its values at."""
+    name, points = ("mean training loss", curve.smooth) if curve.smooth else ("training loss", curve.raw)
+    every = max(1, math.ceil(len(points) / most))
+    chosen = points[::every] if (len(points) - 1) % every == 0 else (*points[::every], points[-1])
+    said = (f"Step {p.step:,}: {name} {number(p.loss)}" for p in chosen)
+    return [
+        spot("hit", x.at(p.step), y.at(p.loss), s, first=i == 0)
+        for i, (p, s) in enumerate(zip(chosen, said, strict=True))
+    ]
 
 
 def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
@@ -222,7 +253,7 @@ def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
     last = max((p.step for p in shown), default=1)
     x = Scale(low=0, high=max(1, last), start=44, end=width - 8)
     y = Scale(low=floor, high=top * 1.05 if top > 0 else 1.0, start=height - 46, end=28)
-    parts = _axes(x, y, narrow)
+    parts = axes(x, y, narrow, "loss per trained token")
     if len(curve.raw) == 1:
         only = curve.raw[0]
         parts.append(Markup(f'<circle class="only" cx="{x.at(only.step):.1f}" cy="{y.at(only.loss):.1f}" r="3.5"/>'))
@@ -231,6 +262,6 @@ def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
         parts.append(Markup(f'<path class="{css}" d="{path(curve.raw, x, y)}"/>'))
     if curve.smooth:
         parts.append(Markup(f'<path class="smooth" d="{path(curve.smooth, x, y)}"/>'))
-    parts += _measured(curve, x, y)
+    parts += _spots(curve, x, y, 40 if narrow else 90) + _measured(curve, x, y)
     name = "loss-narrow" if narrow else "loss-wide"
-    return _svg(name, (width, height), "Loss during training", _describe(curve), parts)
+    return svg(name, (width, height), "Loss during training", _describe(curve), parts)

@@ -8,15 +8,19 @@ from functools import cache
 from importlib.resources import files as resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from educe.files.run_dir import RunDir
 from educe.report import sections, wording
-from educe.report.charts import LARGEST, Curve, draw_bars, draw_loss, plan_curve
+from educe.report.charts import LARGEST, MOST_MEASURED, Curve, Drawn, draw_bars, draw_loss, plan_curve
+from educe.report.lines import draw_graded
+from educe.report.opening import Kept
+from educe.report.policy import policy
 from educe.report.reading import read_run
 from educe.report.records import Point, RunFiles
-from educe.report.visible import block, inline, shown, visible
+from educe.report.sections import Price
+from educe.report.visible import block, cut, inline, marked, shown, visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,21 +35,22 @@ class LossView:
     num_not_finite: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BarsView:
-    wide: Markup
-    narrow: Markup
-
-
 def _seen(value: Any) -> Any:
     """Last gate for every printed expression: whatever did not pass `visible` elsewhere passes it here."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 @cache
-def _template() -> Template:
-    env = Environment(autoescape=True, undefined=StrictUndefined, finalize=_seen, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"block": block, "inline": inline, "shown": shown}
+def _environment() -> Environment:
+    env = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_seen,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_resource),
+    )
+    env.filters |= {"block": block, "inline": inline, "shown": shown, "marked": marked, "cut": cut}
     env.filters |= {
         name: getattr(wording, name)
         for name in (
@@ -62,11 +67,25 @@ def _template() -> Template:
         )
     }
     env.globals["span"] = wording.span
-    return env.from_string(_resource("page.html"))
+    return env
 
 
 def _resource(name: str) -> str:
     return resources("educe.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def render_page(template: str, *, title: str, live: str = "", **values: Any) -> str:
+    """A page as HTML: its template, the style sheet and the scripts, and a policy that lets nothing else run. `live`: what it says of
+    being live; then it also asks its server for news."""
+    css, script = _resource("page.css"), _resource("page.js") + (_resource("live.js") if live else "")
+    given = {
+        "title": title,
+        "live": live,
+        "css": Markup(css),
+        "script": Markup(script),
+        "policy": Markup(policy(css, script, live=bool(live))),
+    }
+    return _environment().get_template(template).render(**given, **values)
 
 
 def _headline(verdict: str) -> tuple[str, str]:
@@ -92,22 +111,43 @@ def _loss(files: RunFiles) -> LossView | None:
     )
 
 
-def _bars(files: RunFiles, names: dict[str, str]) -> BarsView | None:
+def _bars(files: RunFiles, names: dict[str, str]) -> Drawn | None:
     if not files.scores or not files.scores.systems or not files.scores.graded:
         return None
     bars = sections.score_bars(files.scores, names)
-    return BarsView(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True))
+    return Drawn(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True))
 
 
-def build_report(run: RunDir) -> str:
-    """The page of `run` as HTML, without network or script. A section without files says which command makes them."""
-    files = read_run(run)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradedView:
+    """Right answers to dev rows over steps."""
+
+    wide: Markup
+    narrow: Markup
+    rows: int
+
+
+def _graded(files: RunFiles) -> GradedView | None:
+    if not files.graded:
+        return None
+    chosen = sections.spread(files.graded, MOST_MEASURED)
+    drawn = draw_graded(chosen)
+    return GradedView(wide=drawn.wide, narrow=drawn.narrow, rows=files.graded[-1].rows)
+
+
+def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", kept: Kept | None = None) -> str:
+    """The page of `run` as HTML, without network. A section without files says which command makes them.
+
+    `hourly`: what the machine costs; `live`: the page is served while the run goes on, and what is said of that; `kept`: `read_run`.
+    """
+    files = read_run(run, kept)
     names = sections.system_names(files.settings.few_shot if files.settings else None)
-    ledger = sections.sum_ledger(files.ledger) if files.ledger else None
     verdict, verdict_rest = _headline(files.scores.verdict) if files.scores else ("", "")
-    return _template().render(
-        css=Markup(_resource("page.css")),
+    metric = files.scores.metric if files.scores else files.settings.metric if files.settings else ""
+    return render_page(
+        "page.html",
         title=(files.settings.name if files.settings else "") or run.path.name,
+        live=live,
         files=files,
         settings=files.settings,
         made=files.provenance,
@@ -115,13 +155,15 @@ def build_report(run: RunDir) -> str:
         names=names,
         verdict=verdict,
         verdict_rest=verdict_rest,
-        figures=sections.key_figures(files, ledger),
+        progress=sections.progress(files),
+        figures=sections.key_figures(files, hourly),
         bars=_bars(files, names),
-        graded_as=sections.graded_as(files.scores.metric) if files.scores else "",
+        graded_as=sections.graded_as(metric),
         loss=_loss(files),
+        progress_of=_graded(files),
         groups=sections.group_answers(files, names),
         stories=sections.tell_stories(files.samples),
-        ledger=ledger,
-        cost=sections.cost(files),
+        ledger=files.ledger,
+        cost=sections.cost(files, hourly),
         checks=sections.sort_checks(files.checks),
     )

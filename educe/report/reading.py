@@ -6,16 +6,17 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from educe.errors import RunError
 from educe.files.run_dir import RunDir
+from educe.report.ledger import LedgerRow, sum_ledger
+from educe.report.opening import Kept, Row, opened
 from educe.report.records import (
     Answered,
     Checked,
     Comparison,
     Field,
-    LedgerRow,
+    Graded,
     MaskRow,
     MaskRun,
     Point,
@@ -31,7 +32,6 @@ from educe.report.records import (
 from educe.types import Interval
 
 SYSTEMS = ("untouched", "few_shot", "tuned")
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -142,6 +142,8 @@ def _ledger(row: Row) -> LedgerRow:
         reason=_text(row, "reason"),
         tokens=_whole(row, "tokens") or 0,
         trained_tokens=_whole(row, "trained_tokens") or 0,
+        task=_text(row, "task"),
+        draws=max(0, _whole(row, "draws") or 0),
     )
 
 
@@ -168,6 +170,16 @@ def _steps(rows: list[Row]) -> tuple[Step, ...]:
 def _dev(rows: list[Row]) -> tuple[Point, ...]:
     measured = {_whole(r, "step") or 0: _real(r, "loss") for r in rows if r.get("kind") == "dev"}
     return tuple(Point(step=i, loss=loss) for i, loss in sorted(measured.items()) if loss is not None)
+
+
+def _graded(rows: list[Row]) -> tuple[Graded, ...]:
+    """Counts that cannot be are left out."""
+    made = {}
+    for r in rows:
+        step, right, asked = (_whole(r, key) for key in ("step", "right", "rows"))
+        if r.get("kind") == "score" and step is not None and right is not None and asked and 0 <= right <= asked:
+            made[step] = Graded(step=step, right=right, rows=asked, seconds=_real(r, "seconds"))
+    return tuple(made[i] for i in sorted(made))
 
 
 def _task_losses(rows: list[Row]) -> tuple[TaskLoss, ...]:
@@ -274,43 +286,57 @@ def _checks(loaded: Any) -> tuple[Checked, ...]:
     )
 
 
-def read_run(run: RunDir) -> RunFiles:
-    """Everything the page needs. Files that are not there are not an error; files that are not JSON are named."""
+class Metrics(NamedTuple):
+    """metrics.jsonl, read once."""
+
+    steps: tuple[Step, ...] = ()
+    dev: tuple[Point, ...] = ()
+    graded: tuple[Graded, ...] = ()
+    tasks: tuple[TaskLoss, ...] = ()
+
+
+def _metrics(lines: Iterator[Row]) -> Metrics:
+    rows = list(lines)
+    return Metrics(steps=_steps(rows), dev=_dev(rows), graded=_graded(rows), tasks=_task_losses(rows))
+
+
+def _each(read: Callable[[Row], T]) -> Callable[[Iterator[Row]], tuple[T, ...]]:
+    return lambda rows: tuple(read(r) for r in rows)
+
+
+def read_run(run: RunDir, kept: Kept | None = None) -> RunFiles:
+    """Everything the page needs. Files that are not there are not an error; files that are not JSON are named.
+
+    `kept` remembers what was read, so that a page that is made again and again reads only files that changed.
+    """
     unreadable: list[str] = []
+    kept = {} if kept is None else kept
 
-    def load(file: Path) -> Any:
+    def get(file: Path, read: Callable[[Any], T]) -> T | None:
         try:
-            return run.load(file)
-        except RunError:
-            if not file.exists():
-                return None
-        except OSError:
-            pass
-        unreadable.append(file.relative_to(run.path).as_posix())
-        return None
+            return opened(file, read, kept)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            unreadable.append(file.relative_to(run.path).as_posix())
+            return None
 
-    def rows(file: Path) -> list[Row]:
-        return [r for r in _list(load(file)) if isinstance(r, dict)]
-
-    def one(file: Path, read: Callable[[Any], T]) -> T | None:
-        loaded = load(file)
-        return None if loaded is None else read(loaded)
-
-    metrics = rows(run.metrics)
-    answers = {name: tuple(_answered(r) for r in rows(run.answers / f"{name}.jsonl")) for name in SYSTEMS}
+    metrics = get(run.metrics, _metrics) or Metrics()
+    answers = {name: get(run.answers / f"{name}.jsonl", _each(_answered)) or () for name in SYSTEMS}
     return RunFiles(
-        settings=one(run.resolved, _settings),
-        provenance=one(run.provenance, _provenance),
-        ledger=tuple(_ledger(r) for r in rows(run.ledger)),
-        steps=_steps(metrics),
-        dev=_dev(metrics),
-        tasks=_task_losses(metrics),
-        samples=tuple(_sample(r) for r in rows(run.samples)),
-        masks=tuple(_mask(r) for r in rows(run.path / "preview.json")),
+        settings=get(run.resolved, _settings),
+        provenance=get(run.provenance, _provenance),
+        ledger=get(run.ledger, lambda rows: sum_ledger(map(_ledger, rows))),
+        steps=metrics.steps,
+        dev=metrics.dev,
+        graded=metrics.graded,
+        tasks=metrics.tasks,
+        samples=get(run.samples, _each(_sample)) or (),
+        masks=get(run.path / "preview.json", lambda rows: tuple(map(_mask, filter(_dict, _list(rows))))) or (),
         untouched=answers["untouched"],
         few_shot=answers["few_shot"],
         tuned=answers["tuned"],
-        scores=one(run.scores, _scores),
-        checks=one(run.preflight, _checks) or (),
+        scores=get(run.scores, _scores),
+        checks=get(run.preflight, _checks) or (),
         unreadable=tuple(unreadable),
     )

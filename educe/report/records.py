@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from educe.report.ledger import Ledger
 from educe.types import Interval
 
 
@@ -54,18 +55,6 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerRow:
-    """What happened to one input row."""
-
-    place: str
-    status: str
-    code: str
-    reason: str
-    tokens: int
-    trained_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One optimizer step. `loss` is None where it was not a finite number."""
 
@@ -86,6 +75,16 @@ class Point:
 
     step: int
     loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graded:
+    """Dev rows answered and graded during training: `right` of `rows` after a step."""
+
+    step: int
+    right: int
+    rows: int
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,9 +204,10 @@ class RunFiles:
 
     settings: Settings | None
     provenance: Provenance | None
-    ledger: tuple[LedgerRow, ...]
+    ledger: Ledger | None
     steps: tuple[Step, ...]
     dev: tuple[Point, ...]
+    graded: tuple[Graded, ...]
     tasks: tuple[TaskLoss, ...]
     samples: tuple[Sample, ...]
     masks: tuple[MaskRow, ...]

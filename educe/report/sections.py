@@ -7,20 +7,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from educe.errors import CODES
 from educe.report import wording
 from educe.report.charts import Bar
-from educe.report.records import Answered, Checked, Field, LedgerRow, Point, RunFiles, Sample, Scores, Step
+from educe.report.records import Answered, Checked, Field, Point, RunFiles, Sample, Scores, Step
 
-_STATUS = {
-    "train": "trained",
-    "dev": "dev",
-    "test": "test",
-    "not drawn": "not drawn by the mixture",
-    "dropped": "dropped",
-    "refused": "refused",
-}
+T = TypeVar("T")
 _METRIC = {"exact": "exact text", "json": "equal JSON", "label": "the same label", "sql": "the same SQL statement"}
 _GROUPS = (  # heading, right before, right after, rows shown at most
     ("Won: wrong before tuning, right after", False, True, 3),
@@ -37,46 +30,6 @@ class Figure:
     label: str
     value: str
     note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Term:
-    """One term of the ledger's sum."""
-
-    label: str
-    rows: int
-    tokens: int
-    trained_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
-    """Why rows were not used: a code, how many, and the first places."""
-
-    code: str
-    meaning: str
-    outcome: str
-    rows: int
-    example: str
-    places: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
-    terms: tuple[Term, ...]
-    reasons: tuple[Reason, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(t.rows for t in self.terms)
-
-    @property
-    def tokens(self) -> int:
-        return sum(t.tokens for t in self.terms)
-
-    @property
-    def trained(self) -> Term:
-        return self.terms[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +66,14 @@ class Story:
     expected: str
     answers: tuple[Sample, ...]
 
+    @property
+    def shown(self) -> tuple[Sample, ...]:
+        """The first, the last, and some evenly between."""
+        last, most = len(self.answers) - 1, 7
+        if last < most:
+            return self.answers
+        return tuple(self.answers[round(i * last / (most - 1))] for i in range(most))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableStep:
@@ -143,39 +104,7 @@ def score_bars(scores: Scores, names: dict[str, str]) -> list[Bar]:
     ]
 
 
-def sum_ledger(rows: Sequence[LedgerRow]) -> Ledger:
-    """Every row counted once, under its status; rows with a code also under their reason."""
-    by_status: dict[str, list[LedgerRow]] = {s: [] for s in _STATUS}
-    by_reason: dict[tuple[str, str], list[LedgerRow]] = defaultdict(list)
-    for r in rows:
-        by_status.setdefault(r.status, []).append(r)
-        if r.code or r.status in ("dropped", "refused"):
-            by_reason[r.code, r.status].append(r)
-    terms = tuple(
-        Term(
-            label=_STATUS.get(status, status),
-            rows=len(found),
-            tokens=sum(r.tokens for r in found),
-            trained_tokens=sum(r.trained_tokens for r in found),
-        )
-        for status, found in by_status.items()
-        if found or status != "not drawn"
-    )
-    reasons = tuple(
-        Reason(
-            code=code,
-            meaning=CODES.get(code, ""),
-            outcome=_STATUS.get(status, status),
-            rows=len(found),
-            example=found[0].reason,
-            places=tuple(r.place for r in found[:5]),
-        )
-        for (code, status), found in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
-    )
-    return Ledger(terms=terms, reasons=reasons)
-
-
-def _spread(rows: Sequence[Case], most: int) -> tuple[Case, ...]:
+def spread(rows: Sequence[T], most: int) -> tuple[T, ...]:
     """`most` rows evenly spaced over the list: a rule, not a taste."""
     if len(rows) <= most:
         return tuple(rows)
@@ -197,7 +126,7 @@ def group_answers(files: RunFiles, names: dict[str, str]) -> tuple[Group, ...]:
             )
             for a in files.tuned
         ]
-        return (Group(heading="Not graded", num_rows=len(cases), cases=_spread(cases, 8)),) if cases else ()
+        return (Group(heading="Not graded", num_rows=len(cases), cases=spread(cases, 8)),) if cases else ()
     for heading, before, after, most in _GROUPS:
         cases = []
         for a in files.tuned:
@@ -206,7 +135,7 @@ def group_answers(files: RunFiles, names: dict[str, str]) -> tuple[Group, ...]:
                 continue
             said = tuple(Said(who=names[n], answer=by_row[n][a.row]) for n, _ in stored if a.row in by_row[n])
             cases.append(Case(row=a.row, asked=a.asked, expected=a.expected, said=said))
-        groups.append(Group(heading=heading, num_rows=len(cases), cases=_spread(cases, most)))
+        groups.append(Group(heading=heading, num_rows=len(cases), cases=spread(cases, most)))
     return tuple(groups) if any(g.num_rows for g in groups) else ()
 
 
@@ -265,7 +194,39 @@ def _weights(files: RunFiles) -> str:
     return f"those of step {step:,}, which had the lowest held-out loss" if early else wording.ABSENT
 
 
-def key_figures(files: RunFiles, ledger: Ledger | None) -> list[Figure]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What an hour of the machine costs."""
+
+    amount: float
+    currency: str
+
+    def of(self, seconds: float) -> str:
+        return f"{wording.number(self.amount * seconds / 3600)} {self.currency}".rstrip()
+
+
+def _price(files: RunFiles, hourly: Price) -> Figure | None:
+    training, evaluation = _training_s(files), files.provenance.evaluation_s if files.provenance else None
+    if training is None:
+        return None
+    parts = f"training {wording.duration(training)}"
+    parts += f", evaluation {wording.duration(evaluation)}" if evaluation else ""
+    note = f"{parts}, at {wording.number(hourly.amount)} {hourly.currency} an hour".replace("  ", " ")
+    return Figure(label="Price", value=hourly.of(training + (evaluation or 0.0)), note=note)
+
+
+def progress(files: RunFiles) -> str:
+    """Where a run stands that is not evaluated yet."""
+    if files.provenance and files.provenance.finished:
+        return "Trained to its end, not evaluated yet."
+    if not files.steps:
+        return "Preparing: no step was made yet."
+    step, loss = f"Step {_steps_done(files)}", files.steps[-1].loss
+    held = f", held-out loss {wording.number(files.dev[-1].loss)}" if files.dev else ""
+    return f"{step}: training loss {wording.number(loss)}{held}."
+
+
+def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
     """Three or four numbers for the top of the page: only what was measured."""
     made = []
     before = files.scores.system("untouched") if files.scores else None
@@ -279,12 +240,14 @@ def key_figures(files: RunFiles, ledger: Ledger | None) -> list[Figure]:
         kept = _kept(files)
         value = f"{wording.number(files.dev[0].loss)} → {wording.number(kept.loss)}"
         made.append(Figure(label="Held-out loss", value=value, note=f"step 0 → step {kept.step:,}"))
-    if (seconds := _training_s(files)) is not None:
+    if hourly is not None and (price := _price(files, hourly)) is not None:
+        made.append(price)
+    elif (seconds := _training_s(files)) is not None:
         made.append(Figure(label="Training time", value=wording.duration(seconds), note=f"{_steps_done(files)} steps"))
     if (peak := _peak(files)) is not None:
         note = f"{wording.large(files.provenance.parameters)} parameters" if files.provenance else ""
         made.append(Figure(label="Peak memory", value=wording.size(peak), note=note))
-    if ledger:
+    if ledger := files.ledger:
         note = f"{ledger.trained.trained_tokens:,} tokens carry loss"
         made.append(Figure(label="Rows trained on", value=wording.count(ledger.trained.rows), note=note))
     return made
@@ -308,13 +271,17 @@ def sort_checks(found: Sequence[Checked]) -> Checks | None:
     return Checks(open=by["fail"] + rest, passed=by["pass"], skipped=by["skip"])
 
 
-def cost(files: RunFiles) -> list[Field]:
+def cost(files: RunFiles, hourly: Price | None = None) -> list[Field]:
     """What the run took."""
     speeds = [s.tokens_per_s for s in files.steps if s.tokens_per_s is not None]
     tokens, trained = sum(s.tokens for s in files.steps), sum(s.trained_tokens for s in files.steps)
+    price = _price(files, hourly) if hourly is not None else None
+    graded = sum(g.seconds or 0.0 for g in files.graded)
     rows = [
+        ("Price", f"{price.value} ({price.note})" if price else wording.ABSENT),
         ("Training time", wording.duration(_training_s(files))),
         ("Evaluation time", wording.duration(files.provenance.evaluation_s if files.provenance else None)),
+        ("Answering dev rows while training", wording.duration(graded) if graded else wording.ABSENT),
         ("Speed", f"{wording.number(statistics.median(speeds))} tokens/s (median step)" if speeds else wording.ABSENT),
         ("Peak memory", wording.size(_peak(files))),
         ("Steps", _steps_done(files) if files.steps else wording.ABSENT),

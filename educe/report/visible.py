@@ -7,6 +7,8 @@ import unicodedata
 
 from markupsafe import Markup, escape
 
+from educe.report.words import differences
+
 _KEPT = "\n\t"
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"})
 # Characters of other categories that draw nothing: fillers, joiners, blank braille.
@@ -33,24 +35,57 @@ def visible(text: str) -> str:
 
 
 def clamp(text: str, limit: int) -> tuple[str, int]:
-    """The first `limit` characters, and how many are left out. A few more are let pass: the note is as long."""
-    return (text, 0) if len(text) <= limit + 30 else (text[:limit], len(text) - limit)
+    """The first `limit` characters, and how many are left out; one that is written out counts as what is written.
+
+    A few more are let pass: the note is as long.
+    """
+    room, kept = limit + 30, 0
+    for kept, char in enumerate(text[: room + 1]):  # noqa: B007
+        room -= len(name_of(char)) if is_unseen(char) else 1
+        if room < 0:
+            break
+    else:
+        return text, 0
+    kept = max(1, min(kept, limit))
+    return text[:kept], len(text) - kept
 
 
-def shown(text: str, limit: int = 600, newlines: bool = False) -> Markup:
-    """`text` as HTML. Unseen characters become labelled chips; with `newlines`, each line end shows as ↵."""
-    kept, num_left = clamp(text, limit)
+def cut(text: str, limit: int) -> str:
+    """The same for an attribute, where nothing can be marked up."""
+    kept, num_left = clamp(visible(text[: 2 * limit]), limit)
+    return kept + "…" if num_left or len(text) > 2 * limit else kept
+
+
+def _pieces(text: str, newlines: bool) -> Markup:
     parts: list[Markup] = []
-    for piece in re.split(r"([^ -~])", kept):
+    for piece in re.split(r"([^ -~])", text):
         if piece == "\n" and newlines:
             parts.append(Markup('<span class="nl">↵</span>\n'))
         elif len(piece) == 1 and is_unseen(piece):
             parts.append(Markup('<span class="unseen">{}</span>').format(name_of(piece)))
         else:
             parts.append(escape(piece))
-    if num_left:
-        parts.append(Markup('<span class="more">… ({} more characters)</span>').format(f"{num_left:,}"))
     return Markup("").join(parts)
+
+
+def _left(num: int) -> Markup:
+    return Markup('<span class="more">… ({} more characters)</span>').format(f"{num:,}") if num else Markup("")
+
+
+def shown(text: str, limit: int = 600, newlines: bool = False) -> Markup:
+    """`text` as HTML. Unseen characters become labelled chips; with `newlines`, each line end shows as ↵."""
+    kept, num_left = clamp(text, limit)
+    return _pieces(kept, newlines) + _left(num_left)
+
+
+def marked(answer: str, expected: str, limit: int = 600) -> Markup:
+    """An answer as HTML, the words that differ from what was expected marked: <ins> more than expected, <del> missing."""
+    if not answer:
+        return block(answer)
+    kept, num_left = clamp(answer, limit)
+    tags = {"same": "{}", "more": "<ins>{}</ins>", "missing": "<del>{}</del>"}
+    parts = (Markup(tags[p.kind]).format(_pieces(p.text, False)) for p in differences(kept, clamp(expected, limit)[0]))
+    return Markup("").join(parts) + _left(num_left)
 
 
 def block(text: str, limit: int = 600) -> Markup:

@@ -1,0 +1,46 @@
+"""Files of a run opened while it may still write them: line by line, and again only where they changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+Row = dict[str, Any]
+T = TypeVar("T")
+Kept = dict[Path, tuple[tuple[int, int, int], Any]]
+"""What was read of a file, and what the file was then: its number, its size, when it was written."""
+
+
+def mark(file: Path) -> tuple[int, int, int]:
+    """Differs where a file has changed. Raises `OSError`."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def opened(file: Path, read: Callable[[Any], T], kept: Kept) -> T:
+    """What `read` makes of a file: of the rows of a .jsonl, else of its value. Raises `OSError`, `ValueError`, `RecursionError`."""
+    now = mark(file)
+    if file in kept and kept[file][0] == now:
+        found: T = kept[file][1]
+        return found
+    made = read(_lines(file) if file.suffix == ".jsonl" else json.loads(file.read_text(encoding="utf-8")))
+    kept[file] = now, made
+    return made
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    """A last line that is torn, or not written to its end yet, is left out. Raises `ValueError` for any other bad one."""
+    with file.open("rb") as f:
+        for raw in f:
+            try:
+                row = orjson.loads(raw)
+            except orjson.JSONDecodeError:
+                if not raw.endswith(b"\n"):
+                    return
+                row = json.loads(raw.decode("utf-8")) if raw.strip() else None  # NaN, and integers beyond 64 bits
+            if isinstance(row, dict):
+                yield row
