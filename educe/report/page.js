@@ -36,7 +36,7 @@ const sortable = (table) => {
 const chart = (svg) => {
   const points = [...svg.querySelectorAll(".pt")], said = svg.closest("figure")?.querySelector(".readout");
   if (!points.length || !said) return;
-  said.textContent ||= "Point at the plot, or press Tab and the arrow keys, to read values.";
+  said.textContent ||= "Point at a plot, or press Tab and the arrow keys, to read its values.";
   const show = (p) => {
     for (const other of points) other.classList.toggle("on", other === p);
     said.textContent = p.getAttribute("aria-label");
