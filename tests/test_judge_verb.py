@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from educe.cli.main import cli
 from educe.errors import EvalError, UsageError
 from educe.evaluate.judge.mt_bench import MtQuestion
 from educe.files.run_dir import RunDir
 from educe.recipes.judge import Wish, answer_turns, judge, regrade
+from educe.report import build_report
 from educe.sample.sampler import Sampler
 from educe.types import Answer, Prompt, Sampling
 
 from run_directory import write_file
+from servers import said, serving
 from test_judging import Judge, honest, shown
 
 NUM_ROWS = 12
@@ -161,3 +166,48 @@ def test_what_is_missing_is_named_with_its_licence(fields: dict[str, Any], told:
 
 def test_the_shape_of_a_comparison_is_known_to_these_tests() -> None:
     assert shown("# Answer of model m\n\nx\n\n# Answer of model M\n\ny\n\n# Your task") == ("x", "y")
+
+
+def _judged(answer: Callable[[str], str], run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, list[Any]]:
+    """`educe judge` as a user calls it, before a server on this machine."""
+    monkeypatch.setenv("EDUCE_CACHE", str(tmp_path / "cache"))
+    run.resolved.write_text("{}")
+    with serving(lambda body, _: said(answer(body["messages"][-1]["content"]))) as seen:
+        found = CliRunner().invoke(cli, ["judge", str(run.path), "--judge", seen.url, "--judge-model", "referee"])
+        return found, seen.bodies
+
+
+def test_the_verb_asks_a_server_and_shows_the_figures_together(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found, bodies = _judged(honest, run, monkeypatch, tmp_path)
+    assert found.exit_code == 0, found.output
+    for figure in ("win rate            100.0 %", "length-controlled", "mean length", "0 verdicts could not be read"):
+        assert figure in found.output
+    assert len(bodies) == 2 * NUM_ROWS + 24  # 4 canaries, 3 questions, 2 orders
+    assert all(b["model"] == "referee" and b["temperature"] == 0 for b in bodies)
+    page = build_report(run)
+    assert "rows: tuned against untouched" in page
+    assert "100.0 % wins" in page
+
+
+def test_a_fooled_judge_on_a_server_is_refused_with_the_numbers(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found, bodies = _judged(lambda _: "M", run, monkeypatch, tmp_path)
+    assert isinstance(found.exception, EvalError)
+    assert found.exception.code == "E-EVAL-302"
+    assert "not beaten in 3 of 6" in found.exception.found
+    assert len(bodies) == 24  # nothing is spent on a judge that is fooled
+    assert not run.judged.exists()
+
+
+def test_the_page_shows_a_hostile_judge_as_text(run: RunDir) -> None:
+    judge(run, Wish(bench="rows"), Judge(honest), none, say)
+    file = run.judged / "rows-untouched.json"
+    write_file(file, {**run.load(file), "judge": "<img src=x onerror=alert(1)>", "lint": ["<script>1</script>"]})
+    write_file(run.judged / "broken.json", ["no object"])
+    page = build_report(run)
+    assert "<img src=x" not in page
+    assert "<script>1" not in page
+    assert "&lt;img src=x" in page

@@ -16,6 +16,7 @@ from educe import __version__
 from educe.cli.blend import blend
 from educe.cli.ending import ended_by, saved
 from educe.cli.export import export
+from educe.cli.judge import judge
 from educe.cli.serve import serve
 from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
 from educe.cli.train import train
@@ -151,6 +152,7 @@ def chat(run: Path | None, base: bool, max_new_tokens: int) -> None:
 
 cli.add_command(export)
 cli.add_command(blend)
+cli.add_command(judge)
 cli.add_command(serve)
 
 

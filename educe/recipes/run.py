@@ -147,6 +147,39 @@ class Run:
         )
         return blend(self.dir, wish, say, screen if screen is not None else SilentBlend())
 
+    def judge(
+        self,
+        url: str = "",
+        model: str = "",
+        *,
+        regrade: bool = False,
+        key_variable: str = "",
+        price_in: float | None = None,
+        price_out: float | None = None,
+        max_cost: float | None = None,
+        max_requests: int | None = None,
+        say: Say = quiet,
+        **wish: Any,
+    ) -> dict[str, Any]:
+        """Let the model of an OpenAI-compatible server judge; returns judged/NAME.json. `wish`: fields of `recipes.judge.Wish`.
+
+        `regrade` reads the stored verdicts again and asks nobody.
+        """
+        from educe.recipes.judge import Wish
+        from educe.recipes.judge import judge as run_judge
+        from educe.recipes.judge import regrade as read_again
+
+        wanted = Wish(**wish)
+        if regrade:
+            return read_again(self.dir, wanted)
+        from educe.recipes.judge_samplers import Systems
+        from educe.sample.server import Server, ServerSampler
+        from educe.sample.spending import Caps
+
+        caps = Caps(price_in=price_in, price_out=price_out, max_cost=max_cost, max_requests=max_requests)
+        asked = ServerSampler(Server(url=url, model=model, key_variable=key_variable), caps, say)
+        return run_judge(self.dir, wanted, asked, Systems(self.dir, say).sampler, say)
+
     def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
         """Serve the tuned model (and the base model on the port after) here until Ctrl-C; returns the server's exit code."""
         from educe.recipes.serve import serve

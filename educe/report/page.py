@@ -14,6 +14,7 @@ from markupsafe import Markup
 from educe.files.run_dir import RunDir
 from educe.report import sections, wording
 from educe.report.charts import LARGEST, MOST_MEASURED, Curve, Drawn, draw_bars, draw_loss, plan_curve
+from educe.report.judged import read_judged
 from educe.report.lines import draw_graded
 from educe.report.opening import Kept
 from educe.report.policy import policy
@@ -159,6 +160,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         figures=sections.key_figures(files, hourly),
         bars=_bars(files, names),
         graded_as=sections.graded_as(metric),
+        judged=read_judged(run),
         loss=_loss(files),
         progress_of=_graded(files),
         groups=sections.group_answers(files, names),
