@@ -15,6 +15,7 @@ from educe.errors import EvalError, UsageError
 from educe.evaluate.judge.mt_bench import MtQuestion
 from educe.files.run_dir import RunDir
 from educe.recipes.judge import Wish, answer_turns, judge, regrade
+from educe.recipes.run import train
 from educe.report import build_report
 from educe.sample.sampler import Sampler
 from educe.types import Answer, Prompt, Sampling
@@ -168,7 +169,9 @@ def test_the_shape_of_a_comparison_is_known_to_these_tests() -> None:
     assert shown("# Answer of model m\n\nx\n\n# Answer of model M\n\ny\n\n# Your task") == ("x", "y")
 
 
-def _judged(answer: Callable[[str], str], run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, list[Any]]:
+def _judged(
+    answer: Callable[[str], str], run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[Any, list[Any]]:
     """`educe judge` as a user calls it, before a server on this machine."""
     monkeypatch.setenv("EDUCE_CACHE", str(tmp_path / "cache"))
     run.resolved.write_text("{}")
@@ -211,3 +214,36 @@ def test_the_page_shows_a_hostile_judge_as_text(run: RunDir) -> None:
     assert "<img src=x" not in page
     assert "<script>1" not in page
     assert "&lt;img src=x" in page
+
+
+@pytest.mark.slow
+def test_a_real_runs_models_answer_both_turns(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A trained run, its two models loaded one after the other, a judge on loopback, verdicts in the run."""
+    small_runs = pytest.importorskip("small_runs")
+    questions = [
+        {"question_id": i, "category": c, "turns": [f"order {i}", "and?"]}
+        for i, c in enumerate(("math", "stem", "writing"))
+    ]
+    write_file(tmp_path / "q.jsonl", questions)
+    write_file(tmp_path / "r.jsonl", [{"question_id": 0, "choices": [{"turns": ["It is 2", "It is 3"]}]}])
+
+    def rates(text: str) -> str:
+        return "[[9]]" if "Assistant's Answer]\nIt is 2" in text else "[[1]]"
+
+    with small_runs.small_place(tmp_path_factory, tiny_model) as place:
+        trained = train(small_runs.recipe(place, "judged", epochs=1))
+        with serving(lambda body, _: said(rates(body["messages"][-1]["content"]))) as seen:
+            scores = trained.judge(
+                seen.url,
+                "referee",
+                bench="mt-bench",
+                questions=tmp_path / "q.jsonl",
+                references=tmp_path / "r.jsonl",
+                max_new_tokens=4,
+            )
+    assert {name: s["rated"] for name, s in scores["systems"].items()} == {"untouched": 6, "tuned": 6}
+    lines = trained.dir.load(trained.dir.judged / "mt-bench.jsonl")
+    assert any(x["answers"][0] for x in lines)
+    assert [len(x["answers"]) for x in lines[:2]] == [1, 2]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from educe.recipes.lr import Probe
     from educe.recipes.prepare import Prepared
     from educe.recipes.template import TemplateReport
+    from educe.sample.sampler import Sampler
     from educe.training.state import StepReport
 
 Say = Callable[[str], None]
@@ -172,13 +173,19 @@ class Run:
         wanted = Wish(**wish)
         if regrade:
             return read_again(self.dir, wanted)
-        from educe.recipes.judge_samplers import Systems
         from educe.sample.server import Server, ServerSampler
         from educe.sample.spending import Caps
 
         caps = Caps(price_in=price_in, price_out=price_out, max_cost=max_cost, max_requests=max_requests)
         asked = ServerSampler(Server(url=url, model=model, key_variable=key_variable), caps, say)
-        return run_judge(self.dir, wanted, asked, Systems(self.dir, say).sampler, say)
+
+        def answering(name: str) -> Sampler:
+            need_torch()
+            from educe.recipes.judge_samplers import sampler_of
+
+            return sampler_of(self.dir, name, say)
+
+        return run_judge(self.dir, wanted, asked, answering, say)
 
     def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
         """Serve the tuned model (and the base model on the port after) here until Ctrl-C; returns the server's exit code."""
