@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
+
+_CELLS = 2**21  # of a table of counts held at once: 16 MB
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -22,3 +25,20 @@ def permute(n: int, seed: int) -> Int64[np.ndarray, " n"]:
     """
     keys = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(n)
     return np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable").astype(np.int64)
+
+
+def resamples(n: int, seed: int, num_draws: int = 4000) -> Iterator[Float64[np.ndarray, "b n"]]:
+    """How often each of n units is drawn when n are drawn with replacement, `num_draws` times, some draws at once.
+
+    A pure function of its arguments. Raises `ValueError` for fewer than two units.
+    """
+    if n < 2 or num_draws < 1:
+        raise ValueError(f"need two units and a draw, got {n} and {num_draws}")
+    stream = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+    step = max(1, _CELLS // n)
+    for first in range(0, num_draws, step):
+        rows = min(step, num_draws - first)
+        raw = np.asarray(stream.random_raw(rows * n), dtype=np.uint64)
+        units = ((raw >> np.uint64(11)) * 2.0**-53 * n).astype(np.int64).reshape(rows, n)  # 53 bits as a fraction
+        units += np.arange(rows)[:, None] * n
+        yield np.bincount(units.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)

@@ -1,21 +1,23 @@
-"""Intervals and paired tests, for evaluation and reports alike."""
+"""Shares of rows that are right: intervals and paired tests."""
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 
+from educe.stats.normal import Z95
 from educe.types import Interval
 
-_Z95 = 1.959963984540054
 
-
-def wilson(num_correct: int, num_total: int, z: float = _Z95) -> Interval:
+def wilson(num_correct: int, num_total: int, z: float = Z95) -> Interval:
     """Wilson score interval for a proportion (Wilson 1927, JASA 22:209). `num_total` must be positive."""
     if not 0 <= num_correct <= num_total or num_total <= 0:
         raise ValueError(f"need 0 <= correct <= total and total > 0, got {num_correct} of {num_total}")
-    p, n = num_correct / num_total, num_total
+    return score_interval(num_correct / num_total, num_total, z)
+
+
+def score_interval(p: float, n: float, z: float = Z95) -> Interval:
+    """Wilson's interval around a share `p` of `n` rows; `n` may be an effective number, such as that of a clustered sample."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Interval(
@@ -37,7 +39,7 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, fl
     return won, lost, min(1.0, float(2 * tail / 2**n)) if n else 1.0
 
 
-def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = _Z95) -> Interval:
+def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = Z95) -> Interval:
     """Difference of two paired proportions with a Newcombe hybrid score interval (Newcombe 1998, Stat. Med. 17:2635, method 10)."""
     n = len(before)
     if n == 0 or n != len(after):
@@ -61,31 +63,3 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], z: float = 
     high = math.sqrt(max(0.0, hi_a**2 - 2 * phi * hi_a * lo_b + lo_b**2))
     diff = (b - c) / n
     return Interval(value=diff, low=max(-1.0, diff - low), high=min(1.0, diff + high))
-
-
-def percentile(values: Sequence[int], q: float) -> int:
-    """The smallest value with at least a fraction `q` of the values at or below it."""
-    if not values or not 0 < q <= 1:
-        raise ValueError("need values and 0 < q <= 1")
-    ordered = sorted(values)
-    n = len(ordered)
-    return ordered[bisect.bisect_left(range(1, n + 1), q, key=lambda k: k / n)]  # q * n would round 0.07 * 100 up to 8
-
-
-def paired_means(before_R: Sequence[float], after_R: Sequence[float], weights_R: Sequence[float]) -> Interval:
-    """Difference of two weighted means of the same rows, after - before, with a 95 % interval over the rows.
-
-    `before_R` and `after_R` are sums over a row (its weight times its mean), so that the difference is a ratio of sums; its error
-    by linearisation (Cochran 1977, Sampling Techniques, 6.4), Student's t by its expansion (Abramowitz & Stegun 26.7.5).
-    Raises `ValueError` for fewer than two rows.
-    """
-    n, total = len(weights_R), math.fsum(weights_R)
-    if n < 2 or n != len(before_R) or n != len(after_R) or not total > 0:
-        raise ValueError(f"need two rows or more, of equal number and some weight, got {n}")
-    value = math.fsum(a - b for a, b in zip(after_R, before_R, strict=True)) / total
-    apart = (a - b - value * w for a, b, w in zip(after_R, before_R, weights_R, strict=True))
-    error = math.sqrt(n / (n - 1) * math.fsum(d * d for d in apart)) / total
-    z, free = _Z95, n - 1
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
-    return Interval(value=value, low=value - t * error, high=value + t * error)

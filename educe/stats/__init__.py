@@ -1,0 +1,32 @@
+"""Intervals and tests, for evaluation and reports alike. They cover the test rows, not the seeds of a training."""
+
+from educe.stats.means import (
+    clustered_error,
+    clustered_mean,
+    clustered_rate,
+    paired_means,
+    percentile,
+    sums_by_cluster,
+)
+from educe.stats.planning import changed_variance, holm, paired_variance, rows_needed, smallest_difference
+from educe.stats.rates import mcnemar, paired_difference, wilson
+from educe.stats.resampling import bootstrap, ratio
+
+__all__ = [
+    "wilson",
+    "mcnemar",
+    "paired_difference",
+    "clustered_error",
+    "clustered_mean",
+    "clustered_rate",
+    "sums_by_cluster",
+    "paired_means",
+    "percentile",
+    "bootstrap",
+    "ratio",
+    "holm",
+    "rows_needed",
+    "smallest_difference",
+    "paired_variance",
+    "changed_variance",
+]
