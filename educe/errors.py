@@ -102,6 +102,7 @@ CODES: dict[str, str] = {
     "E-EVAL-001": "no test rows",
     "E-EVAL-002": "stored answers missing or of other rows",
     "E-EVAL-003": "file of a benchmark cannot be read",
+    "E-EVAL-101": "file of a benchmark is not in its format",
     "E-EVAL-201": "metric does not fit the expected answers",
     "E-EVAL-301": "judge cannot be tried, or does not follow the format",
     "E-EVAL-302": "judge is fooled by answers that deserve nothing",
