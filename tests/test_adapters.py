@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,29 +263,6 @@ def test_4_bits_without_bitsandbytes_are_refused(wide_model: Path, monkeypatch: 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"E-SYS-001.*bitsandbytes is not installed.*base_bits: 16"):
         load_model(wide_model, cpu(), Lora(kind="lora", base_bits=4))
-
-
-def test_dora_on_fused_experts_is_refused(tmp_path: Path) -> None:
-    from families import FAMILIES, make
-
-    make(FAMILIES["gpt-oss"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"E-MODEL-204.*DoRA takes one matrix at a time.*tuning\.variant"):
-        load_model(tmp_path, cpu(), tuning("dora"))
-
-
-def test_fused_experts_stay_in_16_bits(tmp_path: Path) -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_experts=4,
-        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    model = moved(load_model(tmp_path, cpu(), tuning("qlora")))
-    assert "experts, whose matrices are fused, are not" in four_bit.said_of(model.network)
-    rows = [dataclasses.replace(e, ids_T=e.ids_T % model.vocabulary) for e in examples()]
-    _, found = gradients(model, groups(rows, 4))
-    assert found.keys() == model.trainable().keys()
 
 
 # Steps and whole runs

@@ -363,11 +363,11 @@ def test_what_cannot_be_blended_is_said_before_work(run: Run, words: list[str], 
     assert says in said
 
 
-def test_adapters_are_not_exported_as_a_blend_of_adapters(place: Path) -> None:
+def test_a_share_of_dora_is_whole_weights(place: Path) -> None:
     path = recipe(place, "thin", epochs=1)
     path.write_text(path.read_text() + "tuning: {kind: lora, rank: 4, variant: dora}\n")
     made = educe.train(path)
-    with pytest.raises(UsageError, match="a blend is exported as whole weights"):
+    with pytest.raises(UsageError, match="a share of DoRA's change is no adapter of that rank"):
         made.blend(alphas=[0.5], out=place / "thin-out", form="adapter")
     out = made.blend(alphas=[0.5], out=place / "thin-out")
     assert out.by == "you"

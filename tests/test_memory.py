@@ -45,6 +45,7 @@ def facts(
         "name": "m", "directory": Path("m"), "model_type": "llama", "architecture": "M", "num_parameters": body + 2 * 128_000 * width,
         "num_embedding_parameters": 128_000 * width, "hidden_size": width, "intermediate_size": inner, "active_intermediate": inner,
         "num_layers": layers, "num_heads": heads, "num_key_value_heads": groups, "head_dim": 128, "normalises_queries": False,
+        "num_expert_layers": 0, "num_experts": 0, "expert_intermediate": 0,
         "vocab_size": 128_000, "max_positions": 8192, "licence": "unknown", "files": (), "unread": (),
     }  # fmt: skip
     return ModelFacts(**{**given, **more})

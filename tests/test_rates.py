@@ -24,6 +24,7 @@ def facts(width: int, family: str = "llama", layers: int = 32, parameters: int =
         num_embedding_parameters=0, hidden_size=width, intermediate_size=4 * width, num_layers=layers, vocab_size=32000,
         max_positions=8192, licence="unknown", active_intermediate=4 * width, num_heads=width // 128,
         num_key_value_heads=width // 128, head_dim=128, normalises_queries=False, files=(), unread=(),
+        num_expert_layers=0, num_experts=0, expert_intermediate=0,
     )  # fmt: skip
 
 

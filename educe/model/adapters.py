@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from educe.config import Lora
 from educe.errors import ModelError
+from educe.model.describe import NUM_EXPERTS
 from educe.model.mixers import mixers_of
 
 # Mamba's layers read these weights past the module (fused kernels on GPUs take `out_proj.weight`, Jamba multiplies with
 # `dt_proj.weight`): an adapter there would be left out of the forward without a word.
 _PAST_THE_MODULE = frozenset(("out_proj", "dt_proj"))
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call it
 
 
 def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
@@ -53,7 +55,7 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     )
     config._register_custom_module({nn.Linear: AdaptedLinear})
     dtype = embedding.weight.dtype
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _names_as_they_are():
         warnings.simplefilter("ignore")  # peft's advice on tied embeddings, experts and GPT-2's layers, heeded here
         adapted = get_peft_model(network, config, autocast_adapter_dtype=False)
     # In the model's arithmetic, like every other weight: the optimizer keeps fp32 masters of all it trains.
@@ -63,6 +65,24 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     if new_ids:
         _check_rows(network, tied)
     return adapted
+
+
+@contextlib.contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """peft takes a list of layers for one that was made for transformers 4, where experts were layers of their own: it would drop the
+    layers of blocks without experts (DeepSeek's first, GLM's, Qwen's shared ones), which have the same names, and double the experts'
+    rank instead."""
+    try:
+        from peft.utils import transformers_weight_conversion as older
+    except ImportError:  # a peft that does not do that yet
+        yield
+        return
+    convert = older.convert_peft_config_for_transformers
+    older.convert_peft_config_for_transformers = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        older.convert_peft_config_for_transformers = convert
 
 
 def dilute(network: Any, alpha: float) -> None:
@@ -108,7 +128,7 @@ def linear_layers(network: Any) -> list[str]:
 def expert_matrices(network: Any) -> list[str]:
     """Full names of parameters that hold the matrices of all experts of a layer, shaped (experts, in, out) or (experts, out, in)."""
     config, within = network.config.get_text_config(), {id(p) for p in network.get_decoder().parameters()}
-    counts = {getattr(config, name, None) for name in _NUM_EXPERTS} - {None, 1}
+    counts = {getattr(config, name, None) for name in NUM_EXPERTS} - {None, 1}
     return [
         f"{name}.{own}"
         for name, module in network.named_modules()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from educe.model.foreign import refuse_foreign
 
 _MAX_HEADER_BYTES = 100 * 2**20
 _AGAIN = "Download the model again."
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call it
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -21,6 +23,7 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I1
 class ModelFacts:
     """Sizes of a causal language model. `num_parameters` counts each stored tensor once (a tied head is not stored);
     `active_intermediate` is the width between the two halves of a feed-forward block that one token passes, over all its experts.
+    `num_expert_layers` have `num_experts` of `expert_intermediate` each, and no feed-forward block of `intermediate_size`.
     `files` hold the weights; `unread` are safetensors files beside those that are no part of the model."""
 
     name: str
@@ -32,6 +35,9 @@ class ModelFacts:
     hidden_size: int
     intermediate_size: int
     active_intermediate: int
+    num_expert_layers: int
+    num_experts: int
+    expert_intermediate: int
     num_layers: int
     num_heads: int
     num_key_value_heads: int
@@ -76,7 +82,9 @@ def _facts(
         found = f"names {layers} layers, and there are {len(tensors)} tensors."
         raise ModelError(203, str(directory / "config.json"), found, _AGAIN)
     inner = int(text.get("intermediate_size") or 4 * hidden)
-    experts = int(text.get("num_experts_per_tok") or text.get("top_k_experts") or 0)
+    active = int(text.get("num_experts_per_tok") or text.get("top_k_experts") or 0)
+    experts = next((int(text[n]) for n in NUM_EXPERTS if text.get(n)), 0)
+    expert_inner = int(text.get("moe_intermediate_size") or inner)
     heads = int(text.get("num_attention_heads", text.get("n_head", 1)))
     return ModelFacts(
         name=Path(name).name,
@@ -87,7 +95,10 @@ def _facts(
         num_embedding_parameters=embedding,
         hidden_size=hidden,
         intermediate_size=inner,
-        active_intermediate=experts * int(text.get("moe_intermediate_size") or inner) if experts else inner,
+        active_intermediate=active * expert_inner if active else inner,
+        num_expert_layers=_num_expert_layers(tensors) if experts else 0,
+        num_experts=experts,
+        expert_intermediate=expert_inner,
         num_heads=heads,
         num_key_value_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
@@ -99,6 +110,12 @@ def _facts(
         files=files,
         unread=tuple(sorted({p.name for p in directory.glob("*.safetensors")} - {p.name for p in files})),
     )
+
+
+def _num_expert_layers(tensors: dict[str, list[int]]) -> int:
+    """Layers whose experts are stored, fused or one by one; experts that all tokens pass ("shared_experts") are none."""
+    found = (re.search(r"\.(\d+)\..*\bexperts\b", name) for name in tensors)
+    return len({match[1] for match in found if match})
 
 
 def refuse_unsafe(directory: Path) -> None:

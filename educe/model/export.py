@@ -147,12 +147,17 @@ def write_model(
     """
     model.network.save_pretrained(directory, max_shard_size=MAX_SHARD_BYTES)
     write_tokenizer(base, tokenizer, directory, system=system)
+    write_stops(directory, tokenizer)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_stops(directory: Path, tokenizer: ChatTokenizer) -> None:
+    """Every stop token into the generation config that lies there."""
     generation = _read(directory / "generation_config.json")
     stop = sorted(tokenizer.stop)
     generation["eos_token_id"] = stop[0] if len(stop) == 1 else stop
     generation.setdefault("pad_token_id", tokenizer.eos)
     _write(directory / "generation_config.json", generation)
-    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_tokenizer(base: Path, tokenizer: ChatTokenizer, directory: Path, *, system: str | None = None) -> None:

@@ -86,7 +86,7 @@ def blend(run: RunDir, wish: Wish, say: Say, screen: BlendScreen) -> Choice:
     own = final_weights(run, say)
     steps, files = _averaged(run, wish.average) if wish.average else ((), (own,))
     if wish.out is not None:
-        refuse_early(recipe, wish.out, wish.form, Blend(alpha=1, weights=files))
+        refuse_early(recipe, wish.out, wish.form, Blend(alpha=min(a for a in alphas if a), weights=files))
     device = answering_device(recipe, run, say)
     scale = _scale(run, recipe, wish, device, say)
     blends = [(Blend(alpha=a, weights=files), steps if a else ()) for a in alphas]

@@ -19,14 +19,14 @@ from educe.model.blended import Blend, blended
 from educe.model.describe import describe_model
 from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.export import check_prompts, check_tokenizer, merged, put, stored, write_model, write_tokenizer
-from educe.model.export_adapter import adapter_limits, check_adapter, write_adapter
+from educe.model.export_adapter import adapter_limits, check_adapter, vllm_rank, write_adapter
 from educe.model.export_hub import check_push, push
 from educe.model.gguf_llama import K_QUANTS, need_llama_cpp
 from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
-from educe.recipes.export_card import base_name, blend_lines, card_of, serve_command
+from educe.recipes.export_card import adapter_command, base_name, blend_lines, card_of, serve_command
 from educe.recipes.export_gguf import write_gguf_files
 from educe.recipes.finding import finding
 from educe.recipes.preflight import keep
@@ -107,9 +107,12 @@ def export(
             keep(run, "export", [finding("P90", "export", form, f"read back: {proof}")])
     if recipe.data.system is not None:
         say("its chat template puts the recipe's system prompt before a conversation that has none, as in training")
-    if tokenizer and form in ("merged", "adapter"):
-        said = serve_command(target if form == "merged" else base_name(recipe), tokenizer)
+    if tokenizer and form == "merged":
+        said = serve_command(target, tokenizer)
         say(f"it was trained with settings of the template; serve it with them: {said}")
+    if form == "adapter" and isinstance(recipe.tuning, Lora):
+        rank = vllm_rank(recipe.tuning)
+        say(f"vLLM serves it, prompted and stopped as trained, by: {adapter_command(target, recipe, rank, tokenizer)}")
     if repository is not None:
         say(f"uploaded: {push(target, repository, token, say)}")
     return target
@@ -126,8 +129,10 @@ def refuse_early(recipe: Recipe, target: Path, form: str, blend: Blend | None = 
     if form == "adapter" and not isinstance(recipe.tuning, Lora):
         found = "the run tuned all weights (tuning.kind: full), so there is no adapter."
         raise UsageError(101, "--as adapter", found, "Use --as merged.")
-    if form == "adapter" and blend is not None:
-        raise UsageError(101, "--as adapter", "a blend is exported as whole weights.", "Use --as merged.")
+    if form == "adapter" and isinstance(recipe.tuning, Lora) and blend is not None:
+        what = "a mean of adapters is" if len(blend.weights) > 1 else "a share of DoRA's change is"
+        if len(blend.weights) > 1 or (recipe.tuning.variant == "dora" and blend.alpha < 1):
+            raise UsageError(101, "--as adapter", f"{what} no adapter of that rank.", "Use --as merged.")
     if form.removeprefix("gguf-") in K_QUANTS:
         need_llama_cpp(form)
 
@@ -183,8 +188,10 @@ def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
     assert isinstance(tuning, Lora)
     new_ids = tokenizer.new_tokens.values()
     with directory(target, about={"stage": "export", "run": tuned.run.path.name, "form": form}, private=False) as part:
-        name = base_name(tuned.recipe)
-        model = write_adapter(tuned.base, tuned.weights, tuning, tuned.device, part, name=name, new_ids=new_ids)
+        name, of = base_name(tuned.recipe), tuned.blend or Blend(alpha=1, weights=(tuned.weights,))
+        model = write_adapter(
+            tuned.base, of.weights[0], tuning, tuned.device, part, name=name, tokenizer=tokenizer, alpha=of.alpha
+        )
         write_tokenizer(tuned.base, tokenizer, part, system=system)
         whole = tuned.merged(say)
         apart = check_adapter(part, tuned.base, model, whole, random_batch(model.vocabulary), new_ids=new_ids)
@@ -193,12 +200,14 @@ def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
         limits = adapter_limits(part, tuning, tokenizer.new_tokens)
         for line in limits:
             say(line)
-        use = f"`vllm serve {base_name(tuned.recipe)} --enable-lora --lora-modules {tuned.recipe.name}=.`"
-        card = card_of(tuned.run, tuned.recipe, form, tokenizer.settings, [use, *(["", *limits] if limits else [])])
+        use = f"`{adapter_command('.', tuned.recipe, vllm_rank(tuning), tokenizer.settings)}`"
+        more = [use, *(["", *limits] if limits else []), *blend_lines(tuned.blend)]
+        card = card_of(tuned.run, tuned.recipe, form, {}, more)
         (part / "README.md").write_text(card, encoding="utf-8")
     dtype = tuned.device.dtype
+    whose = "trained" if of.alpha == 1 else "blended"
     said = (
-        f"peft gives the trained logits to the bit in fp32; the merged model, in {dtype}, is within {apart:.2g} of them"
+        f"peft gives the {whose} logits to the bit in fp32; the merged model, in {dtype}, is within {apart:.2g} of them"
     )
     return f"{said}; {num_prompts} held-out prompts have the ids of the training"
 

@@ -90,6 +90,17 @@ def serve_command(place: Path | str, settings: Mapping[str, Any]) -> str:
     return f"vllm serve {shlex.quote(str(place))} --default-chat-template-kwargs {given}"
 
 
+def adapter_command(place: Path | str, recipe: Recipe, rank: int | None, settings: Mapping[str, Any]) -> str:
+    """A command that serves the base model with the adapters in `place`, prompted and stopped as they were trained: vLLM takes all
+    that from the base model's directory unless told."""
+    there = shlex.quote(str(place))
+    words = [f"vllm serve {shlex.quote(base_name(recipe))} --enable-lora --lora-modules", f"{recipe.name}={there}"]
+    words += [f"--max-lora-rank {rank}"] if rank else []
+    words += [f"--tokenizer {there} --generation-config {there}"]
+    words += [f"--default-chat-template-kwargs {shlex.quote(json.dumps(dict(settings)))}"] if settings else []
+    return " ".join(words)
+
+
 def _scores(run: RunDir) -> list[str]:
     if not run.scores.is_file():
         return []

@@ -245,8 +245,12 @@ def num_packed(facts: ModelFacts, tuning: Full | Lora) -> int:
     if not (isinstance(tuning, Lora) and tuning.base_bits == 4):
         return 0
     d, k = facts.hidden_size, facts.head_dim
-    inner = facts.intermediate_size if facts.active_intermediate == facts.intermediate_size else 0
-    return facts.num_layers * d * (2 * k * (facts.num_heads + facts.num_key_value_heads) + 3 * inner)
+    attention = facts.num_layers * 2 * k * (facts.num_heads + facts.num_key_value_heads)
+    return d * (attention + _num_dense_layers(facts) * 3 * facts.intermediate_size)
+
+
+def _num_dense_layers(facts: ModelFacts) -> int:
+    return facts.num_layers - facts.num_expert_layers
 
 
 def _outputs(facts: ModelFacts) -> int:
@@ -256,7 +260,10 @@ def _outputs(facts: ModelFacts) -> int:
 
 
 def num_adapter_parameters(facts: ModelFacts, rank: int) -> int:
-    """LoRA parameters on all linear layers of a Llama-like block: rank * (in + out) for each of seven matrices."""
+    """LoRA parameters on all linear layers of a Llama-like block: rank * (in + out) for each of seven matrices. Experts have them
+    each, on two matrices: transformers joins the first two."""
     d, m, k = facts.hidden_size, facts.intermediate_size, facts.head_dim
     q, kv = facts.num_heads * k, facts.num_key_value_heads * k
-    return facts.num_layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + m))
+    attention = facts.num_layers * (2 * (d + q) + 2 * (d + kv))
+    experts = facts.num_expert_layers * facts.num_experts * (2 * d + 3 * facts.expert_intermediate)
+    return rank * (attention + _num_dense_layers(facts) * 3 * (d + m) + experts)
