@@ -277,6 +277,25 @@ def test_no_run_is_told(tmp_path: Path) -> None:
         assert caught.value.code == "E-RUN-001"
 
 
+def test_the_run_that_is_meant_is_named(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    made = make_run(runs / "tickets", settings_at=100)
+    (tmp_path / "recipe.yaml").write_text("name: tickets\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    for given_, says in {
+        "tickets": f"does not exist. Did you mean {made}?",
+        "runs/ticket": f"does not exist. Did you mean {made}?",
+        "nope": f"does not exist. Give one that `educe train` made, such as {made}.",
+        "recipe.yaml": "is a file, and a run is a directory.",
+        "runs": f"holds runs and is none itself. Give one of them, such as {made}.",
+        "out": "is a model, and no run.",
+    }.items():
+        with pytest.raises(RunError) as caught:
+            find_run(tmp_path / given_, runs)
+        assert says in str(caught.value), given_
+
+
 def test_what_a_run_has_not_written_yet_is_told(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert names(tmp_path) == []

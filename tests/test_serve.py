@@ -117,6 +117,25 @@ def test_an_unfinished_run_and_other_places_are_refused(place: Path, run: Run, t
     (out / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"neither a run .*config\.json"):
         served.serve(out, quiet)
+    with pytest.raises(RunError, match=r"E-RUN-001 .*is an export as gguf-f16, which other servers read"):
+        served.serve(run.export(tmp_path / "file", form="gguf-f16"), quiet)
+
+
+def test_exports_that_were_not_served_lately_are_removed(tmp_path: Path) -> None:
+    """The four served last stay, however old; what was served within a day too."""
+    said: list[str] = []
+    now = time.time()
+    for k, age in enumerate((0, 10, 20, *(90_000 + k for k in range(4)))):
+        (tmp_path / f"k{k}" / "name").mkdir(parents=True)
+        (tmp_path / f"k{k}" / "name" / "w").write_bytes(bytes(1000))
+        os.utime(tmp_path / f"k{k}", (now - age, now - age))
+    served._make_room(tmp_path, said.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["k0", "k1", "k2", "k3"]
+    assert said == [f"removed 3 exports from {tmp_path}, 3.0 kB: not served for a day, and not among the last 4"]
+    for k in range(4, 9):
+        (tmp_path / f"k{k}").mkdir()
+    served._make_room(tmp_path, said.append)
+    assert len(list(tmp_path.iterdir())) == 8  # k3 alone was old
 
 
 def test_a_port_that_is_taken_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

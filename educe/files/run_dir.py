@@ -18,6 +18,7 @@ report.html            one page, no network
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,13 +90,37 @@ def find_run(given: Path | None, runs: Path) -> RunDir:
     """
     if given is not None:
         if not (given / "recipe.resolved.json").is_file():
-            raise RunError(1, str(given), "is not a run directory.", "Give a directory that `educe train` made.")
+            raise _no_run(given, _known(runs))
         return RunDir(given)
-    resolved = [*runs.glob("*/recipe.resolved.json"), *runs.parent.glob(f"*/{runs.name}/*/recipe.resolved.json")]
-    found = [p.parent for p in resolved]
+    found = _known(runs)
     if not found:
         raise RunError(1, str(runs), "holds no run.", "Train one with `educe train RECIPE`, or name its directory.")
     return RunDir(max(found, key=_last_touched))
+
+
+def _known(runs: Path) -> list[Path]:
+    resolved = [*runs.glob("*/recipe.resolved.json"), *runs.parent.glob(f"*/{runs.name}/*/recipe.resolved.json")]
+    return [p.parent for p in resolved]
+
+
+def _no_run(given: Path, known: list[Path]) -> RunError:
+    """What is there instead, and which run may be meant."""
+    fix = "Give a directory that `educe train` made."
+    near = difflib.get_close_matches(given.name, [p.name for p in known], 1, 0.6)
+    if near:
+        fix = f"Did you mean {next(p for p in known if p.name == near[0])}?"
+    elif known:
+        fix = f"Give one that `educe train` made, such as {max(known, key=_last_touched)}."
+    if not given.exists():
+        return RunError(1, str(given), "does not exist.", fix)
+    if given.is_file():
+        return RunError(1, str(given), "is a file, and a run is a directory.", fix)
+    if within := [p.parent for p in given.glob("*/recipe.resolved.json")]:
+        fix = f"Give one of them, such as {max(within, key=_last_touched)}."
+        return RunError(1, str(given), "holds runs and is none itself.", fix)
+    if (given / "config.json").is_file() or (given / "adapter_config.json").is_file():
+        return RunError(1, str(given), "is a model, and no run.", fix)
+    return RunError(1, str(given), "is not a run directory.", fix)
 
 
 def _last_touched(run: Path) -> float:

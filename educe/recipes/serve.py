@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import MachineError, RunError, UsageError
-from educe.files.atomic import verify
+from educe.files.atomic import sized, verify
 from educe.files.hashes import cache_dir, hash_json
 from educe.files.locks import one_at_a_time
 from educe.files.run_dir import RunDir
@@ -38,6 +39,8 @@ HOST = "127.0.0.1"
 # What `transformers serve` imports beyond transformers itself.
 TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 _VERSION = 1  # of what lies in the cache
+# There the exports that were served last stay, and those of the last day, which a server may be reading.
+_KEPT, _DAY_S = 4, 86400.0
 _TOLD_EVERY_S = 30.0
 _GRACE_S = 20.0
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
@@ -173,8 +176,26 @@ def _from_run(run: RunDir, weights: Path, port: int, base: bool, say: Say) -> li
         waits = partial(say, f"another process exports {name} for the server: waiting for it")
         with one_at_a_time(cache_dir() / "locks" / f"served--{key}", waits):
             _cached(run, directory, name, say, Blend(alpha=0, weights=(weights,)) if role == "base" else None)
+        os.utime(directory.parent)  # used now
         found.append(Served(directory=directory, name=name, port=port + k, settings=provenance["template_settings"]))
+    _make_room(cache_dir() / "served", say)
     return found
+
+
+def _make_room(place: Path, say: Say) -> None:
+    """Remove exports that were not served lately. A name that says so first: what is half gone must not look damaged."""
+    there = sorted((p for p in place.iterdir() if not p.name.startswith(".")), key=lambda p: -p.stat().st_mtime)
+    old = [p for p in there[_KEPT:] if time.time() - p.stat().st_mtime > _DAY_S]
+    for p in old:
+        with contextlib.suppress(OSError):  # another process was faster, or reads it (Windows)
+            p.rename(p.with_name(f".gone-{p.name}"))
+    gone = list(place.glob(".gone-*"))
+    size = sum(f.stat().st_size for p in gone for f in p.rglob("*") if f.is_file())
+    for p in gone:
+        shutil.rmtree(p, ignore_errors=True)
+    if gone:
+        what = "an export" if len(gone) == 1 else f"{len(gone)} exports"
+        say(f"removed {what} from {place}, {sized(size)}: not served for a day, and not among the last {_KEPT}")
 
 
 def _cached(run: RunDir, directory: Path, name: str, say: Say, blend: Blend | None) -> None:
@@ -201,6 +222,9 @@ def _let_go() -> None:
 
 def _exported(place: Path, port: int, base: bool) -> list[Served]:
     manifest = verify(place) if place.is_dir() else "is no directory"
+    if isinstance(manifest, dict) and manifest.get("stage") == "export" and "form" in manifest:
+        found = f"is an export as {manifest['form']}, which other servers read: its README.md says how."
+        raise RunError(1, str(place), found, "Give the run's directory, or an export --as merged.")
     if isinstance(manifest, str) or manifest.get("stage") != "export" or not (place / "config.json").is_file():
         why = f" ({manifest})" if isinstance(manifest, str) and (place / "manifest.json").exists() else ""
         found = f"is neither a run nor a directory that `educe export --as merged` wrote{why}."
