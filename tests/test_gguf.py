@@ -23,7 +23,7 @@ from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: E402
 
-from families import sizes  # noqa: E402
+from families import FAMILIES, gemma3, make, sizes  # noqa: E402
 
 ROWS = 352  # more than the tokenizer has
 GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
@@ -184,6 +184,8 @@ def test_windows_that_llama_cpp_does_not_know_end_the_context() -> None:
     "network, says",
     [
         (lambda: T.PhiForCausalLM(T.PhiConfig(**sizes())), "PhiForCausalLM is no architecture"),
+        (gemma3, "Gemma3ForConditionalGeneration takes images too: llama.cpp wants a second file"),
+        (lambda: make(FAMILIES["Gemma 4 (multimodal)"]), "Gemma4ForConditionalGeneration takes (images|sound) too"),
         (lambda: model("llama", hidden_act="gelu"), "activation gelu"),
         (lambda: model("gemma3", tie_word_embeddings=True) and T.Gemma3ForCausalLM(
             T.Gemma3TextConfig(**sizes(GEMMA, query_pre_attn_scalar=16, num_hidden_layers=6, layer_types=GLOBAL6))

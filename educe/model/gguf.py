@@ -72,6 +72,12 @@ _BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3": 62}
 def architecture_of(network: Any) -> Architecture:
     """How llama.cpp computes `network`. Raises `ModelError` for one that it, or this file, does not compute the same."""
     named = type(network).__name__
+    towers = [n for n in ("vision_config", "audio_config") if getattr(network.config, n, None) is not None]
+    if towers:
+        what = "images" if towers[0].startswith("vision") else "sound"
+        found = f"takes {what} too: llama.cpp wants a second file for that part, which educe does not write."
+        fix = "Use --as merged, from which llama.cpp's own converter makes both."
+        raise ModelError(206, named, found, fix)
     if named not in ARCHITECTURES:
         known = ", ".join(sorted(n.removesuffix("ForCausalLM") for n in ARCHITECTURES))
         found = f"is no architecture whose GGUF file was compared with it; those are {known}."
