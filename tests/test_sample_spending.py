@@ -36,12 +36,25 @@ def stopped_at(seen: Seen, journal: Path, caps: Caps, num: int) -> SampleError:
 def test_what_was_spent(tmp_path: Path) -> None:
     with serving(first(PASSING["closed"])) as seen:
         speaker = sampler(seen, tmp_path, caps=PRICED)
-        _, spent = speaker.ask(asked(3), SHORT)
+        speaker.sample(asked(2), SHORT)
+        speaker.sample(asked(3), SHORT)
+        spent = speaker.spent
+        assert spent is not None
         assert (spent.requests, spent.tokens_in, spent.tokens_out, spent.maybe_twice) == (6, 30, 15, 3)
         assert spent.cost == pytest.approx((30 * 1 + 15 * 10) / 1e6)
         assert 0 < spent.maybe_cost < 1
-        assert sampler(seen, tmp_path, caps=PRICED).ask(asked(3), SHORT)[1] == spent  # from the journal
-        assert sampler(seen, tmp_path).ask(asked(3), SHORT)[1].cost is None
+        later = sampler(seen, tmp_path, caps=PRICED)
+        later.sample(asked(3), SHORT)
+        assert later.spent == spent  # from the journal
+
+
+def test_a_cap_is_for_all_that_a_sampler_is_asked(tmp_path: Path) -> None:
+    with serving() as seen:
+        speaker = sampler(seen, tmp_path, caps=Caps(max_requests=5))
+        speaker.sample(asked(3), SHORT)
+        with pytest.raises(SampleError, match="E-SAMPLE-201"):
+            speaker.sample(asked(3, "other"), SHORT)
+        assert len(speaker.sample(asked(2, "other"), SHORT)) == 2
 
 
 def test_refused_before_the_first_request_where_the_estimate_passes_a_cap(tmp_path: Path) -> None:

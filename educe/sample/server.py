@@ -60,7 +60,8 @@ class Server:
 
 
 class ServerSampler:
-    """A `Sampler`. `journal`: where answers are kept (default: in educe's cache, a file for each model of a server)."""
+    """A `Sampler`. `journal`: where answers are kept (default: in educe's cache, a file for each model of a server). `caps` are for all
+    that this object is asked, by earlier processes too; `spent` is what that was so far."""
 
     def __init__(
         self,
@@ -71,6 +72,8 @@ class ServerSampler:
     ) -> None:
         self._server, self._caps, self._say = server, caps, say
         file = f"{hash_json([server.endpoint, server.model])[:24]}.jsonl"
+        self._ids: set[str] = set()
+        self.spent: Spent | None = None
         self._file = journal if journal is not None else cache_dir() / "asked" / file
 
     @property
@@ -81,38 +84,41 @@ class ServerSampler:
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Callable[[int], None] | None = None
     ) -> list[Answer]:
         """Raises `SampleError`; what was answered until then is kept, and not asked again."""
-        return self.ask(prompts, sampling, progress)[0]
-
-    def ask(
-        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Callable[[int], None] | None = None
-    ) -> tuple[list[Answer], Spent]:
-        """The same, and what was spent on these questions, by earlier processes too."""
         questions = [self._question(p, sampling) for p in prompts]
+        self._ids |= {q.id for q in questions}
         with one_at_a_time(self._file.with_suffix(".lock"), self._waits):
-            record = Record(self._file, self._caps, self._say, {q.id for q in questions})
+            record = Record(self._file, self._caps, self._say, self._ids)
             todo = list({q.id: q for q in questions if q.id not in record.answers}.values())
-            till = Till(self._caps, record, self.name)
-            if todo:
-                self._tell(todo, record, till)
-                till.check(todo)
 
             def count() -> None:
                 if progress is not None:
                     progress(sum(q.id in record.answers for q in questions))
 
             count()
-            if todo:
-                here = is_loopback(urlsplit(self._server.url).hostname or "")
-                asking = Asking(
-                    self._server.endpoint, self._server.key(), self._server.how, record, till, self._say, count
-                )
-                # A proxy knows nothing of this machine.
-                _apart(lambda: asyncio.run(asking.all(todo, proxies=not here)))
+            try:
+                if todo:
+                    self._ask(todo, record, count)
+            finally:
+                self.spent = record.spent
             replies = [record.answers[q.id] for q in questions]
-        answers = [Answer(text=r.text, num_tokens=r.tokens_out, stopped=r.stopped) for r in replies]
         if cut := sum(r.finish == "content_filter" for r in replies):
             self._say(f"warning: {self.name}: its content filter cut {cut} answers")
-        return answers, record.spent
+        return [Answer(text=r.text, num_tokens=r.tokens_out, stopped=r.stopped) for r in replies]
+
+    def _ask(self, todo: list[Question], record: Record, count: Callable[[], None]) -> None:
+        till = Till(self._caps, record, self.name)
+        priced = self._caps.price_in is not None
+        cost = f"; up to about {money(till.estimate(todo))}" if priced else ""
+        self._say(f"{self.name}: asks {len(todo)} questions that are not answered yet{cost}")
+        if lost := record.spent.maybe_twice:
+            most = f", at most {money(record.spent.maybe_cost)}" if priced else ""
+            what = "requests were sent before and their answers lost: they may be paid for twice"
+            self._say(f"warning: {self.name}: {lost} {what}{most}")
+        till.check(todo)
+        server = self._server
+        asking = Asking(server.endpoint, server.key(), server.how, record, till, self._say, count)
+        proxies = not is_loopback(urlsplit(server.url).hostname or "")  # which know nothing of this machine
+        _apart(lambda: asyncio.run(asking.all(todo, proxies=proxies)))
 
     def _question(self, prompt: Prompt, sampling: Sampling) -> Question:
         body = request_body(self._server.model, prompt, sampling)
@@ -124,16 +130,6 @@ class ServerSampler:
 
     def _waits(self) -> None:
         self._say(f"{self.name}: another process asks it; waiting for that to end")
-
-    def _tell(self, todo: list[Question], record: Record, till: Till) -> None:
-        before = f", {len(record.answers)} were answered before" if record.answers else ""
-        priced = self._caps.price_in is not None
-        cost = f"; up to about {money(till.estimate(todo))}" if priced else ""
-        self._say(f"{self.name}: asks {len(todo)} questions{before}{cost}")
-        if lost := record.spent.maybe_twice:
-            most = f", at most {money(record.spent.maybe_cost)}" if priced else ""
-            what = "requests were sent before and their answers lost: they may be paid for twice"
-            self._say(f"warning: {self.name}: {lost} {what}{most}")
 
 
 def _apart(job: Callable[[], None]) -> None:

@@ -22,8 +22,8 @@ _MESSAGE_TOKENS = 16  # what a template writes around a message, at most
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caps:
-    """Prices in USD per million tokens, as the server's owner charges, and what may be spent on one set of questions, all processes
-    that asked them together. None: no price known, no limit."""
+    """Prices in USD per million tokens, as the server's owner charges, and what may be spent on a set of questions, by all processes
+    that asked them. None: no price known, no limit."""
 
     price_in: float | None = None
     price_out: float | None = None
