@@ -15,6 +15,7 @@ import click
 from educe import __version__
 from educe.cli.blend import blend
 from educe.cli.ending import ended_by, saved
+from educe.cli.evaluate import evaluate
 from educe.cli.export import export
 from educe.cli.judge import judge
 from educe.cli.serve import serve
@@ -115,19 +116,7 @@ def inspect(recipe: Path, row: str, diff: str | None, tokens: bool, html: Path |
 cli.add_command(train)
 
 
-@cli.command("eval")
-@click.argument("run", type=RECIPE, required=False)
-@click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
-@click.option("--metric", help="Grade by another metric than the recipe's: exact, json, label, sql or text.")
-def evaluate(run: Path | None, regrade: bool, metric: str | None) -> None:
-    """Answer the test rows before and after tuning, with error bars."""
-    from educe.cli.screens import AnswerScreen, say, show_scores, shown
-
-    found = _run(run)
-    with AnswerScreen() as screen:
-        scores = found.eval(regrade=regrade, metric=metric, say=say, progress=screen.progress)
-    show_scores(scores)
-    click.echo(f"Next: educe report {shown(found.path)}")
+cli.add_command(evaluate)
 
 
 @cli.command()

@@ -63,9 +63,9 @@ class AnswerScreen:
 
     def progress(self, system: str, done: int, total: int) -> None:
         if console.is_terminal:
-            self._status.update(f"{NAMES[system]}: {done} of {total} answered")
+            self._status.update(f"{NAMES.get(system, system)}: {done} of {total} answered")
         elif done == total:
-            say(f"{NAMES[system]}: {total} answered")
+            say(f"{NAMES.get(system, system)}: {total} answered")
 
 
 class TrainScreen:
@@ -132,6 +132,10 @@ def _one_line(text: str, most: int) -> str:
     return flat if len(flat) <= most else flat[: most - 1] + "…"
 
 
+def _called(name: str, system: dict[str, Any]) -> str:
+    return NAMES.get(name) or str(system.get("label", name))
+
+
 def show_scores(scores: dict[str, Any]) -> None:
     """The verdict, each system with its interval, the paired tests."""
     console.print(f"[bold]{escape(scores['verdict'])}[/bold]\n", soft_wrap=True)
@@ -147,16 +151,23 @@ def show_scores(scores: dict[str, Any]) -> None:
         ("time", "right"),
     ):
         table.add_column(title, justify="right" if side == "right" else "left")
+    costs = {n: s["cost"] for n, s in scores["systems"].items() if s.get("cost") is not None}
+    if costs:
+        table.add_column("cost", justify="right")
     for name, s in scores["systems"].items():
         took = minutes(s["seconds"]) if s["seconds"] is not None else ""
         right = f"{s['correct']}/{scores['num_rows']}"
-        table.add_row(NAMES[name], right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took)
+        cost = [f"{costs[name]:.2g} USD" if name in costs else ""] if costs else []
+        table.add_row(
+            escape(_called(name, s)), right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took, *cost
+        )
     console.print(table)
     for c in scores["comparisons"]:
         p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.2g}"
         d = c["difference"]
+        before = _called(c["before"], scores["systems"][c["before"]])
         console.print(
-            f"{NAMES[c['before']]} → tuned: {c['won']} rows won, {c['lost']} lost (McNemar {p}); "
+            f"{escape(before)} → tuned: {c['won']} rows won, {c['lost']} lost (McNemar {p}); "
             f"difference {d['value']:+.1%}, 95 % interval {d['low']:+.1%} to {d['high']:+.1%}",
             soft_wrap=True,
         )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from educe.evaluate.metrics import METRICS
 from educe.stats import mcnemar, paired_difference, wilson
 from educe.types import Answer
 
-SYSTEMS = ("untouched", "few_shot", "tuned")
+SYSTEMS = ("untouched", "few_shot", "tuned")  # the run's own; others have names of their own
+ABOUT = ("label", "server", "price_in", "price_out", "cost", "tokens_in")  # what may be known of another system
 _ALPHA = 0.05
 
 
@@ -54,10 +56,11 @@ def score(
     metric: str,
     seconds: dict[str, float | None],
     dev_loss: tuple[float, float] | None,
+    about: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """scores.json from the graded lines of each system, all over the same rows in the same order.
 
-    `dev_loss`: held-out loss before and after, in nats per token, where it was measured.
+    `dev_loss`: held-out loss before and after, in nats per token, where it was measured. `about`: what is known of a system besides.
     """
     systems, right = {}, {}
     for name, lines in graded.items():
@@ -69,10 +72,11 @@ def score(
             "seconds": seconds.get(name),
             "stopped": sum(bool(line["stopped"]) for line in lines) / len(lines),
             "mean_tokens": sum(int(line["num_tokens"]) for line in lines) / len(lines),
+            **about.get(name, {}),
         }
     comparisons = []
-    for before in ("untouched", "few_shot"):
-        if before in right and "tuned" in right:
+    for before in right:
+        if before != "tuned" and "tuned" in right:
             won, lost, p = mcnemar(right[before], right["tuned"])
             difference = asdict(paired_difference(right[before], right["tuned"]))
             comparisons.append(
@@ -105,12 +109,21 @@ def _verdict(systems: dict[str, dict[str, Any]], comparisons: list[dict[str, Any
         unsure = not _better(shots)
         than = "the tuned one is better" if _better(shots) else "the tuned one is not shown to be better"
         prompt = f" {reach}; {than} ({_chance(shots)})."
+    prompt += "".join(_other(systems[name], c) for name, c in against.items() if name not in SYSTEMS)
     if _better(plain):
         but = ", but not shown to beat a prompt" if unsure else ""
         return f"Tuning helped{but}: {change}. Paired test: {_chance(plain)}.{prompt}"
     if plain["p"] < _ALPHA:
         return f"Tuning did harm: {change}. Keep the untouched model (paired test: {_chance(plain)}).{prompt}"
     return f"No difference shown: {change}. Paired test: {_chance(plain)}; more test rows would show smaller differences.{prompt}"
+
+
+def _other(system: dict[str, Any], comparison: dict[str, Any]) -> str:
+    """A sentence on a model that was asked beside."""
+    label, known = system.get("label", comparison["before"]), system.get("cost") is not None
+    price = f" for {system['cost']:.2g} USD" if known else ""
+    than = "the tuned one is better" if _better(comparison) else "the tuned one is not shown to be better"
+    return f" {label} reaches {_percent(system)}{price}; {than} ({_chance(comparison)})."
 
 
 def _better(comparison: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from pydantic import ValidationError
 
 from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
-from educe.evaluate.compare import SYSTEMS, grade, regrade, score
+from educe.evaluate.compare import ABOUT, SYSTEMS, grade, regrade, score
 from educe.evaluate.metrics import METRICS
 from educe.files.atomic import make_private, told, write_json
+from educe.files.hashes import hash_json
 from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.source import Say
+from educe.recipes.also import Also, ask_also
 from educe.recipes.answers import OnAnswers, answers_of, questions_of
 from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, open_prepared_data, prepare
@@ -81,57 +84,120 @@ def answering_device(recipe: Recipe, run: RunDir, say: Say) -> Device:
         return device
 
 
+@dataclass(slots=True)
+class Table:
+    """Graded lines of each system, the seconds it took, and what else is known of who answered."""
+
+    graded: dict[str, list[dict[str, Any]]]
+    seconds: dict[str, float | None]
+    about: dict[str, dict[str, Any]]
+
+    def rows(self, name: str) -> list[str]:
+        return [line["row"] for line in self.graded[name]]
+
+
 @told_of_memory("evaluating", CLOSE_OTHERS)
 def evaluate(
-    run: RunDir, say: Say, on_answers: OnAnswers, *, regrade_only: bool = False, metric: str | None = None
+    run: RunDir,
+    say: Say,
+    on_answers: OnAnswers,
+    *,
+    regrade_only: bool = False,
+    metric: str | None = None,
+    also: Also | None = None,
 ) -> dict[str, Any]:
-    """Answer, grade, compare; writes answers/ and scores.json and returns the scores. `metric` replaces the recipe's."""
+    """Answer, grade, compare; writes answers/ and scores.json and returns the scores. `metric` replaces the recipe's. `also`: a model
+    behind a server; the run's own answers are asked for again only where they are not those of its weights."""
     recipe = recipe_of(run)
     if metric is not None and metric not in METRICS:
         raise UsageError(101, "--metric", f"{metric!r} is not a metric.", f"One of {', '.join(METRICS)}.")
     metric = metric or recipe.evaluation.metric.kind
-    graded, seconds = _regraded(run, metric) if regrade_only else _answered(run, recipe, metric, say, on_answers)
+    old = run.load(run.scores) if run.scores.is_file() else {}
+    if regrade_only:
+        table, weights = _stored(run, metric, old), old.get("weights")
+    else:
+        table, weights = _answered(run, recipe, metric, old, say, on_answers, also)
     dev = {line["step"]: line["loss"] for line in run.load(run.metrics) if line["kind"] == "dev"}
     after = dev.get(
         run.load(run.provenance)["weights_step"]
     )  # of the weights that answer, which may be an earlier step's
-    scores = score(graded, metric, seconds, dev_loss=(dev[0], after) if after is not None else None)
-    with told(run.answers):
-        make_private(run.answers)
-        for name in SYSTEMS:
-            file = run.answers / f"{name}.jsonl"
-            if name in graded:
-                write_jsonl(file, graded[name])
-            else:
-                file.unlink(missing_ok=True)
-    write_json(run.scores, scores)
+    dev_loss = (dev[0], after) if after is not None else None
+    scores = score(table.graded, metric, table.seconds, dev_loss, table.about) | {"weights": weights}
+    _write(run, table, scores, say)
     if not regrade_only:
-        took = sum(s for s in seconds.values() if s is not None)
+        took = sum(s for s in table.seconds.values() if s is not None)
         write_json(run.provenance, {**run.load(run.provenance), "evaluation_s": took})
     return scores
 
 
-def _regraded(run: RunDir, metric: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float | None]]:
-    stored = {n: run.load(run.answers / f"{n}.jsonl") for n in SYSTEMS if (run.answers / f"{n}.jsonl").is_file()}
-    if "tuned" not in stored:
+def _write(run: RunDir, table: Table, scores: dict[str, Any], say: Say) -> None:
+    with told(run.answers):
+        make_private(run.answers)
+        for name, lines in table.graded.items():
+            write_jsonl(run.answers / f"{name}.jsonl", lines)
+        for file in run.answers.glob("*.jsonl"):
+            if file.stem not in table.graded:
+                file.unlink()
+                if file.stem not in SYSTEMS:
+                    say(f"answers of {file.stem} were to other rows: left out")
+    write_json(run.scores, scores)
+
+
+def _stored(run: RunDir, metric: str, old: dict[str, Any]) -> Table:
+    """Answers of an evaluation before, graded by `metric`. Raises `EvalError`."""
+    known = old.get("systems", {})
+    names = [n for n in dict.fromkeys([*SYSTEMS, *known]) if (run.answers / f"{n}.jsonl").is_file()]
+    if "tuned" not in names:
         raise EvalError(2, str(run.answers), "holds no answers of the tuned model.", "Run `educe eval` first.")
-    rows = {name: [line["row"] for line in lines] for name, lines in stored.items()}
-    if any(r != rows["tuned"] for r in rows.values()):
+    table = Table(
+        graded={n: regrade(run.load(run.answers / f"{n}.jsonl"), metric) for n in names},
+        seconds={n: known.get(n, {}).get("seconds") for n in names},
+        about={n: {k: v for k, v in known.get(n, {}).items() if k in ABOUT} for n in names},
+    )
+    if any(table.rows(n) != table.rows("tuned") for n in names):
         raise EvalError(2, str(run.answers), "holds answers to different rows.", "Run `educe eval` again.")
-    old = run.load(run.scores)["systems"] if run.scores.is_file() else {}
-    graded = {name: regrade(lines, metric) for name, lines in stored.items()}
-    return graded, {name: old.get(name, {}).get("seconds") for name in graded}
+    return table
 
 
 def _answered(
-    run: RunDir, recipe: Recipe, metric: str, say: Say, on_answers: OnAnswers
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float | None]]:
-    weights = final_weights(run, say)
+    run: RunDir,
+    recipe: Recipe,
+    metric: str,
+    old: dict[str, Any],
+    say: Say,
+    on_answers: OnAnswers,
+    also: Also | None,
+) -> tuple[Table, str]:
+    weights, manifest = _final(run, say)
     prepared = data_of(run, recipe, say)
     asked = questions_of(prepared, recipe)
     for a in asked:  # before minutes are spent: can the expected answers be graded at all?
         METRICS[metric](a.question.expected, a.question.expected)
-    device = answering_device(recipe, run, say)
-    answers, seconds = answers_of(run, recipe, prepared, weights, device, asked, say, on_answers)
-    questions = [a.question for a in asked]
-    return {n: grade(questions, given, metric) for n, given in answers.items()}, seconds
+    questions, made_by = [a.question for a in asked], hash_json(manifest)
+    table = _kept(run, metric, old, [q.row for q in questions])
+    if also is not None and table is not None and old.get("weights") == made_by:
+        say("answers of the run's own models are stored, and not asked for again")
+    else:
+        device = answering_device(recipe, run, say)
+        answers, seconds = answers_of(run, recipe, prepared, weights / WEIGHTS, device, asked, say, on_answers)
+        own = {n: grade(questions, given, metric) for n, given in answers.items()}
+        others = [n for n in table.graded if n not in SYSTEMS] if table is not None else []
+        table = Table(
+            graded=own | {n: table.graded[n] for n in others if table is not None},
+            seconds=seconds | {n: table.seconds[n] for n in others if table is not None},
+            about={n: table.about[n] for n in others if table is not None},
+        )
+    if also is not None:
+        given, took, about = ask_also(also, asked, recipe.evaluation.max_new_tokens, say, on_answers)
+        table.graded[also.name] = grade(questions, given, metric)
+        table.seconds[also.name], table.about[also.name] = took, about
+    return table, made_by
+
+
+def _kept(run: RunDir, metric: str, old: dict[str, Any], rows: list[str]) -> Table | None:
+    """What is stored, where it answers the same rows."""
+    try:
+        table = _stored(run, metric, old)
+    except (EvalError, RunError):
+        return None
+    return table if table.rows("tuned") == rows else None

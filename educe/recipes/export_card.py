@@ -109,7 +109,8 @@ def _scores(run: RunDir) -> list[str]:
     if scores["metric"] != "text":
         lines += ["", "| system | right | 95 % interval |", "|---|---|---|"]
         for system, s in scores["systems"].items():
-            lines.append(f"| {system} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
+            said = str(s.get("label", system)).replace("|", "\\|")
+            lines.append(f"| {said} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
     return lines
 
 

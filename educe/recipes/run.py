@@ -15,6 +15,7 @@ from educe.recipes.machine import need_torch
 if TYPE_CHECKING:
     from educe.evaluate.blends import Choice, Point
     from educe.evaluate.probe import Tried
+    from educe.recipes.also import Also
     from educe.recipes.check import Check
     from educe.recipes.inspect import Inspection
     from educe.recipes.lr import Probe
@@ -92,16 +93,22 @@ class Run:
         return lines
 
     def eval(
-        self, *, regrade: bool = False, metric: str | None = None, say: Say = quiet, progress: Progress = no_progress
+        self,
+        *,
+        regrade: bool = False,
+        metric: str | None = None,
+        also: Also | None = None,
+        say: Say = quiet,
+        progress: Progress = no_progress,
     ) -> dict[str, Any]:
         """Answer the test rows before and after, or grade stored answers again; returns scores.json.
 
-        `metric` replaces the recipe's; `progress(system, done, total)` is called as answers are made.
+        `metric` replaces the recipe's; `also` is asked too; `progress(system, done, total)` is called as answers are made.
         """
         need_torch()
         from educe.recipes.eval import evaluate
 
-        return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric)
+        return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric, also=also)
 
     def report(self) -> Path:
         """Write report.html and return its path."""

@@ -142,7 +142,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
     `hourly`: what the machine costs; `live`: the page is served while the run goes on, and what is said of that; `kept`: `read_run`.
     """
     files = read_run(run, kept)
-    names = sections.system_names(files.settings.few_shot if files.settings else None)
+    names = sections.system_names(files.settings.few_shot if files.settings else None, files.scores)
     verdict, verdict_rest = _headline(files.scores.verdict) if files.scores else ("", "")
     metric = files.scores.metric if files.scores else files.settings.metric if files.settings else ""
     return render_page(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +33,7 @@ from educe.report.records import (
 from educe.types import Interval
 
 SYSTEMS = ("untouched", "few_shot", "tuned")
+MOST_OTHERS = 9
 T = TypeVar("T")
 
 
@@ -245,6 +247,8 @@ def _interval(row: Row) -> Interval:
 def _system(name: str, row: Row) -> System:
     return System(
         name=name,
+        label=_text(row, "label"),
+        cost=_real(row, "cost"),
         correct=_whole(row, "correct") or 0,
         score=_interval(row),
         seconds=_real(row, "seconds"),
@@ -265,6 +269,11 @@ def _comparison(row: Row) -> Comparison:
     )
 
 
+def _others(systems: Row) -> tuple[str, ...]:
+    """Other models, by what can be a file's name here and nowhere else."""
+    return tuple(n for n in systems if n not in SYSTEMS and re.fullmatch(r"\w[\w.-]{0,99}", n, re.ASCII))[:MOST_OTHERS]
+
+
 def _scores(loaded: Any) -> Scores:
     row = _dict(loaded)
     systems = _dict(row.get("systems"))
@@ -272,7 +281,7 @@ def _scores(loaded: Any) -> Scores:
         metric=_text(row, "metric"),
         num_rows=_whole(row, "num_rows") or 0,
         verdict=_text(row, "verdict"),
-        systems=tuple(_system(n, _dict(systems[n])) for n in SYSTEMS if n in systems),
+        systems=tuple(_system(n, _dict(systems[n])) for n in (*SYSTEMS, *_others(systems)) if n in systems),
         comparisons=tuple(_comparison(_dict(c)) for c in _list(row.get("comparisons"))),
     )
 
@@ -322,7 +331,8 @@ def read_run(run: RunDir, kept: Kept | None = None) -> RunFiles:
             return None
 
     metrics = get(run.metrics, _metrics) or Metrics()
-    answers = {name: get(run.answers / f"{name}.jsonl", _each(_answered)) or () for name in SYSTEMS}
+    scores = get(run.scores, _scores)
+    names = dict.fromkeys([*SYSTEMS, *(s.name for s in scores.systems)]) if scores else SYSTEMS
     return RunFiles(
         settings=get(run.resolved, _settings),
         provenance=get(run.provenance, _provenance),
@@ -333,10 +343,8 @@ def read_run(run: RunDir, kept: Kept | None = None) -> RunFiles:
         tasks=metrics.tasks,
         samples=get(run.samples, _each(_sample)) or (),
         masks=get(run.path / "preview.json", lambda rows: tuple(map(_mask, filter(_dict, _list(rows))))) or (),
-        untouched=answers["untouched"],
-        few_shot=answers["few_shot"],
-        tuned=answers["tuned"],
-        scores=get(run.scores, _scores),
+        answers={n: get(run.answers / f"{n}.jsonl", _each(_answered)) or () for n in names},
+        scores=scores,
         checks=get(run.preflight, _checks) or (),
         unreadable=tuple(unreadable),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from educe.report.ledger import Ledger
@@ -138,9 +139,11 @@ class Answered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """How one system (untouched, few_shot, tuned) scored."""
+    """How one system scored: untouched, few_shot, tuned, or another model, which has a `label`; `cost` in USD where it is known."""
 
     name: str
+    label: str
+    cost: float | None
     correct: int
     score: Interval
     seconds: float | None
@@ -172,6 +175,10 @@ class Scores:
     def graded(self) -> bool:
         """Free text is shown, not graded right or wrong."""
         return self.metric != "text"
+
+    @property
+    def priced(self) -> bool:
+        return any(s.cost is not None for s in self.systems)
 
     def system(self, name: str) -> System | None:
         return next((s for s in self.systems if s.name == name), None)
@@ -211,9 +218,7 @@ class RunFiles:
     tasks: tuple[TaskLoss, ...]
     samples: tuple[Sample, ...]
     masks: tuple[MaskRow, ...]
-    untouched: tuple[Answered, ...]
-    few_shot: tuple[Answered, ...]
-    tuned: tuple[Answered, ...]
+    answers: Mapping[str, tuple[Answered, ...]]
     scores: Scores | None
     checks: tuple[Checked, ...]
     unreadable: tuple[str, ...]

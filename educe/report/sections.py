@@ -15,6 +15,8 @@ from educe.report.records import Answered, Checked, Field, Point, RunFiles, Samp
 
 T = TypeVar("T")
 _METRIC = {"exact": "exact text", "json": "equal JSON", "label": "the same label", "sql": "the same SQL statement"}
+_KINDS = {"untouched": "untouched", "few_shot": "few-shot", "tuned": "tuned"}
+_BAR_LABEL = 16  # characters
 _GROUPS = (  # heading, right before, right after, rows shown at most
     ("Won: wrong before tuning, right after", False, True, 3),
     ("Lost: right before tuning, wrong after", True, False, 3),
@@ -82,21 +84,27 @@ class TableStep:
     dev: float | None
 
 
-def system_names(few_shot: int | None) -> dict[str, str]:
+def system_names(few_shot: int | None, scores: Scores | None) -> dict[str, str]:
     """What the page calls each system."""
     shots = f"{few_shot}-shot" if few_shot else "Few-shot"
-    return {"untouched": "Untouched", "few_shot": f"{shots} prompt", "tuned": "Tuned"}
+    own = {"untouched": "Untouched", "few_shot": f"{shots} prompt", "tuned": "Tuned"}
+    return {s.name: s.label or s.name for s in scores.systems} | own if scores else own
 
 
 def graded_as(metric: str) -> str:
     return _METRIC.get(metric, metric)
 
 
+def _short(label: str) -> str:
+    """As long as there is room beside a bar. The table has the whole of it."""
+    return label if len(label) <= _BAR_LABEL else f"{label[: _BAR_LABEL - 1]}…"
+
+
 def score_bars(scores: Scores, names: dict[str, str]) -> list[Bar]:
     return [
         Bar(
-            label=names[s.name],
-            kind=s.name.replace("_", "-"),
+            label=_short(names[s.name]),
+            kind=_KINDS.get(s.name, "other"),
             score=s.score,
             text=f"{wording.percent(s.score.value)} ({wording.span(s.score.low, s.score.high)})",
         )
@@ -113,8 +121,8 @@ def spread(rows: Sequence[T], most: int) -> tuple[T, ...]:
 
 def group_answers(files: RunFiles, names: dict[str, str]) -> tuple[Group, ...]:
     """Test rows by their fate from untouched to tuned; empty when either was not answered."""
-    stored = (("untouched", files.untouched), ("few_shot", files.few_shot), ("tuned", files.tuned))
-    by_row = {name: {a.row: a for a in found} for name, found in stored}
+    by_row = {name: {a.row: a for a in found} for name, found in files.answers.items()}
+    tuned = files.answers.get("tuned", ())
     groups = []
     if files.scores and not files.scores.graded:
         cases = [
@@ -122,18 +130,18 @@ def group_answers(files: RunFiles, names: dict[str, str]) -> tuple[Group, ...]:
                 row=a.row,
                 asked=a.asked,
                 expected=a.expected,
-                said=tuple(Said(who=names[n], answer=by_row[n][a.row]) for n, _ in stored if a.row in by_row[n]),
+                said=tuple(Said(who=names[n], answer=by_row[n][a.row]) for n in by_row if a.row in by_row[n]),
             )
-            for a in files.tuned
+            for a in tuned
         ]
         return (Group(heading="Not graded", num_rows=len(cases), cases=spread(cases, 8)),) if cases else ()
     for heading, before, after, most in _GROUPS:
         cases = []
-        for a in files.tuned:
+        for a in tuned:
             first = by_row["untouched"].get(a.row)
             if first is None or (first.correct, a.correct) != (before, after):
                 continue
-            said = tuple(Said(who=names[n], answer=by_row[n][a.row]) for n, _ in stored if a.row in by_row[n])
+            said = tuple(Said(who=names[n], answer=by_row[n][a.row]) for n in by_row if a.row in by_row[n])
             cases.append(Case(row=a.row, asked=a.asked, expected=a.expected, said=said))
         groups.append(Group(heading=heading, num_rows=len(cases), cases=spread(cases, most)))
     return tuple(groups) if any(g.num_rows for g in groups) else ()

@@ -60,8 +60,8 @@ class Server:
 
 
 class ServerSampler:
-    """A `Sampler`. `journal`: where answers are kept (default: in educe's cache, a file for each model of a server). `caps` are for all
-    that this object is asked, by earlier processes too; `spent` is what that was so far."""
+    """A `Sampler`. `journal`: where answers are kept (default: in educe's cache, a file for each model of a server). `caps` are for
+    all that this object is asked, by earlier processes too; `spent` is what that was so far."""
 
     def __init__(
         self,

@@ -1,0 +1,57 @@
+"""`educe eval`: the run's answers, and those of another model beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from educe.errors import UsageError
+
+if TYPE_CHECKING:
+    from educe.recipes.also import Also
+
+
+@click.command("eval")
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
+@click.option("--metric", help="Grade by another metric than the recipe's: exact, json, label, sql or text.")
+@click.option("--also", metavar="URL", help="Ask an OpenAI-compatible server too: its base address (…/v1).")
+@click.option("--also-model", metavar="NAME", help="The model that it is asked for.")
+@click.option("--also-key", default="", metavar="VARIABLE", help="Where its key is (default: EDUCE_API_KEY).")
+@click.option("--plain-http", is_flag=True, help="Ask it over http, though it is another machine.")
+@click.option("--price-in", type=float, metavar="USD", help="Its price of a million tokens read.")
+@click.option("--price-out", type=float, metavar="USD", help="Its price of a million tokens written.")
+@click.option("--max-requests", type=click.IntRange(1), metavar="N", help="Ask it so often at most.")
+@click.option("--max-cost", type=float, metavar="USD", help="Spend so much on it at most.")
+def evaluate(run: Path | None, regrade: bool, metric: str | None, also: str | None, **asked: Any) -> None:
+    """Answer the test rows before and after tuning, with error bars."""
+    from educe.cli.screens import AnswerScreen, say, show_scores, shown
+    from educe.recipes.run import Run
+
+    other = _also(also, asked)
+    if other is not None and regrade:
+        raise UsageError(101, "--regrade", "asks no model, and --also does.", "Leave one of them out.")
+    found = Run(run)
+    with AnswerScreen() as screen:
+        scores = found.eval(regrade=regrade, metric=metric, also=other, say=say, progress=screen.progress)
+    show_scores(scores)
+    click.echo(f"Next: educe report {shown(found.path)}")
+
+
+def _also(url: str | None, asked: dict[str, Any]) -> Also | None:
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]
+    if url is None:
+        if given:
+            raise UsageError(101, given[0], "is of a server, and none is named.", "Give its address with --also.")
+        return None
+    if not asked["also_model"]:
+        raise UsageError(101, "--also", "names no model.", "Give the model's name with --also-model.")
+    from educe.recipes.also import Also
+    from educe.sample.server import Server
+    from educe.sample.spending import Caps
+
+    server = Server(url=url, model=asked["also_model"], key_variable=asked["also_key"], plain_http=asked["plain_http"])
+    caps = Caps(**{name: asked[name] for name in ("price_in", "price_out", "max_requests", "max_cost")})
+    return Also(server=server, caps=caps)
