@@ -199,6 +199,17 @@ def test_a_wait_beyond_the_deadline_is_not_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_an_error_ends_what_waits(tmp_path: Path) -> None:
+    def answer(body: dict[str, Any], times: int) -> Sent:
+        return replace(BUSY, headers={"Retry-After": "60"}) if body["messages"][-1]["content"].endswith("0") else late
+
+    late = Sent(status=404, after_s=0.3)
+    began = time.monotonic()
+    with serving(answer) as seen:
+        assert refused(seen, tmp_path, 2).code == "E-SAMPLE-003"
+    assert time.monotonic() - began < 10
+
+
 def test_one_deadline_for_all_and_one_for_each_request(tmp_path: Path) -> None:
     with serving(first(Sent(after_s=1.0))) as seen:
         assert (

@@ -229,6 +229,8 @@ def test_keys_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, variable: str
         ("http://127.0.0.1.example.org/v1", "301"),
         ("https://user:pass@example.org/v1", "101"),
         ("ftp://example.org", "101"),
+        ("https://exa mple.org", "101"),
+        ("https://", "101"),
         ("example.org/v1", "101"),
         ("https://example.org/v1?key=1", "101"),
         ("https://[::1/v1", "101"),

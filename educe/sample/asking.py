@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -70,6 +70,7 @@ class Asking:
         self._not_before = 0.0  # what a server asked one request to wait, all of them do
         self._ends_at = time.monotonic() + how.deadline_s
         self._settled = asyncio.Condition()
+        self._over = asyncio.Event()
 
     async def all(self, questions: Sequence[Question], *, proxies: bool) -> None:
         """Raises the first error, with what is kept."""
@@ -96,12 +97,13 @@ class Asking:
                 await self._answer(client, waiting.popleft())
             except EduceError as e:
                 self._error = self._error or e
+                self._over.set()
 
     async def _answer(self, client: httpx2.AsyncClient, q: Question) -> None:
         """Ask until there is an answer. Raises `SampleError`."""
         for attempt in range(1, self._how.tries + 1):
-            while (wait := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
+            while (wait := self._not_before - time.monotonic()) > 0 and self._error is None:
+                await self._sleep(wait)
             async with self._in_flight(q) as sent:
                 if not sent:
                     return
@@ -124,9 +126,15 @@ class Asking:
             raise SampleError(2, self._endpoint, f"{found.error.found} {late}", "Run it again later.")
         if found.wait_s:
             self._not_before = max(self._not_before, time.monotonic() + found.wait_s)
-        await asyncio.sleep(back_at - time.monotonic())
+        await self._sleep(back_at - time.monotonic())
 
-    @asynccontextmanager
+    async def _sleep(self, seconds: float) -> None:
+        """Or until an error ends it all."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+
+    @contextlib.asynccontextmanager
     async def _in_flight(self, q: Question) -> AsyncIterator[bool]:
         """Written down as asked, once the caps allow it; False where that is not to be any more."""
         async with self._settled:
@@ -186,9 +194,7 @@ class Asking:
 
     def _refused(self, q: Question, status: int, said: str) -> SampleError:
         fixes = {
-            401: "Give a valid key in the environment."
-            if self._key
-            else "Give a key in the environment: EDUCE_API_KEY.",
+            401: "Give a valid key in the environment (EDUCE_API_KEY; for OpenAI itself OPENAI_API_KEY).",
             403: "See what the key may do.",
             404: "See whether the address (often …/v1) and the model's name are right.",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -14,6 +15,7 @@ from educe.seeds import derive
 from educe.types import Message, Prompt, Sampling
 
 PATH = "/chat/completions"
+_HOST = re.compile(r"[\w.:%-]+")
 _ENDED = ("stop", "tool_calls", "function_call")
 
 
@@ -46,7 +48,7 @@ def endpoint_of(url: str, plain_http: bool) -> str:
     if parts.username is not None or parts.password is not None:
         shown = f"{parts.scheme}://{host}"
         raise SampleError(101, shown, "an address with a password in it.", "Keys come from the environment alone.")
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+    if parts.scheme not in ("http", "https") or not _HOST.fullmatch(host) or parts.query or parts.fragment:
         raise SampleError(101, redacted(url), "is no base address of a server.", fix)
     if parts.scheme == "http" and not (plain_http or is_loopback(host)):
         found = "questions, answers and the key would go over the network unencrypted."
