@@ -19,10 +19,10 @@ from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
 from educe.report import build_report  # noqa: E402
 
+from report_payloads import PAYLOADS  # noqa: E402
 from run_directory import Page, make_run, write_file  # noqa: E402
 from servers import Seen, said, serving  # noqa: E402
 from small_runs import recipe, small_place  # noqa: E402
-from test_report import PAYLOADS  # noqa: E402
 
 PRICES = ("--price-in", "2", "--price-out", "8")
 
