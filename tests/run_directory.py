@@ -145,7 +145,7 @@ def ledger_records() -> list[dict[str, Any]]:
 def metric_records(steps: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"kind": "dev", "step": 0, "loss": 1.62, "elapsed_s": 0.0, "tasks": {"orders": 1.6, "returns": 1.64}},
-        {"kind": "score", "step": 0, "metric": "json", "right": 1, "rows": 32, "seconds": 4.0},
+        {"kind": "score", "step": 0, "metric": "json", "right": 1, "rows": 32, "took_s": 4.0},
     ]
     for i in range(1, steps + 1):
         x = i / steps
@@ -161,7 +161,7 @@ def metric_records(steps: int) -> list[dict[str, Any]]:
             tasks = {"orders": 0.10 - 0.03 * x, "returns": 0.13 - 0.03 * x}
             rows.append({"kind": "dev", "step": i, "loss": 0.11 - 0.03 * x, "elapsed_s": 3.0 * i, "tasks": tasks})
             rows.append(
-                {"kind": "score", "step": i, "metric": "json", "right": round(32 * x * 0.8), "rows": 32, "seconds": 2.5}
+                {"kind": "score", "step": i, "metric": "json", "right": round(32 * x * 0.8), "rows": 32, "took_s": 2.5}
             )
     return rows
 

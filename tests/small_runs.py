@@ -41,7 +41,7 @@ def small_place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> I
     chosen_device.cache_clear()
 
 
-def recipe(place: Path, name: str, **train: Any) -> Path:
+def recipe(place: Path, name: str, metric: str = "text", **train: Any) -> Path:
     knobs = {
         "epochs": 40, "batch_tokens": 256, "micro_batch_tokens": 128, "learning_rate": 1.5e-2, "schedule": "constant",
         "measure_every_share": 0.1, **train,
@@ -51,7 +51,7 @@ def recipe(place: Path, name: str, **train: Any) -> Path:
     path.write_text(
         f"name: {name}\nmodel: ./tiny\ndevice: cpu\ndtype: float32\ndata:\n  train: train.jsonl\n"
         "  dev: {kind: file, file: dev.jsonl}\n  test: {kind: file, file: test.jsonl}\n  max_tokens: 128\n"
-        f"train:\n{lines}evaluation: {{metric: {{kind: text}}, max_new_tokens: 4, few_shot: 0}}\n",
+        f"train:\n{lines}evaluation: {{metric: {{kind: {metric}}}, max_new_tokens: 4, few_shot: 0}}\n",
         encoding="utf-8",
     )
     return path
@@ -76,7 +76,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def story(run: Path) -> list[Any]:
-    clock = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
+    clock = ("tokens_per_s", "elapsed_s", "peak_memory_bytes", "took_s")
     lines = [x for f in ("metrics", "samples") for x in read_jsonl(run / f"{f}.jsonl")]
     return [{k: v for k, v in x.items() if k not in clock} for x in lines]
 

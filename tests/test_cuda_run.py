@@ -39,7 +39,7 @@ from conftest import write_tokenizer  # noqa: E402
 from families import FAMILIES, SLIDING, make, sizes  # noqa: E402
 from test_cuda import documents, model_of  # noqa: E402
 
-CLOCK = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
+CLOCK = ("tokens_per_s", "elapsed_s", "peak_memory_bytes", "took_s")
 WIDE: dict[str, Any] = {"head_dim": 64, "vocab_size": 512, "hidden_size": 128, "max_position_embeddings": 4096}
 MODELS = {
     "qwen": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**sizes(WIDE))),

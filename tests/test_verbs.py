@@ -150,7 +150,7 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 def story(run: Path) -> list[Any]:
     """Every line of metrics.jsonl and samples.jsonl without what a clock measured."""
-    clock = ("tokens_per_s", "elapsed_s", "peak_memory_bytes")
+    clock = ("tokens_per_s", "elapsed_s", "peak_memory_bytes", "took_s")
     return [
         {k: v for k, v in line.items() if k not in clock}
         for f in ("metrics", "samples")

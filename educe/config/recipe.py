@@ -152,7 +152,15 @@ class Train(Knobs):
     keep_every_steps: int | None = Field(
         default=None, ge=1, description="checkpoints of every so many steps stay for good (default: none)"
     )
-    measure_every_share: Share = Field(default=0.2, description="share of the steps between measurements of dev loss")
+    measure_every_share: Share = Field(
+        default=0.2,
+        description="share of the steps between measurements of dev loss; sample prompts are answered then too",
+    )
+    score_rows: int = Field(
+        default=32,
+        ge=0,
+        description="dev rows answered and graded at each measurement, where answers are right or wrong",
+    )
     patience: int | None = Field(
         default=None, ge=1, description="end when so many measurements in a row brought no new low (default: never)"
     )

@@ -37,8 +37,9 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
         "checkpoint_every_steps",
         "keep_checkpoints",
         "keep_every_steps",
+        "score_rows",
         "activations",
-    ]  # what is computed again has the same bits
+    ]  # what is computed again has the same bits; answers leave nothing behind
     if recipe.train.patience is None and recipe.train.keep_weights == "last":
         skipped.append("measure_every_share")  # nothing follows from the measurements
     steps = {f"train.{k}": v for k, v in recipe.train.model_dump(mode="json").items() if k not in skipped}

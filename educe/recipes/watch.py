@@ -12,11 +12,11 @@ from educe.recipes.asking import Questions
 from educe.recipes.begun import Begun
 from educe.recipes.job import TrainJob
 from educe.recipes.measuring import HeldOut, by_name
+from educe.recipes.scoring import DevScores
 from educe.recipes.trainee import Trainee
 from educe.training.saver import Saver
 from educe.training.state import State, StepReport
 
-SAMPLES_AT = (0.34, 0.68)  # shares of the steps; and before the first and after the last
 TRIM_EVERY_STEPS = 2
 
 
@@ -33,26 +33,28 @@ class Watch:
         self.weights_step = 0
         every, steps = job.recipe.train.measure_every_share, t.plan.num_steps
         self._measures = {round(steps * every * k) for k in range(1, int(1 / every) + 1)}
-        self._looks = {round(steps * share) for share in SAMPLES_AT}
+        self._scores = DevScores(job, t.state, self._metrics)
 
     def begin(self) -> None:
         """Before the first step of this process."""
         step, measured = self._t.state.step, dict(self._held_out.history)
+        last = step if self._begun.ends else step + 1
+        steps, holds = range(step + 1), {"dev": measured.keys(), "score": range(last)}
         # A run that begins again measures step 0 again; one that was killed at its end, the end.
         if self._job.world.leads:
             self._metrics.begin(
-                lambda line: line["step"] <= step > 0 and not (line["kind"] == "dev" and line["step"] not in measured),
+                lambda line: line["step"] <= step > 0 and line["step"] in holds.get(line["kind"], steps),
                 keys={"step", "kind"},
             )
             there = len({x["step"] for x in read_jsonl(self._job.run.metrics) if x["kind"] == "step"})
             if there < step:
                 gone = f"{step - there:,} of the first {step:,} steps are not in {self._job.run.metrics.name} any more"
                 self._job.say(f"warning: {gone}: the run goes on, its history has a gap there")
-            last = step if self._begun.ends else step + 1
             self._samples.begin(lambda line: line["step"] < last and step > 0, keys={"step"})
         if step == 0:
             self._questions.answer()
             self._held_out.measure()
+            self._scores.measure(1 + sum(m < self._t.plan.num_steps for m in self._measures))
         self._job.dog.beat(f"step {step + 1}")
 
     def on_step(self, state: State, report: StepReport) -> None:
@@ -85,8 +87,9 @@ class Watch:
             self._held_out.measure()
         if self.has_stalled:
             return
-        if step in self._looks:
+        if step in self._measures:
             self._questions.answer()
+            self._scores.measure(0)
         # A new best is a whole checkpoint: a killed run goes on from it or from a later one, never from before its best.
         is_best = self._keeps_best and self._held_out.best == step
         if is_best or step % self._job.recipe.train.checkpoint_every_steps == 0:
@@ -110,6 +113,7 @@ class Watch:
             self.save(done=True, must=True)
         self._held_out.measure()
         self._questions.answer()
+        self._scores.measure(0)
         self._settle(must=True)
 
     def save(self, *, done: bool = False, must: bool = False) -> None:

@@ -180,7 +180,7 @@ def _graded(rows: list[Row]) -> tuple[Graded, ...]:
     for r in rows:
         step, right, asked = (_whole(r, key) for key in ("step", "right", "rows"))
         if r.get("kind") == "score" and step is not None and right is not None and asked and 0 <= right <= asked:
-            made[step] = Graded(step=step, right=right, rows=asked, seconds=_real(r, "seconds"))
+            made[step] = Graded(step=step, right=right, rows=asked, seconds=_real(r, "took_s"))
     return tuple(made[i] for i in sorted(made))
 
 
