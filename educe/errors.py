@@ -125,6 +125,8 @@ CODES: dict[str, str] = {
     "E-SYS-004": "file system refused",
     "E-SYS-005": "device not available",
     "E-SYS-006": "upload failed",
+    "E-SYS-007": "client for metrics cannot begin",
+    "E-SYS-008": "page cannot be served",
     # command line
     "E-CLI-101": "wrong use of a command",
 }

@@ -170,6 +170,9 @@ class Train(Knobs):
     keep_weights: Literal["last", "best"] = Field(
         default="last", description="the run's weights: those of the last step, or of the lowest dev loss measured"
     )
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        default=(), strict=False, description="where metrics go besides the run directory, through these clients"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random follows from it")
 
 

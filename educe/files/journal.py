@@ -15,8 +15,11 @@ class Journal:
     """JSON lines, appended as they come. A disk that is full or refuses delays them: they are kept and written with the next ones, in
     their order, each once; `say` gets a word about the first time."""
 
-    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
-        self.file, self._say = file, say
+    def __init__(
+        self, file: Path, say: Callable[[str], None], also: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> None:
+        """`also` gets each line that is appended."""
+        self.file, self._say, self._also = file, say, also
         self._waiting: list[bytes] = []
         self._told = False
 
@@ -37,6 +40,7 @@ class Journal:
             self._write()
         except OSError as e:
             self._tell(e)
+        self._also(line)
 
     def settle(self, *, must: bool) -> None:
         """Flush to the device what is written. With `must` nothing waits any more; raises `MachineError` where that cannot be."""

@@ -27,6 +27,7 @@ from educe.recipes.finding import Before, Check, Finding, finding, refused
 from educe.recipes.memory import num_trained
 from educe.recipes.mixing import mix
 from educe.recipes.plan import plan_run
+from educe.recipes.tracking import trackers_are_there
 from educe.secrets import find_secret
 from educe.seeds import derive
 from educe.training.schedule import learning_rate
@@ -375,4 +376,5 @@ MACHINE: dict[str, Check] = {
     "P61": template_is_known,
     "P63": no_secrets,
     "P64": packages_fit,
+    "P65": trackers_are_there,
 }

@@ -38,6 +38,7 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
         "keep_checkpoints",
         "keep_every_steps",
         "score_rows",
+        "log_to",
         "activations",
     ]  # what is computed again has the same bits; answers leave nothing behind
     if recipe.train.patience is None and recipe.train.keep_weights == "last":

@@ -33,6 +33,7 @@ from educe.recipes.provenance import finished, how_it_is_computed, provenance_of
 from educe.recipes.resume import other_bits, refuse_other_plan
 from educe.recipes.step_rows import names_of
 from educe.recipes.stopping import Interrupted, Stopping, signals
+from educe.recipes.tracking import tracking
 from educe.recipes.trainee import Trainee, loop_config, trainee
 from educe.recipes.watch import Watch
 from educe.training.checkpoint import load_checkpoint
@@ -116,22 +117,27 @@ def _train(job: TrainJob, begun: Begun) -> None:
     kept = Kept(newest=recipe.train.keep_checkpoints, every=recipe.train.keep_every_steps)
     saver = Saver(run.checkpoints, kept, say, world, job.dog.alive)
     about = {"settings": begun.settings, "plan": plan.hash, "total_steps": plan.num_steps, "how": computed}
-    watch = Watch(job, t, begun, about, saver)
-    watch.begin()
-    began = time.monotonic()
-    try:
-        if not begun.ends and not watch.has_stalled:  # as it may have when it was killed while it ended
-            _steps(job, t, watch, saver)
-    except Exception:  # not a second Ctrl-C: that ends at once
-        saver.wait()
-        raise
-    steps_s = time.monotonic() - began
-    watch.end()
+    with tracking(recipe, run, computed["started"], state.step, say) if world.leads else nullcontext(_ignore) as also:
+        watch = Watch(job, t, begun, about, saver, also)
+        watch.begin()
+        began = time.monotonic()
+        try:
+            if not begun.ends and not watch.has_stalled:  # as it may have when it was killed while it ended
+                _steps(job, t, watch, saver)
+        except Exception:  # not a second Ctrl-C: that ends at once
+            saver.wait()
+            raise
+        steps_s = time.monotonic() - began
+        watch.end()
     look_after(job, t, changed=bool(begun.changes), held_up=(saver.held_up_beside_s, steps_s))
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
         remember_speed(speed_key(recipe, device.kind, device.dtype), provenance["tokens_per_s"] / world.size)
         write_json(run.provenance, provenance)  # the last word: a run that was killed before it ends once more
+
+
+def _ignore(line: dict[str, Any]) -> None:
+    """Another rank's metrics."""
 
 
 def _noted(job: TrainJob, t: Trainee, begun: Begun, computed: dict[str, Any]) -> dict[str, Any]:

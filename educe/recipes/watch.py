@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -22,11 +23,19 @@ TRIM_EVERY_STEPS = 2
 
 class Watch:
     """The hook of an SFT run. Metrics of steps that a resumed run will repeat are cut off when it begins; `about` goes into every
-    checkpoint."""
+    checkpoint, lines of metrics to `also`."""
 
-    def __init__(self, job: TrainJob, t: Trainee, begun: Begun, about: dict[str, Any], saver: Saver) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        t: Trainee,
+        begun: Begun,
+        about: dict[str, Any],
+        saver: Saver,
+        also: Callable[[dict[str, Any]], None],
+    ) -> None:
         self._job, self._t, self._begun, self._about, self._saver = job, t, begun, about, saver
-        self._metrics, self._samples = Journal(job.run.metrics, job.say), Journal(job.run.samples, job.say)
+        self._metrics, self._samples = Journal(job.run.metrics, job.say, also), Journal(job.run.samples, job.say)
         self._held_out = HeldOut(job, t, self._metrics, begun.found[1]["held_out"] if begun.found is not None else [])
         self._questions = Questions(job, t.state, self._samples)
         self._keeps_best = job.recipe.train.keep_weights == "best"
