@@ -42,14 +42,18 @@ onmessage = e => {{ document.title = e.data; }};
 </script><iframe src="{name}" style="border:0;width:{width}px;height:900px"></iframe>"""
 
 
-@pytest.fixture(scope="module")
-def chromium() -> str:
+def find_chromium() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not found:
         if os.environ.get("CI"):
             pytest.fail("no Chromium on PATH, and CI must have one")
         pytest.skip("no Chromium on PATH")
     return found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    return find_chromium()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from educe.cli.judge import judge
 from educe.cli.serve import serve
 from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
 from educe.cli.train import train
+from educe.cli.watch import watch
 from educe.errors import EduceError, UsageError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ cli.add_command(export)
 cli.add_command(blend)
 cli.add_command(judge)
 cli.add_command(serve)
+cli.add_command(watch)
 
 
 @cli.command()

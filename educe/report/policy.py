@@ -15,3 +15,14 @@ def policy(css: str, script: str, *, live: bool = False) -> str:
     """`live`: it may also ask the server that it came from."""
     parts = ["default-src 'none'", f"style-src {_hash(css)}", f"script-src {_hash(script)}"]
     return "; ".join([*parts, *(["connect-src 'self'"] if live else []), "base-uri 'none'", "form-action 'none'"])
+
+
+PAGE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""What a served page tells the browser besides: no frames, no guesses, no copies, nothing for other sites."""

@@ -1,0 +1,155 @@
+"""The page of a run served on this machine alone, made again when the run's files have changed. It reads, and answers GET only.
+
+Who may read it: a browser that was opened by the link, which holds a random token once; the token becomes a cookie. Other names for
+this machine in `Host` (DNS rebinding), other sites in `Origin`, and no token are refused with 403.
+"""
+
+from __future__ import annotations
+
+import hmac
+import http.cookies
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from educe.errors import MachineError
+from educe.files.run_dir import RunDir
+from educe.report.opening import Kept, mark
+from educe.report.page import build_report, render_page
+from educe.report.policy import PAGE_HEADERS
+from educe.report.reading import read_run
+
+HERE = "127.0.0.1"
+SHARE = 20  # the page is made again after so many times as long as it took: training is slowed by a twentieth of a core
+_SLOWEST_S = 10.0  # a client that sends nothing for so long is let go
+
+
+class LivePage:
+    """The page as of now, made at most once for each state of the files, whoever asks."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run, self._kept, self._lock = run, Kept(), threading.Lock()
+        self._state: object = None
+        self._html, self._tag, self._next = "", "", 0.0
+        self._name, self._count = secrets.token_hex(8), 0
+
+    def get(self) -> tuple[str, str]:
+        """HTML and its tag."""
+        with self._lock:
+            state = self._marks()
+            if state != self._state and time.monotonic() >= self._next:
+                began = time.monotonic()
+                self._count += 1
+                self._tag = f'"{self._name}-{self._count}"'
+                self._html = self._made().replace("<body>", f"<body data-tag={self._tag}>", 1)
+                self._next = time.monotonic() + SHARE * (time.monotonic() - began)
+                self._state = state
+            return self._html, self._tag
+
+    def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
+        found = []
+        for file in sorted((*self._run.path.glob("*.json*"), *self._run.answers.glob("*.jsonl"))):
+            try:
+                found.append((file.name, mark(file)))
+            except OSError:  # replaced this moment
+                continue
+        return found
+
+    def _made(self) -> str:
+        at = time.strftime("%H:%M:%S")
+        if not (self._run.resolved.is_file() or self._run.metrics.is_file()):
+            return render_page(
+                "waiting.html",
+                title=self._run.path.name,
+                live="Waiting for the run to begin.",
+                where=str(self._run.path),
+            )
+        files = read_run(self._run, self._kept)
+        done = bool(files.provenance and files.provenance.finished)
+        return build_report(
+            self._run, live=f"Live; as of {at}. {'Trained to its end.' if done else 'Updates itself.'}", kept=self._kept
+        )
+
+
+def refusal(host: str, origin: str, token: str, wanted: str, port: int) -> str:
+    """Why a request is refused; empty where it may pass. Pure, so that every combination can be tested."""
+    names = {f"{HERE}:{port}", f"localhost:{port}"}
+    if host not in names:
+        return "another name for this machine"
+    if origin and origin not in {f"http://{name}" for name in names}:
+        return "asked by another site"
+    if not hmac.compare_digest(token.encode(), wanted.encode()):
+        return "no token, or an old one: open the link that educe watch printed"
+    return ""
+
+
+def _handler(page: LivePage, token: str, port: Callable[[], int]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        server_version, sys_version, protocol_version, timeout = "educe", "", "HTTP/1.1", _SLOWEST_S
+
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            given = parse_qs(url.query).get("token", [""])[0]
+            name = f"educe-{port()}"  # cookies do not know ports
+            known = given or _cookie(self.headers.get("Cookie", ""), name)
+            why = refusal(self.headers.get("Host", ""), self.headers.get("Origin", ""), known, token, port())
+            if why:
+                self._answer(403, f"403: {why}.\n", "text/plain")
+            elif url.path != "/":
+                self._answer(404, "404: there is one page here.\n", "text/plain")
+            elif given:  # out of the address, so that it is in no history and no referrer
+                cookie = f"{name}={token}; HttpOnly; SameSite=Lax; Path=/"
+                self._answer(303, "", "text/plain", {"Location": "/", "Set-Cookie": cookie})
+            else:
+                html, tag = page.get()
+                same = self.headers.get("If-None-Match") == tag
+                self._answer(304 if same else 200, "" if same else html, "text/html", {"ETag": tag})
+
+        def _answer(self, status: int, text: str, kind: str, more: dict[str, str] | None = None) -> None:
+            body = text.encode("utf-8", "backslashreplace")
+            self.send_response(status)
+            for key, value in {"Content-Type": f"{kind}; charset=utf-8", **PAGE_HEADERS, **(more or {})}.items():
+                self.send_header(key, value)
+            if status != 304:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Requests are not told: the first one holds the token."""
+
+    return Handler
+
+
+def _cookie(header: str, name: str) -> str:
+    try:
+        found = http.cookies.SimpleCookie(header).get(name)
+    except http.cookies.CookieError:
+        return ""
+    return found.value if found is not None else ""
+
+
+@contextmanager
+def served(run: Path, port: int = 0) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The link with its token, and a function that serves until the process is told to end. Port 0: any that is free.
+
+    Raises `MachineError` where the port is taken.
+    """
+    token = secrets.token_urlsafe(24)
+    try:
+        server = ThreadingHTTPServer((HERE, port), _handler(LivePage(RunDir(run)), token, lambda: server.server_port))
+    except OSError as e:
+        raise MachineError(
+            8, f"{HERE}:{port}", f"cannot be used: {e.strerror}.", "Give another --port, or none."
+        ) from e
+    server.daemon_threads = True
+    with server:
+        yield (
+            f"http://{HERE}:{server.server_port}/?token={token}",
+            lambda: server.serve_forever(poll_interval=0.1),
+        )
