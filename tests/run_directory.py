@@ -209,6 +209,16 @@ def check_records() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def judged_record() -> dict[str, Any]:
+    rated = {
+        "interval": {"value": 5.1, "low": 4.6, "high": 5.6},
+        "mean_length": 310.0,
+        "unparsed": 1,
+        "lint": ["one judge only"],
+    }
+    return {"judge": "some/judge", "systems": {"tuned": rated}}
+
+
 def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = True) -> RunDir:
     """A finished run as the other rooms write it."""
     run = RunDir(path)
@@ -240,6 +250,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
         if name != "few_shot" or few_shot:
             write_file(run.answers / f"{name}.jsonl", answers)
     write_file(run.scores, scores)
+    write_file(run.judged / "mt_bench.json", judged_record())
     return run
 
 

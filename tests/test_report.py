@@ -118,7 +118,7 @@ def test_no_file_is_needed(tmp_path: Path, name: str, how: str) -> None:
     file.unlink() if how == "missing" else file.write_text(content[how])
     html = build_report(run)
     assert not Page(html).open
-    if how == "not json":
+    if how == "not json" and not name.startswith("judged/"):
         assert f"<code>{name}</code>" in html
 
 

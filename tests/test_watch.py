@@ -69,8 +69,11 @@ def test_the_link_becomes_a_cookie_and_shows_the_page(tmp_path: Path) -> None:
         assert ask(port, Cookie=cookie, If_None_Match=headers["ETag"])[0] == 304
         for path in ("/recipe.yaml", "/../run/recipe.yaml", "//etc/passwd", "/report.html"):
             assert ask(port, path, Cookie=cookie)[0] == 404
-        for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
-            assert ask(port, "/", method, Cookie=cookie)[0] == 501
+        for method in ("POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"):
+            assert ask(port, "/", method, Cookie=cookie)[0] == 405
+            assert ask(port, "/", method)[0] == 403
+            assert ask(port, "/", method, Cookie=cookie, Host="evil.test")[0] == 403
+            assert ask(port, "/", method, Cookie=cookie, Origin="http://evil.test")[0] == 403
 
 
 def test_strangers_get_403(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ class LivePage:
 
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
         found = []
-        for file in sorted((*self._run.path.glob("*.json*"), *self._run.answers.glob("*.jsonl"))):
+        for file in sorted(
+            (*self._run.path.glob("*.json*"), *self._run.answers.glob("*.jsonl"), *self._run.judged.glob("*.json"))
+        ):
             try:
                 found.append((file.name, mark(file)))
             except OSError:  # replaced this moment
@@ -100,6 +102,9 @@ def _handler(page: LivePage, token: str, port: Callable[[], int]) -> type[BaseHT
             why = refusal(self.headers.get("Host", ""), self.headers.get("Origin", ""), known, token, port())
             if why:
                 self._answer(403, f"403: {why}.\n", "text/plain")
+            elif self.command != "GET":
+                self.close_connection = True  # what it may have sent is not read
+                self._answer(405, "405: it can only be read.\n", "text/plain", {"Allow": "GET", "Connection": "close"})
             elif url.path != "/":
                 self._answer(404, "404: there is one page here.\n", "text/plain")
             elif given:  # out of the address, so that it is in no history and no referrer
@@ -110,6 +115,8 @@ def _handler(page: LivePage, token: str, port: Callable[[], int]) -> type[BaseHT
                 same = self.headers.get("If-None-Match") == tag
                 self._answer(304 if same else 200, "" if same else html, "text/html", {"ETag": tag})
 
+        do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_GET
+
         def _answer(self, status: int, text: str, kind: str, more: dict[str, str] | None = None) -> None:
             body = text.encode("utf-8", "backslashreplace")
             self.send_response(status)
@@ -118,7 +125,8 @@ def _handler(page: LivePage, token: str, port: Callable[[], int]) -> type[BaseHT
             if status != 304:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Requests are not told: the first one holds the token."""
