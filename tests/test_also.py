@@ -148,7 +148,7 @@ def test_the_page_shows_it_in_every_table(tmp_path: Path) -> None:
     assert "Tuned against A Lab/model-of-many-letters" in text
     assert "0.0421" in text
     assert "other said this" in text
-    assert "A Lab/model-of-…" in text  # beside its bar
+    assert "A Lab/model-o…" in text  # beside its bar
     assert 'class="bar other"' in html
     assert "USD" not in Page(build_report(make_run(tmp_path / "plain"))).text
 

@@ -16,7 +16,7 @@ from educe.report.records import Answered, Checked, Field, Point, RunFiles, Samp
 T = TypeVar("T")
 _METRIC = {"exact": "exact text", "json": "equal JSON", "label": "the same label", "sql": "the same SQL statement"}
 _KINDS = {"untouched": "untouched", "few_shot": "few-shot", "tuned": "tuned"}
-_BAR_LABEL = 16  # characters
+_BAR_LABEL = 14  # characters
 _GROUPS = (  # heading, right before, right after, rows shown at most
     ("Won: wrong before tuning, right after", False, True, 3),
     ("Lost: right before tuning, wrong after", True, False, 3),
