@@ -11,12 +11,21 @@ from educe.errors import UsageError
 
 if TYPE_CHECKING:
     from educe.recipes.also import Also
+    from educe.recipes.run import Run
 
 
 @click.command("eval")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
 @click.option("--metric", help="Grade by another metric than the recipe's: exact, json, label, sql or text.")
+@click.option("--suite", metavar="NAME", help="Answer a public benchmark instead of the test rows: ifeval.")
+@click.option(
+    "--suite-file",
+    type=click.Path(path_type=Path),
+    help="The benchmark's prompts (default: fetched from the Hub, licence shown).",
+)
+@click.option("--suite-rows", type=click.IntRange(2), help="So many of its prompts, drawn by the seed (default: all).")
+@click.option("--suite-tokens", type=click.IntRange(1), help="Longest answer to one of them (default: 1280).")
 @click.option("--also", metavar="URL", help="Ask an OpenAI-compatible server too: its base address (…/v1).")
 @click.option("--also-model", metavar="NAME", help="The model that it is asked for.")
 @click.option("--also-key", default="", metavar="VARIABLE", help="Where its key is (default: EDUCE_API_KEY).")
@@ -30,6 +39,12 @@ def evaluate(run: Path | None, regrade: bool, metric: str | None, also: str | No
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
     from educe.recipes.run import Run
 
+    suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
+    if any(value is not None for value in suite.values()):
+        if metric is not None or also is not None:
+            raise UsageError(101, "--suite", "takes neither --metric nor --also.", "Leave them out.")
+        _suite(Run(run), regrade, **suite)
+        return
     other = _also(also, asked)
     if other is not None and regrade:
         raise UsageError(101, "--regrade", "asks no model, and --also does.", "Leave one of them out.")
@@ -38,6 +53,33 @@ def evaluate(run: Path | None, regrade: bool, metric: str | None, also: str | No
         scores = found.eval(regrade=regrade, metric=metric, also=other, say=say, progress=screen.progress)
     show_scores(scores)
     click.echo(f"Next: educe report {shown(found.path)}")
+
+
+def _suite(
+    run: Run,
+    regrade: bool,
+    suite: str | None,
+    suite_file: Path | None,
+    suite_rows: int | None,
+    suite_tokens: int | None,
+) -> None:
+    from educe.cli.screens import AnswerScreen, say, shown
+    from educe.cli.suite import show_suite
+
+    if suite is None:
+        raise UsageError(101, "--suite", "is not given, but an option of it is.", "Give --suite ifeval.")
+    with AnswerScreen() as screen:
+        scores = run.suite(
+            suite,
+            file=suite_file,
+            rows=suite_rows,
+            max_new_tokens=suite_tokens,
+            regrade=regrade,
+            say=say,
+            progress=screen.progress,
+        )
+    show_suite(scores)
+    click.echo(f"Next: educe report {shown(run.path)}")
 
 
 def _also(url: str | None, asked: dict[str, Any]) -> Also | None:

@@ -12,6 +12,7 @@ stacks/rank-N.txt      where a run hung that its watchdog ended
 answers/NAME.jsonl     stored answers, re-gradable
 scores.json            what they scored
 judged/NAME.jsonl      verdicts of a judge, re-gradable; NAME.json what they add up to
+suites/NAME/*.jsonl    answers to a public benchmark, re-gradable; suites/NAME.json their scores
 report.html            one page, no network
 """
 
@@ -47,6 +48,7 @@ class RunDir:
         self.answers = path / "answers"
         self.scores = path / "scores.json"
         self.judged = path / "judged"
+        self.suites = path / "suites"
         self.report = path / "report.html"
         self.blend = path / "blend"
 

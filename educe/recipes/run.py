@@ -110,6 +110,28 @@ class Run:
 
         return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric, also=also)
 
+    def suite(
+        self,
+        suite: str = "ifeval",
+        *,
+        file: str | Path | None = None,
+        rows: int | None = None,
+        max_new_tokens: int | None = None,
+        regrade: bool = False,
+        say: Say = quiet,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """Answer a public benchmark before and after, or grade stored answers again; returns suites/NAME.json.
+
+        `file`: its prompts (default: fetched from their public home); `rows`: so many of them, drawn by the recipe's seed.
+        """
+        need_torch()
+        from educe.recipes.suite import MOST_TOKENS, Wish, regrade_suite, suite_scores
+
+        place = Path(file) if file is not None else None
+        wish = Wish(suite=suite, file=place, rows=rows, max_new_tokens=max_new_tokens or MOST_TOKENS)
+        return regrade_suite(self.dir, wish) if regrade else suite_scores(self.dir, wish, say, progress)
+
     def report(self) -> Path:
         """Write report.html and return its path."""
         from educe.recipes.report import report

@@ -21,6 +21,7 @@ from educe.report.policy import policy
 from educe.report.reading import read_run
 from educe.report.records import Point, RunFiles
 from educe.report.sections import Price
+from educe.report.suites import read_suites
 from educe.report.visible import block, cut, inline, marked, shown, visible
 
 
@@ -161,6 +162,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         bars=_bars(files, names),
         graded_as=sections.graded_as(metric),
         judged=read_judged(run),
+        suites=read_suites(run),
         loss=_loss(files),
         progress_of=_graded(files),
         groups=sections.group_answers(files, names),

@@ -1,0 +1,46 @@
+"""What the terminal shows of a public benchmark that a run answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from educe.cli.screens import NAMES, console
+
+MEASURES = {
+    "prompt_strict": "prompts strict",
+    "prompt_loose": "prompts loose",
+    "instruction_strict": "instructions strict",
+    "instruction_loose": "instructions loose",
+}
+
+
+def show_suite(scores: dict[str, Any]) -> None:
+    """The verdict, each measure with its interval and paired difference, the types of instruction that changed."""
+    console.print(f"[bold]{escape(scores['verdict'])}[/bold]\n", soft_wrap=True)
+    differences = {c["measure"]: c["difference"] for c in scores["comparisons"]}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("followed", *(NAMES[name] for name in scores["systems"]), *(["difference"] if differences else [])):
+        table.add_column(title)
+    for measure, title in MEASURES.items():
+        cells = [_span(s[measure]) for s in scores["systems"].values()]
+        table.add_row(title, *cells, *([_span(differences[measure], "+")] if differences else []))
+    console.print(table)
+    for name, s in scores["systems"].items():
+        if s["stopped"] < 1:
+            cut = f"{1 - s['stopped']:.0%} of the answers were cut after {scores['max_new_tokens']} tokens"
+            console.print(f"{NAMES[name]}: {cut}")
+    for k in scores["kinds"]:
+        if k.get("p_holm", 1.0) < 0.05:
+            console.print(
+                f"{k['kind']}: {k['won']} won, {k['lost']} lost of {k['total']} (p = {k['p_holm']:.2g}, Holm)"
+            )
+    console.print(
+        f"{scores['num_prompts']} prompts, {scores['num_instructions']} instructions; 95 % intervals over prompts"
+    )
+
+
+def _span(i: dict[str, Any], sign: str = "") -> str:
+    return f"{i['value']:{sign}.1%} ({i['low']:{sign}.1%} to {i['high']:{sign}.1%})"

@@ -1,0 +1,82 @@
+"""suites/NAME.json → the page's section on public benchmarks. What is damaged is left out: a page about a run must not fail on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from educe.files.run_dir import RunDir
+
+_MEASURES = {
+    "prompt_strict": "All of a prompt's instructions, strict",
+    "prompt_loose": "All of a prompt's instructions, loose",
+    "instruction_strict": "Single instructions, strict",
+    "instruction_loose": "Single instructions, loose",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A type of instruction: how many prompts have it, how many answers of each system follow it (strict), and the paired test."""
+
+    name: str
+    total: int
+    followed: tuple[int, ...]
+    p: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A benchmark: its verdict, the systems, and of each measure a cell for each system and one for the difference."""
+
+    verdict: str
+    num_prompts: int
+    systems: tuple[str, ...]
+    compared: bool
+    measures: tuple[tuple[str, tuple[str, ...]], ...]
+    cut: tuple[tuple[str, float], ...]
+    most_tokens: int
+    kinds: tuple[Kind, ...]
+
+
+def read_suites(run: RunDir) -> tuple[Suite, ...]:
+    """All benchmarks that the run answered, by name."""
+    made = []
+    for file in sorted(run.suites.glob("*.json")):
+        try:
+            made.append(_suite(json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return tuple(made)
+
+
+def _suite(found: dict[str, Any]) -> Suite:
+    systems: dict[str, Any] = found["systems"]
+    apart = {c["measure"]: c["difference"] for c in found["comparisons"]}
+    measures = [
+        (title, tuple(_span(s[m], "") for s in systems.values()) + ((_span(apart[m], "+"),) if apart else ()))
+        for m, title in _MEASURES.items()
+    ]
+    return Suite(
+        verdict=str(found["verdict"]),
+        num_prompts=int(found["num_prompts"]),
+        systems=tuple(systems),
+        compared=bool(apart),
+        measures=tuple(measures),
+        cut=tuple((n, 1 - float(s["stopped"])) for n, s in systems.items() if s["stopped"] < 1),
+        most_tokens=int(found["max_new_tokens"]),
+        kinds=tuple(_kind(k, tuple(systems)) for k in found["kinds"]),
+    )
+
+
+def _kind(row: dict[str, Any], systems: tuple[str, ...]) -> Kind:
+    followed = tuple(int(row["systems"][n]["strict"]) for n in systems)
+    p = float(row["p_holm"]) if "p_holm" in row else None
+    return Kind(name=str(row["kind"]).replace("_", " "), total=int(row["total"]), followed=followed, p=p)
+
+
+def _span(i: dict[str, Any], sign: str) -> str:
+    value, low, high = (100 * float(i[k]) for k in ("value", "low", "high"))
+    unit = " points" if sign else " %"
+    return f"{value:{sign}.1f}{unit} ({low:{sign}.1f} to {high:{sign}.1f})"

@@ -1,0 +1,167 @@
+"""`educe eval --suite ifeval` on a tiny model: answered, kept, graded, shown, graded again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("langdetect")
+pytest.importorskip("nltk")
+
+from click.testing import CliRunner  # noqa: E402
+from educe.cli.main import cli  # noqa: E402
+from educe.errors import EvalError, UsageError  # noqa: E402
+from educe.evaluate.ifeval.examples import EXAMPLES  # noqa: E402
+from educe.evaluate.ifeval.prompts import Instruction, Task  # noqa: E402
+from educe.evaluate.ifeval.scores import line_of, score  # noqa: E402
+from educe.files.jsonl import read_jsonl  # noqa: E402
+from educe.recipes import suite  # noqa: E402
+from educe.recipes.run import Run, train  # noqa: E402
+from educe.types import Answer  # noqa: E402
+
+from small_runs import recipe, small_place  # noqa: E402
+
+KINDS = ("punctuation:no_comma", "change_case:english_lowercase", "keywords:frequency", "startend:quotation")
+
+
+def task(k: int) -> Task:
+    kinds = KINDS[: 1 + k % 3]
+    made = tuple(Instruction(kind=n, arguments=EXAMPLES[n].arguments) for n in kinds)
+    return Task(key=str(k), prompt=f"say order {k} to the user", instructions=made)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    with small_place(tmp_path_factory, tiny_model) as made:
+        lines = "".join(json.dumps(task(k).as_json()) + "\n" for k in range(40))
+        (made / "prompts.jsonl").write_text(lines, encoding="utf-8")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Run:
+    return train(recipe(place, "suited", epochs=4))
+
+
+def test_a_suite_is_answered_kept_and_graded_again(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    done: list[tuple[str, int, int]] = []
+    scores = run.suite(
+        file=place / "prompts.jsonl", rows=36, max_new_tokens=6, say=said.append, progress=lambda *x: done.append(x)
+    )
+    assert (scores["num_prompts"], scores["num_in_file"], scores["max_new_tokens"]) == (36, 40, 6)
+    assert {x[0] for x in done} == {"untouched", "tuned"}
+    assert [x for x in done if x[1] == 36] == [("untouched", 36, 36), ("tuned", 36, 36)]
+    stored = run.dir.suites / "ifeval"
+    lines = {n: read_jsonl(stored / f"{n}.jsonl") for n in ("untouched", "tuned")}
+    assert [x["key"] for x in lines["tuned"]] == [x["key"] for x in lines["untouched"]]
+    assert json.loads((run.dir.suites / "ifeval.json").read_text()) == scores
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(suite, "load_model", never)
+    monkeypatch.setattr(suite, "merged", never)
+    assert run.suite(regrade=True) == scores
+    assert {n: read_jsonl(stored / f"{n}.jsonl") for n in lines} == lines
+    again = run.suite(file=place / "prompts.jsonl", rows=36, max_new_tokens=6, say=said.append)
+    assert again == scores
+    assert [x for x in said if "taken from the cache" in x] == [
+        f"{n}: 36 of 36 answered before on this machine; taken from the cache" for n in ("untouched", "tuned")
+    ]
+
+
+def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run) -> None:
+    class Killed(Exception):
+        pass
+
+    def dies(system: str, done: int, total: int) -> None:
+        if done > suite.CHUNK:
+            raise Killed
+
+    told: list[str] = []
+    with pytest.raises(Killed):
+        run.suite(file=place / "prompts.jsonl", max_new_tokens=5, progress=dies)
+    scores = run.suite(file=place / "prompts.jsonl", max_new_tokens=5, say=told.append)
+    assert "untouched: 32 of 40 answered before on this machine; taken from the cache" in told
+    assert scores["num_prompts"] == 40
+
+
+def test_the_command_shows_it_and_the_report_has_it(place: Path, run: Run) -> None:
+    shown = CliRunner().invoke(
+        cli, ["eval", str(run.path), "--suite", "ifeval", "--suite-file", "prompts.jsonl", "--suite-tokens", "6"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "IFEval" in shown.output
+    assert all(word in shown.output for word in ("prompts", "instructions", "strict", "loose", "difference"))
+    assert "answers were cut after 6 tokens" in shown.output
+    page = run.report().read_text(encoding="utf-8")
+    assert "Following instructions" in page
+    assert "no comma" in page
+
+
+def test_a_damaged_file_of_a_suite_does_not_stop_the_report(run: Run) -> None:
+    file = run.dir.suites / "ifeval.json"
+    whole = file.read_text(encoding="utf-8")
+    for damage in (
+        "{",
+        "[]",
+        "{}",
+        whole.replace('"p_holm"', '"x"'),
+        whole.replace('"total": ', '"total": 1e999, "x": '),
+    ):
+        file.write_text(damage, encoding="utf-8")
+        assert "<html" in run.report().read_text(encoding="utf-8")
+    file.write_text(whole.replace("punctuation:no_comma", "<script>alert(1)</script>"), encoding="utf-8")
+    assert "<script>alert(1)" not in run.report().read_text(encoding="utf-8")
+    file.write_text(whole, encoding="utf-8")
+
+
+def test_wrong_use_is_told(place: Path, run: Run) -> None:
+    with pytest.raises(UsageError, match="is not a suite"):
+        run.suite("ifeval2")
+    with pytest.raises(UsageError, match="Give --suite"):
+        CliRunner().invoke(
+            cli, ["eval", str(run.path), "--suite-rows", "5"], catch_exceptions=False, standalone_mode=False
+        )
+    with pytest.raises(EvalError, match="--suite-file") as e:
+        run.suite()  # tests are offline
+    assert e.value.code == "E-EVAL-003"
+    (place / "one.jsonl").write_text(json.dumps(task(0).as_json()), encoding="utf-8")
+    with pytest.raises(EvalError, match="one prompt"):
+        run.suite(file=place / "one.jsonl")
+
+
+def lines(rates: tuple[float, float], seed: int) -> list[dict[str, Any]]:
+    """Answers that meet each instruction at their system's rate, by the types' own examples."""
+    numbers = random.Random(seed)
+    made = []
+    for k in range(60):
+        kind = KINDS[k % 4]
+        one = Task(key=str(k), prompt="p", instructions=(Instruction(kind=kind, arguments=EXAMPLES[kind].arguments),))
+        text = EXAMPLES[kind].follows if numbers.random() < rates[kind == KINDS[0]] else EXAMPLES[kind].fails
+        made.append(line_of(one, Answer(text=text, num_tokens=3, stopped=True)))
+    return made
+
+
+def test_scores_say_what_changed_and_no_more() -> None:
+    found = score({"untouched": lines((0.2, 0.2), 1), "tuned": lines((0.2, 1.0), 1)}, {})
+    (changed,) = [k for k in found["kinds"] if k["p_holm"] < 0.05]
+    assert changed["kind"] == "punctuation:no_comma"
+    assert (changed["total"], changed["lost"]) == (15, 0)
+    assert found["verdict"].startswith("Instructions are followed better")
+    same = score({"untouched": lines((0.5, 0.5), 1), "tuned": lines((0.5, 0.5), 2)}, {})
+    assert same["verdict"].startswith("No difference")
+    assert "60 prompts show a difference of" in same["verdict"]
+    alone = score({"untouched": lines((0.5, 0.5), 1)}, {})
+    assert alone["comparisons"] == []
+    for system in found["systems"].values():
+        for measure in ("prompt_strict", "instruction_strict"):  # one instruction a prompt: the same share
+            assert system[measure]["value"] == system["prompt_strict"]["value"]
+            assert 0 <= system[measure]["low"] <= system[measure]["value"] <= system[measure]["high"] <= 1
