@@ -22,6 +22,7 @@ from educe.recipes.also import Also, ask_also
 from educe.recipes.answers import OnAnswers, answers_of, questions_of
 from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, open_prepared_data, prepare
+from educe.recipes.resume import ended_after, lost
 from educe.training.checkpoint import WEIGHTS, newest_checkpoint
 
 
@@ -45,7 +46,12 @@ def final_manifest(run: RunDir, say: Say) -> dict[str, Any]:
 
 
 def _final(run: RunDir, say: Say) -> tuple[Path, dict[str, Any]]:
-    found = newest_checkpoint(run.checkpoints, say)
+    heard: list[str] = []
+    found = newest_checkpoint(run.checkpoints, heard.append)
+    if found is None and (done := ended_after(run)) is not None:
+        raise lost(run, done, heard)
+    for line in heard:
+        say(line)
     if found is None or not found[1]["finished"]:
         fix = f"Run `educe train {run.recipe}` again: it goes on."
         raise RunError(2, str(run.path), "is not trained to its end.", fix)

@@ -215,16 +215,18 @@ def resume_is_clear(b: Before) -> Finding:
     if b.settings is not None and steps:  # a run asks before its first step alone, when its directory is its own
         said = f"training would begin at step 1, though {b.run.checkpoints} has {max(steps)}: those steps would be lost"
         return finding("P48", "resume", "a new run", said, fail=True)
-    if not steps:
+    if not steps and not b.run.provenance.is_file():
         return finding("P48", "resume", "a new run", f"{b.run.path} holds no checkpoint")
     from educe.recipes.provenance import settings_of  # loads torch: only where there is a run
-    from educe.recipes.resume import changes_since
+    from educe.recipes.resume import changes_since, ended_after, lost
     from educe.training.checkpoint import newest_checkpoint
 
     heard: list[str] = []
     found = newest_checkpoint(b.run.checkpoints, heard.append)
+    if found is None and b.settings is None and (done := ended_after(b.run)) is not None:
+        return refused("P48", "resume", lost(b.run, done, heard))
     if found is None:
-        return finding("P48", "resume", "a new run", "; ".join(heard) or "no checkpoint yet")
+        return finding("P48", "resume", "a new run", "; ".join(heard) or f"{b.run.path} holds no checkpoint")
     try:
         settings = settings_of(b.recipe, b.prepared, b.facts, int(found[1]["settings"]["ranks"]))
         changes_since(b.run, found, b.recipe, settings, (), heard.append)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,13 +12,14 @@ from typing import Any
 
 from educe.config import Recipe
 from educe.errors import RunError, UsageError
-from educe.files.atomic import recover, told, write_json, write_text
+from educe.files.atomic import MANIFEST, recover, told, write_json, write_text
 from educe.files.run_dir import RunDir
 from educe.model.source import Say
 from educe.recipes.ledger import write_ledger
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
-from educe.training.checkpoint import newest_checkpoint
+from educe.recipes.provenance import steps_done
+from educe.training.checkpoint import newest_checkpoint, newest_first, step_of
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint that verified, and its manifest."""
@@ -43,11 +46,51 @@ _SAME_ROWS = tuple(
 
 
 def last_of(run: RunDir, say: Say) -> Found | None:
-    """The newest good checkpoint, after what killed processes left behind is swept away. Only under the run's lock."""
+    """The newest good checkpoint, after what killed processes left behind is swept away. Only under the run's lock.
+
+    Raises `RunError` where a finished run has none: to train it anew is for its owner to say, and not a byte of it is changed.
+    """
     with told(run.path):
         recover(run.path)
         recover(run.checkpoints)
-    return newest_checkpoint(run.checkpoints, say, quarantine=True)
+    done = ended_after(run)
+    if done is None:
+        return newest_checkpoint(run.checkpoints, say, quarantine=True)
+    heard: list[str] = []
+    found = newest_checkpoint(run.checkpoints, heard.append)
+    if found is None:
+        raise lost(run, done, heard)
+    if not found[1]["finished"]:
+        newest_checkpoint(run.checkpoints, say, quarantine=True)
+        first = int(found[1]["step"]) + 1
+        what = "damaged" if heard else "gone"
+        say(
+            f"warning: the run was finished, and its final weights are {what}: steps {first} to {done} are trained again"
+        )
+    return found
+
+
+def ended_after(run: RunDir) -> int | None:
+    """After which step a run was finished, as provenance.json says or, where that is lost, a checkpoint's manifest that need not be
+    whole; None for one that was not."""
+    if (done := steps_done(run)) is not None:
+        return done
+    for checkpoint in newest_first(run.checkpoints):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            if json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["finished"] is True:
+                return step_of(checkpoint)
+    return None
+
+
+def lost(run: RunDir, done: int, heard: Collection[str]) -> RunError:
+    """That a finished run has no whole checkpoint; `heard`: what is wrong with those that are there."""
+    broken = " ".join(heard) or f"{run.checkpoints.name} is empty."
+    found = f"was trained to its end, {done} steps, and its weights are lost: {broken}"
+    fix = (
+        f"Put {run.checkpoints} back from a copy. What was exported of the run is whole by itself. To train it anew, "
+        f"give the recipe another `name:` or delete {run.path}."
+    )
+    return RunError(3, str(run.path), found, fix)
 
 
 def planned_ranks(run: RunDir, found: Found | None, here: int, *, chosen: bool, say: Say) -> int:
