@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from educe.config.data import Data, FileSplit, Rows
+from educe.config.hints import fix_of_bounds, fix_of_unknown, names_of_kinds
 from educe.config.recipe import FileTemplate, Recipe
 from educe.errors import RecipeError
 from educe.secrets import find_secret
@@ -24,6 +25,7 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_EVENTS = 20_000  # keys, values, and ends of blocks
 _Path = Sequence[str | int]
+_OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -229,7 +231,7 @@ def _walked(path: _Path) -> tuple[list[str | int], type[BaseModel] | None, list[
             named = False
             continue
         if kinds:
-            block, kinds = next((k for k in kinds if key in _names([k])), None), []
+            block, kinds = next((k for k in kinds if key in names_of_kinds([k])), None), []
             continue
         written.append(key)
         field = block.model_fields.get(str(key)) if block is not None else None
@@ -240,11 +242,6 @@ def _walked(path: _Path) -> tuple[list[str | int], type[BaseModel] | None, list[
     return written, block, kinds
 
 
-def _names(kinds: Sequence[type[BaseModel]]) -> list[str]:
-    """The values of `kind:` that choose one of these blocks."""
-    return [name for k in kinds for name in get_args(k.model_fields["kind"].annotation)]
-
-
 def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
     errors = error.errors()
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
@@ -253,9 +250,7 @@ def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
     where = _position(tree, written, shown)
     if first["type"] == "extra_forbidden":
         block = _walked(first["loc"][:-1])[1] or Recipe
-        names = list(block.model_fields)
-        near = difflib.get_close_matches(str(written[-1]), names, 1, 0.5)
-        fix = f"Did you mean {near[0]!r}?" if near else f"Valid here: {', '.join(names)}."
+        fix = fix_of_unknown(str(written[-1]), block, _walked(first["loc"][:-2])[2])
         return RecipeError(102, where, f"{dotted} is not a known key.", fix)
     if first["type"] in ("missing", "union_tag_not_found"):
         missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
@@ -264,14 +259,17 @@ def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
         return RecipeError(201, where, first["msg"].removeprefix("Value error, ") + ".", "Change what it names.")
     found = _found(tree, written)
     if kinds and found:
-        return _no_kind(written, found[-1][0], _names(kinds), tree, shown)
+        return _no_kind(written, found[-1][0], names_of_kinds(kinds), tree, shown)
     written = written[: len(found)] or written  # one more key names one of several types that a value may have
     said = [
         e["msg"].removeprefix("Input should be ") for e in errors if _walked(e["loc"])[0][: len(written)] == written
     ]
-    fix = "Input should be " + " or ".join(said) if len(said) > 1 else first["msg"]
+    fix = f"It must be {' or '.join(said)}." if len(said) > 1 or said[0] != first["msg"] else f"{first['msg']}."
+    if len(said) == 1 and first["type"] in _OUT_OF_BOUNDS:
+        around = _walked(first["loc"][:-1])[1]
+        fix = fix_of_bounds(around.model_fields.get(str(written[-1])) if around is not None else None) or fix
     text = f"{'.'.join(map(str, written))} is {_brief(first['input'])}."
-    return RecipeError(103, where, text, f"{fix}.".replace("valid tuple", "valid list"))
+    return RecipeError(103, where, text, fix.replace("valid tuple", "valid list"))
 
 
 def _no_kind(written: _Path, value: Any, names: list[str], tree: Any, shown: str) -> RecipeError:

@@ -27,7 +27,7 @@ RECIPES: dict[str, tuple[str, str, str | None, str]] = {
     "69 sexagesimal": (DATA + "train: {seed: 1:30}\n", "E-RECIPE-103", ":4:9", "'1:30'"),
     "69 date": (DATA + "device: 2024-01-01\n", "E-RECIPE-103", ":4:1", "device"),
     "70 negative": (DATA + "train: {epochs: -1}\n", "E-RECIPE-103", ":4:9", "epochs is -1"),
-    "70 zero": (DATA + "train: {batch_tokens: 0}\n", "E-RECIPE-103", ":4:9", "greater than or equal to 8"),
+    "70 zero": (DATA + "train: {batch_tokens: 0}\n", "E-RECIPE-103", ":4:9", "at least 8"),
     "70 NaN": (DATA + "train: {learning_rate: .nan}\n", "E-RECIPE-103", ":4:9", "finite"),
     "70 infinity": (DATA + "train: {epochs: .inf}\n", "E-RECIPE-103", ":4:9", "epochs is inf"),
     "70 bool for int": (DATA + "train: {seed: true}\n", "E-RECIPE-103", ":4:9", "integer"),

@@ -1,0 +1,100 @@
+"""Settings by the names that other trainers (TRL, transformers, axolotl, LLaMA-Factory) give them, and the knob that each one is."""
+
+from __future__ import annotations
+
+_BY_TOKENS = "in tokens, not in rows: rows are packed"
+_PACKED = "rows are always packed, and blind to each other"
+_KERNELS = "attention and loss are chosen by the device"
+_RECORDED = "every step is written to metrics.jsonl of the run"
+_ANSWERS = "what assistants say carries loss and nothing else, unless data.prompt_weight says so"
+
+# Name: the knob ("" where there is none), and what to know of it.
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    # length of the run, size of a step
+    "num_train_epochs": ("train.epochs", ""),
+    "num_epochs": ("train.epochs", ""),
+    "n_epochs": ("train.epochs", ""),
+    "max_steps": ("train.epochs", "passes over the rows; `educe check` says how many steps they are"),
+    "per_device_train_batch_size": ("train.micro_batch_tokens", _BY_TOKENS),
+    "micro_batch_size": ("train.micro_batch_tokens", _BY_TOKENS),
+    "train_batch_size": ("train.batch_tokens", _BY_TOKENS),
+    "batch_size": ("train.batch_tokens", _BY_TOKENS),
+    "global_batch_size": ("train.batch_tokens", _BY_TOKENS),
+    "gradient_accumulation_steps": ("train.batch_tokens", "a step's micro-batches follow: / train.micro_batch_tokens"),
+    "max_length": ("data.max_tokens", ""),
+    "max_seq_length": ("data.max_tokens", ""),
+    "max_seq_len": ("data.max_tokens", ""),
+    "model_max_length": ("data.max_tokens", ""),
+    "sequence_len": ("data.max_tokens", ""),
+    "cutoff_len": ("data.max_tokens", ""),
+    # optimizer
+    "lr": ("train.learning_rate", ""),
+    "warmup_ratio": ("train.warmup_share", ""),
+    "warmup_steps": ("train.warmup_share", "a share of the steps"),
+    "lr_scheduler_type": ("train.schedule", ""),
+    "lr_scheduler": ("train.schedule", ""),
+    "optim": ("train.optimizer", ""),
+    "adam_beta1": ("train.betas", "both: [0.9, 0.99]"),
+    "adam_beta2": ("train.betas", "both: [0.9, 0.99]"),
+    "max_grad_norm": ("train.clip_norm", ""),
+    "gradient_clipping": ("train.clip_norm", ""),
+    "loss_type": ("train.loss", ""),
+    # memory and speed
+    "gradient_checkpointing": ("train.activations", "auto computes as few layers again as memory needs"),
+    "bf16": ("dtype", "weights are kept in fp32 whatever it is"),
+    "fp16": ("dtype", "bfloat16 or float32"),
+    "torch_dtype": ("dtype", "weights are kept in fp32 whatever it is"),
+    "torch_compile": ("train.compile", ""),
+    "use_liger_kernel": ("", _KERNELS),
+    "attn_implementation": ("", _KERNELS),
+    "flash_attention": ("", _KERNELS),
+    # adapters
+    "r": ("tuning.rank", ""),
+    "lora_r": ("tuning.rank", ""),
+    "lora_rank": ("tuning.rank", ""),
+    "lora_alpha": ("tuning.alpha", ""),
+    "lora_dropout": ("tuning.dropout", ""),
+    "target_modules": ("", "adapters are put on all linear layers"),
+    "lora_target_modules": ("", "adapters are put on all linear layers"),
+    "use_rslora": ("tuning.variant", "rslora"),
+    "use_dora": ("tuning.variant", "dora"),
+    "load_in_4bit": ("tuning.base_bits", "4, with kind: lora"),
+    "load_in_8bit": ("tuning.base_bits", "16 or 4, with kind: lora"),
+    "use_peft": ("tuning", "{kind: full} or {kind: lora}"),
+    "finetuning_type": ("tuning", "{kind: full} or {kind: lora}"),
+    "adapter": ("tuning", "{kind: full} or {kind: lora}"),
+    # data and mask
+    "packing": ("", _PACKED),
+    "sample_packing": ("", _PACKED),
+    "assistant_only_loss": ("data.train_on", _ANSWERS),
+    "completion_only_loss": ("data.train_on", _ANSWERS),
+    "train_on_inputs": ("data.prompt_weight", "0 trains answers alone"),
+    "mask_prompt": ("data.prompt_weight", "0 trains answers alone"),
+    "dataset": ("data.train", ""),
+    "datasets": ("data.train", "data.tasks for several"),
+    "dataset_name": ("data.train", ""),
+    "dataset_path": ("data.train", ""),
+    "data_files": ("data.train", ""),
+    "train_file": ("data.train", ""),
+    "dataset_text_field": ("data.train.columns", "{text: its key}"),
+    "val_set_size": ("data.dev", "{kind: share, share: 0.05}"),
+    "eval_dataset": ("data.dev", "{kind: file, file: ...}"),
+    "test_size": ("data.test", "{kind: share, share: 0.1}"),
+    "chat_template": ("template", ""),
+    "model_name_or_path": ("model", ""),
+    "base_model": ("model", ""),
+    "model_name": ("model", ""),
+    # checkpoints and measurements
+    "save_steps": ("train.checkpoint_every_steps", ""),
+    "save_total_limit": ("train.keep_checkpoints", ""),
+    "eval_steps": ("train.measure_every_share", "a share of the steps"),
+    "eval_strategy": ("train.measure_every_share", "a share of the steps"),
+    "load_best_model_at_end": ("train.keep_weights", "best"),
+    "early_stopping_patience": ("train.patience", ""),
+    "resume_from_checkpoint": ("", "the same command goes on where it stopped"),
+    "logging_steps": ("", _RECORDED),
+    "report_to": ("", _RECORDED),
+    "output_dir": ("runs", "the run directory is runs/NAME"),
+    "run_name": ("name", ""),
+    "push_to_hub": ("", "`educe export --push` uploads a finished run"),
+}
