@@ -156,7 +156,7 @@ def test_a_change_that_is_allowed_is_made_and_kept_in_the_records(place: Path, b
 
 
 def test_what_is_allowed_must_be_a_setting(place: Path, begun: Path) -> None:
-    with pytest.raises(UsageError, match=r"Did you mean train\.learning_rate"):
+    with pytest.raises(UsageError, match=r"Here it is `train\.learning_rate`"):
         educe.train(recipe(place, "begun", **LITTLE), allow=["learning_rate"])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.config import Recipe
+from educe.config.hints import hint_of, knobs_of
 from educe.errors import RunError, UsageError
 from educe.files.atomic import MANIFEST, recover, told, write_json, write_text
 from educe.files.run_dir import RunDir
@@ -117,16 +118,16 @@ def changes_since(
     Raises `RunError` for a change that nobody allowed, and for one that no checkpoint could be gone on with.
     """
     for field in allowed:
-        if field not in settings:
-            near = difflib.get_close_matches(field, list(settings), 1, 0.4)
-            fix = f"Did you mean {near[0]}?" if near else "It is the field that the refusal names."
-            raise UsageError(101, "--allow", f"{field!r} is no setting of a run.", fix)
+        _refuse_unknown(field, settings)
     if found is None:
         return []
     old, step = found[1]["settings"], int(found[1]["step"])
     changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
     changed = [k for k in changed if k not in _DERIVED] or changed
+    idle = [k for k in allowed if k not in changed]
     if not changed:
+        if idle:
+            say(f"--allow {' '.join(idle)}: that is as this run has it")
         return []
     where, finished = str(run.path), bool(found[1]["finished"])
     fixed = [k for k in changed if k.startswith(_FIXED)]
@@ -142,10 +143,28 @@ def changes_since(
         fix = f"{anew}, or go on with it changed: {flags}" if not (finished or fixed) else f"{anew}."
         if finished:
             fix = f"{anew}; to train these weights further, set `model: {run.path}` in that recipe."
-        raise RunError(201, where, f"was {'trained' if finished else 'begun'} with other settings: {what}{more}.", fix)
+        useless = f" (--allow {idle[0]}: that has not changed.)" if idle else ""
+        began = f"was {'trained' if finished else 'begun'} with other settings: {what}{more}.{useless}"
+        raise RunError(201, where, began, fix)
     rows = "" if all(k.startswith(_SAME_ROWS) for k in changed) else ". Rows may come twice or never"
     say(f"going on from step {step} with other settings, as allowed: {what}{more}{rows}")
     return [{"step": step, "field": k, "old": old.get(k), "new": settings.get(k)} for k in changed]
+
+
+def _refuse_unknown(field: str, settings: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a name that is never compared, with the one that is, as far as that can be told."""
+    if field in settings:
+        return
+    whole = next((k for k in settings if field.startswith(f"{k}.")), None)
+    if whole is not None:
+        raise UsageError(101, "--allow", f"{field} is a part of {whole}, which is compared as a whole.", f"--allow {whole}")
+    if field in dict(knobs_of(Recipe)):
+        fix = "Leave it out: it may change at any time, or what follows from it is named by the refusal."
+        raise UsageError(101, "--allow", f"{field} is not compared: nothing that a run has learned depends on it.", fix)
+    last = field.rpartition(".")[2]
+    near = [k for k in settings if k.rpartition(".")[2] == last] or difflib.get_close_matches(field, list(settings), 1, 0.4)
+    fix = hint_of(last) or (f"Did you mean {near[0]}?" if near else "It is the field that the refusal names.")
+    raise UsageError(101, "--allow", f"{field!r} is no setting of a run.", fix)
 
 
 def take(
