@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
+from educe.files.jsonl import write_jsonl
+from educe.files.run_dir import RunDir
+from educe.recipes import preflight_run
+
 HERE = Path(__file__).parent
 MADE = {"P22", "P24", "P26", "P27", "P28", "P29", "P41", "P45", "P50", "P51"}
 
@@ -45,3 +50,21 @@ def test_every_check_is_made_over_two_ranks(tuning: str, tmp_path: Path, tiny_mo
         assert {name[:3] for name, f in averaged.items() if f[0] == "fail"} == {"P51"}
         assert averaged["P51 sum over the ranks"][2].startswith("0.5000 times what rank 0 of 2 computed")
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("skews", "num_ranks", "verdict"),
+    [([1.0, 1.1, 9.0], 2, "pass"), ([1.0, 1.6, 1.7], 2, "warn"), ([], 2, "skip"), ([2.0], 1, "skip")],
+)
+def test_ranks_that_wait_for_a_slow_one_are_said(
+    skews: list[float], num_ranks: int, verdict: str, tmp_path: Path
+) -> None:
+    """P95 goes by the median step: one that was held up once is no slow rank."""
+    run = RunDir(tmp_path)
+    steps = [{"kind": "step", "step": k, "rank_skew": skew} for k, skew in enumerate(skews, 1)]
+    write_jsonl(run.metrics, [{"kind": "dev", "step": 0, "loss": 1.0}, *steps])
+    f = preflight_run._ranks_are_alike(run, num_ranks)
+    assert (f.id, f.verdict) == ("P95", verdict)
+    assert ("the others wait for it" in f.evidence) == (verdict == "warn")
+    if skews and num_ranks > 1:
+        assert f.number == f"{statistics.median(skews):.2f}"

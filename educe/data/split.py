@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from educe.types import Conversation, Message
@@ -29,6 +29,13 @@ def prompt_key(conversation: Conversation) -> str:
         [f"{m.role}\x1f{' '.join(m.content.lower().split())}" for m in turns[:last] if m.role != "system"]
     )
     return hashlib.sha256((text + _calls(turns[:last])).encode()).hexdigest()
+
+
+def asked_key(conversation: Conversation) -> Hashable:
+    """Equal for rows whose last answer is to the same, to the letter: system prompt, tools and all turns before it."""
+    turns = conversation.messages
+    last = max((i for i, m in enumerate(turns) if m.role == "assistant"), default=len(turns))
+    return row_key(replace(conversation, messages=turns[:last])) if last else ()
 
 
 def row_key(conversation: Conversation) -> Hashable:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from jaxtyping import UInt64
 
 from educe.chat.engine import Engine, choose_engine
 from educe.chat.settle import NUM_TRIED, settle
@@ -297,7 +298,7 @@ def _summary(
     """What the data became, in numbers; check and the report say it."""
     lengths = np.delete(open_store(place / "train").lengths, np.load(place / "left_out.npy")).tolist()
     keys = {s: np.frombuffer(b"".join(d.keys[s] for d in done), np.uint64) for s in SPLITS}
-    rows = np.frombuffer(b"".join(d.rows for d in done), np.uint64)
+    rows, asked = (np.frombuffer(b"".join(getattr(d, name) for d in done), np.uint64) for name in ("rows", "asked"))
     stops = sum((d.stops for d in done), Counter[int]())
     words = {number: word for word, number in tokenizer.control.items()}
     return {
@@ -311,6 +312,7 @@ def _summary(
         "trained_tokens": counts["trained tokens"],
         "length": {"median": percentile(lengths, 0.5), "p95": percentile(lengths, 0.95), "max": max(lengths)},
         "duplicates": rows.size - np.unique(rows).size,
+        "contradictions": _contradictions(place, rows, asked),
         "leaks": {s: int(np.unique(keys[s][np.isin(keys[s], keys["train"])]).size) for s in ("dev", "test")},
         "template": tokenizer.template_name,
         "template_settings": dict(tokenizer.settings),
@@ -321,6 +323,22 @@ def _summary(
         "unread_keys": dict(sum((d.unread for d in done), Counter[str]()).most_common(MOST_KEYS)),
         **{name.replace(" ", "_"): counts[name] for name in _COUNTED},
     }
+
+
+def _contradictions(place: Path, rows: UInt64[np.ndarray, " r"], asked: UInt64[np.ndarray, " r"]) -> dict[str, Any]:
+    """Prompts that are trained with more than one answer, the rows that have them, and the places of two that differ; `rows` and
+    `asked` are digests of each training row and of what it asks, in the order of the ledger."""
+    order = np.lexsort((rows, asked))
+    rows_O, asked_O = rows[order], asked[order]
+    several = np.unique(asked_O[1:][(asked_O[1:] == asked_O[:-1]) & (rows_O[1:] != rows_O[:-1])])
+    at = np.flatnonzero(np.isin(asked, several))
+    if not at.size:
+        return {"prompts": 0, "rows": 0, "first": []}
+    other = at[(asked[at] == asked[at[0]]) & (rows[at] != rows[at[0]])][0]
+    numbers = np.unique(open_store(place / "train").rows)[[at[0], other]].tolist()
+    lines = [line for _, line in _lines(place / "ledger.jsonl", 0, set(numbers))]
+    first = [f"{Path(line['file']).name}:{line['line']}" for line in lines]
+    return {"prompts": int(several.size), "rows": int(at.size), "first": first}
 
 
 def _files(parts: Sequence[Part]) -> list[dict[str, Any]]:

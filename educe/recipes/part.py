@@ -29,7 +29,7 @@ from educe.chat.view import joined, view
 from educe.chat.weights import Weighing, answered_turn
 from educe.data.reading import Group, Reading, read_row
 from educe.data.sources import Span, read_span
-from educe.data.split import HELD_OUT, HeldOut, Shares, group_key, nearness, prompt_key, row_key
+from educe.data.split import HELD_OUT, HeldOut, Shares, asked_key, group_key, nearness, prompt_key, row_key
 from educe.data.trees import joined as joined_messages
 from educe.errors import Refusal
 from educe.store.shards import Shard
@@ -84,7 +84,7 @@ class Done:
     """What the rows of a part became.
 
     `unread` counts the keys of rows that mean nothing; `keys` are the first 8 bytes of the keys of the rows kept in each split,
-    `rows` digests of the rows kept for training; `near` the keys that a larger share would hold out first; `shots` a sample of the
+    `rows` digests of the rows kept for training, `asked` of all of them but their last answer; `near` the keys that a larger share would hold out first; `shots` a sample of the
     rows kept for training, by digest; `first_unused` the first line of each code; `caught` says why all must be done again more
     carefully ("" if not).
     """
@@ -95,6 +95,7 @@ class Done:
     stops: Counter[int] = field(default_factory=Counter)
     keys: dict[Split, bytearray] = field(default_factory=lambda: {s: bytearray() for s in SPLITS})
     rows: bytearray = field(default_factory=bytearray)
+    asked: bytearray = field(default_factory=bytearray)
     near: dict[HeldOut, list[str]] = field(default_factory=dict)
     shots: dict[bytes, bytes] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
@@ -322,6 +323,7 @@ class _Work:
     def _count(self, item: Conversation | Document, made: Made, sizes: Sequence[int], digest: bytes) -> None:
         done, counts = self._done, self._done.counts
         done.rows += digest[:8]
+        done.asked += _hashed(repr(asked_key(item)))[:8] if isinstance(item, Conversation) else digest[:8]
         counts[f"task {self._job.tasks[self._part.task]}"] += 1
         counts["trained tokens"] += sum(made.num_trained)
         counts["tokens"] += sum(sizes)
@@ -377,6 +379,10 @@ def _texts(item: Conversation | Document | Refusal) -> list[str]:
 
 def _digest(item: Conversation | Document) -> bytes:
     text = repr(row_key(item)) if isinstance(item, Conversation) else item.text
+    return _hashed(text)
+
+
+def _hashed(text: str) -> bytes:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 

@@ -20,6 +20,11 @@ from educe.store.token_store import Block
 from educe.types import Message
 
 
+# Shares of the rows from which on answers that differ for one prompt are a fault of the data: where answers are right or wrong, and
+# where they are free; beyond the last, several answers were drawn for each prompt on purpose.
+_CONTRADICT_GRADED, _CONTRADICT, _SAMPLED = 0.01, 0.05, 0.5
+
+
 def files_are_the_same(b: Before) -> Finding:
     """P01: what was prepared is of the bytes that the files hold now."""
     now, files = key_now(b.recipe, b.prepared.model_dir)
@@ -259,6 +264,23 @@ def stored_rows_are_right(b: Before) -> Finding:
     return finding("P15", "stored rows", number, said, fail=bool(wrong), skip=not (same or wrong))
 
 
+def one_answer_each(b: Before) -> Finding:
+    """P16: prompts that are trained with answers that differ. Where most rows are so, several answers were drawn by design."""
+    name, c = "prompts with several answers", b.prepared.summary["contradictions"]
+    share = c["rows"] / max(1, b.prepared.summary["rows"]["train"])
+    sampled = share > _SAMPLED or any(r.trees.paths == "all" for r in b.recipe.data.sources.values())
+    said = "every prompt has one answer"
+    if c["rows"]:
+        said = f"{c['prompts']:,} prompts in {c['rows']:,} rows have answers that differ, such as {' and '.join(c['first'])}"
+    graded = b.recipe.evaluation.metric.kind != "text"
+    odd = share > (_CONTRADICT_GRADED if graded else _CONTRADICT) and not sampled
+    if odd:
+        said += ": none of them can be learned. Keep the right one, or tell the prompts apart"
+    elif c["rows"] and sampled:
+        said += ": so many that they look drawn by design, several for each prompt"
+    return finding("P16", name, f"{share:.1%} of the rows", said, warn=odd)
+
+
 def _first_prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Up to the first thing that a user says; nothing where an assistant begins."""
     at = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))
@@ -311,4 +333,5 @@ DATA: dict[str, Check] = {
     "P13": held_out_rows_are_apart,
     "P14": packs_are_full,
     "P15": stored_rows_are_right,
+    "P16": one_answer_each,
 }

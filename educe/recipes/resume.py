@@ -157,12 +157,16 @@ def _refuse_unknown(field: str, settings: Mapping[str, Any]) -> None:
         return
     whole = next((k for k in settings if field.startswith(f"{k}.")), None)
     if whole is not None:
-        raise UsageError(101, "--allow", f"{field} is a part of {whole}, which is compared as a whole.", f"--allow {whole}")
+        raise UsageError(
+            101, "--allow", f"{field} is a part of {whole}, which is compared as a whole.", f"--allow {whole}"
+        )
     if field in dict(knobs_of(Recipe)):
         fix = "Leave it out: it may change at any time, or what follows from it is named by the refusal."
         raise UsageError(101, "--allow", f"{field} is not compared: nothing that a run has learned depends on it.", fix)
     last = field.rpartition(".")[2]
-    near = [k for k in settings if k.rpartition(".")[2] == last] or difflib.get_close_matches(field, list(settings), 1, 0.4)
+    near = [k for k in settings if k.rpartition(".")[2] == last] or difflib.get_close_matches(
+        field, list(settings), 1, 0.4
+    )
     fix = hint_of(last) or (f"Did you mean {near[0]}?" if near else "It is the field that the refusal names.")
     raise UsageError(101, "--allow", f"{field!r} is no setting of a run.", fix)
 
