@@ -12,7 +12,10 @@ import pytest
 
 pytest.importorskip("torch")
 from educe.model.device import deterministic
-from educe.recipes import mixing
+from educe.recipes import mixing, preflight_machine
+from educe.recipes.estimate import checkpoint_bytes
+from educe.recipes.memory import num_trained
+from educe.training.saver import _SPARE_BYTES
 
 from test_preflight import Bench, bench, found, lines  # noqa: F401
 
@@ -38,6 +41,16 @@ def test_p20_weights_beside_the_model_are_said(bench: Bench) -> None:
     assert (
         "model-00003-of-00002.safetensors is missing; model.safetensors.index.json says that it holds 1" in f.evidence
     )
+
+
+def test_p40_leaves_free_what_the_writer_leaves_free(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    b = bench.before(bench.recipe(lines(12)))
+    each = checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
+    keep = b.recipe.train.keep_checkpoints
+    for more, verdict in ((_SPARE_BYTES - 1, "fail"), (_SPARE_BYTES, "warn"), (_SPARE_BYTES + each, "pass")):
+        usage = shutil.disk_usage(bench.place)._replace(free=(keep + 1) * each + more)
+        monkeypatch.setattr(preflight_machine.shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert found(b, "P40").verdict == verdict
 
 
 def test_p44_an_order_that_does_not_follow_from_the_seed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

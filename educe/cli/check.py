@@ -32,7 +32,7 @@ def show_check(c: Check, recipe: Path, *, every: bool = False) -> None:
     s = c.prepared.summary
     unused = s["dropped"] + s["refused"]
     if c.ready:
-        cost = f"{minutes(c.estimate.training_s)}, {gigabytes(c.memory.total)}, {num_rows(unused)} not used"
+        cost = f"{minutes(c.estimate.total_s)}, {gigabytes(c.memory.total)}, {num_rows(unused)} not used"
         console.print(f"[bold green]Ready:[/bold green] {cost}")
     else:
         console.print("[bold red]Not ready:[/bold red]")
@@ -139,6 +139,11 @@ def _about_run(c: Check) -> list[tuple[str, str]]:
         ("model", f"{c.facts.name}, {c.facts.num_parameters / 1e6:.0f}M parameters, {c.recipe.tuning.kind}"),
         ("device", f"{c.device}; {c.device_why}"),
         ("speed", f"{c.estimate.tokens_per_s:.0f} tokens/s, {how}"),
+        (
+            "time",
+            f"{minutes(c.estimate.start_s)} to start and check, {minutes(c.estimate.training_s)} for the steps, "
+            f"{minutes(c.estimate.beside_s)} for held-out loss, sample answers and saving",
+        ),
         ("compiled", c.compiling),
         ("memory", f"{c.memory.said().removeprefix('memory: ')}; {gigabytes(c.memory_bytes)} available"),
         ("disk", f"{gigabytes(c.estimate.disk_bytes)} at most, {gigabytes(c.free_disk_bytes)} free"),

@@ -72,7 +72,7 @@ class Check:
             "trained_tokens": s["trained_tokens"],
             "steps": self.plan.num_steps,
             "device": self.device,
-            "estimate": asdict(self.estimate),
+            "estimate": {**asdict(self.estimate), "total_s": self.estimate.total_s},
             "memory": self.memory.as_json(),
             "free_disk_bytes": self.free_disk_bytes,
             "reasons": self.reasons,
@@ -96,7 +96,7 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
     device = device_of(recipe)
     refuse_offload(recipe, device.kind)
     share = trained_share(prepared)
-    estimate = estimate_run(facts, recipe, plan, share, device)
+    estimate = estimate_run(facts, recipe, plan, prepared, device)
     memory = memory_of(device.kind)
     compiled, why = whether_to_compile(recipe, facts, plan, device, share, packed=True)
     needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled)

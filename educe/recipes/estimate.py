@@ -13,7 +13,9 @@ from educe.files.atomic import write_json
 from educe.files.hashes import cache_dir
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan
-from educe.recipes.memory import num_trained
+from educe.recipes.memory import num_trained, trained_share
+from educe.recipes.plan import looked_at, measured_at
+from educe.recipes.prepare import Prepared
 
 if TYPE_CHECKING:
     from educe.model.device import Device
@@ -27,25 +29,57 @@ _COMPILE_S = {"cpu": 60.0, "cuda": 30.0}
 _COMPILE_GAIN = {"cpu": 1.1, "cuda": 1.4}
 
 
+# What a run takes however small its model is, measured on one core (docs/performance.md): until a model can be loaded; a micro-batch
+# forward and backward, by its layers, beyond its multiplications; a token of an answer, by its layers. Nothing is known of the second
+# on a GPU, where the host runs ahead.
+_START_S = 9.0
+_MICRO_S, _MICRO_LAYER_S = {"cpu": 0.012}, {"cpu": 0.0055}
+_TOKEN_S, _TOKEN_LAYER_S = 0.0026, 0.00076
+# Of weights, for each token of an answer; of checkpoints, written, hashed and read back.
+_READ_BYTES_S, _WRITE_BYTES_S = {"cpu": 1e10, "mps": 1e11, "cuda": 1e12}, 2.5e8
+# The checks before the first step are about so many passes, of rows that have so many tokens together.
+_CHECK_PASSES, _CHECK_TOKENS = 14, 256
+_ROWS_AT_ONCE = 8  # are answered together: see scoring.py
+_FORWARD = 1 / 3  # of a pass forward and backward
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """`measured`: the speed is that of an earlier run of this model on this machine."""
+    """`measured`: the speed is that of an earlier run of this model on this machine. Seconds until the first step, checks included;
+    of the steps; of what is done beside them: held-out loss, sample answers as long as they may be, the last checkpoint."""
 
     tokens_per_s: float
     measured: bool
+    start_s: float
     training_s: float
+    beside_s: float
     disk_bytes: float
 
+    @property
+    def total_s(self) -> float:
+        return self.start_s + self.training_s + self.beside_s
 
-def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_share: float, device: Device) -> Estimate:
-    """Time from the speed, space from what is written."""
+
+def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Prepared, device: Device) -> Estimate:
+    """Time from the speed and from what is done beside the steps, space from what is written."""
     speed = _known_speeds().get(speed_key(recipe, device.kind, device.dtype))
-    seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share, device)
-    trained = num_trained(facts, recipe.tuning)
+    seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share(prepared), device)
+    trained, token_s = num_trained(facts, recipe.tuning), seconds / plan.num_tokens
+    checks_s = _CHECK_PASSES * (_micro_s(facts, device.kind) + min(_CHECK_TOKENS, plan.capacity_tokens) * token_s)
+    held_out_s = _FORWARD * int(prepared.store("dev").lengths.sum()) * token_s
+    word_s = _TOKEN_S + _TOKEN_LAYER_S * facts.num_layers + 2 * facts.num_parameters / _READ_BYTES_S[device.kind]
+    dev_rows = int(prepared.summary["rows"]["dev"])
+    answers_s = recipe.evaluation.max_new_tokens * word_s if dev_rows else 0.0
+    graded = min(recipe.train.score_rows, dev_rows) if recipe.evaluation.metric.kind != "text" else 0
+    measured_s = held_out_s + -(-graded // _ROWS_AT_ONCE) * answers_s
     return Estimate(
         tokens_per_s=plan.num_tokens / seconds,
         measured=speed is not None,
+        start_s=_START_S + checks_s,
         training_s=seconds,
+        beside_s=len(measured_at(recipe, plan.num_steps)) * measured_s
+        + len(looked_at(recipe, plan.num_steps)) * answers_s
+        + 4 * trained / _WRITE_BYTES_S,
         disk_bytes=checkpoint_bytes(recipe, trained) * _most_checkpoints(recipe, plan.num_steps)
         + facts.num_parameters * 2,
     )
@@ -68,7 +102,12 @@ def _unmeasured_s(facts: ModelFacts, recipe: Recipe, plan: PackPlan, trained_sha
     rate = roofline(facts, device.flops, device.kind, lora=lora, trained_share=trained_share)
     if recipe.train.kl_to_base:  # one more forward pass
         rate *= 2 / 3 if lora else 3 / 4
-    return plan.num_tokens / rate + plan.num_steps * num_trained(facts, recipe.tuning) * _UPDATE_S[device.kind]
+    updates_s = plan.num_steps * num_trained(facts, recipe.tuning) * _UPDATE_S[device.kind]
+    return plan.num_tokens / rate + updates_s + plan.num_packs * _micro_s(facts, device.kind)
+
+
+def _micro_s(facts: ModelFacts, device: str) -> float:
+    return _MICRO_S.get(device, 0.0) + _MICRO_LAYER_S.get(device, 0.0) * facts.num_layers
 
 
 def roofline(facts: ModelFacts, flops: float, device: str, *, lora: bool = False, trained_share: float = 0.3) -> float:

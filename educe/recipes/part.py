@@ -84,9 +84,9 @@ class Done:
     """What the rows of a part became.
 
     `unread` counts the keys of rows that mean nothing; `keys` are the first 8 bytes of the keys of the rows kept in each split,
-    `rows` digests of the rows kept for training, `asked` of all of them but their last answer; `near` the keys that a larger share would hold out first; `shots` a sample of the
-    rows kept for training, by digest; `first_unused` the first line of each code; `caught` says why all must be done again more
-    carefully ("" if not).
+    `rows` digests of the rows kept for training, `asked` of all of them but their last answer; `near` the keys that a larger share
+    would hold out first; `shots` a sample of the rows kept for training, by digest; `first_unused` the first line of each code;
+    `caught` says why all must be done again more carefully ("" if not).
     """
 
     number: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 
 from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
@@ -17,6 +18,20 @@ from educe.recipes.rates import RateAdvice, advise_rate, stretch_of
 
 # Keys that mean something in a row or a turn: what an unread key may have been meant for.
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
+
+
+_SHORT_RUN = 20  # steps
+
+
+def looked_at(recipe: Recipe, num_steps: int) -> frozenset[int]:
+    """After which steps the sample questions are answered: in a short run they would be the same answers again."""
+    return measured_at(recipe, num_steps) if num_steps >= _SHORT_RUN else frozenset({0, num_steps})
+
+
+def measured_at(recipe: Recipe, num_steps: int) -> frozenset[int]:
+    """After which steps the held-out loss is measured, as far as the recipe says it; once more after the last."""
+    every = recipe.train.measure_every_share
+    return frozenset({0, num_steps, *(round(num_steps * every * k) for k in range(1, int(1 / every) + 1))})
 
 
 def plan_run(
@@ -84,6 +99,10 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
         said.append(
             f"{s['unfinished_answers']} answers are cut before their stop token, {lost:,} trained tokens are lost"
         )
+    if s["rows"]["dev"] == 0:
+        said.append(
+            "no dev rows: the held-out loss is not measured, and nothing shows when the rows are learned by heart"
+        )
     if s["rows"]["test"] == 0:
         said.append("no test rows: nothing will tell whether tuning helped")
     elif s["rows"]["test"] < 100:
@@ -113,12 +132,18 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
             f"train.batch_tokens ({batch}) is no multiple of train.micro_batch_tokens ({micro}): "
             f"a step holds at most {batch // micro * micro} tokens"
         )
+    every, keep = recipe.train.checkpoint_every_steps, recipe.train.keep_every_steps
+    if keep and math.lcm(every, keep) >= plan.num_steps:
+        said.append(
+            f"train.keep_every_steps {keep} keeps none of {plan.num_steps} steps: checkpoints are written every {every} "
+            "steps (train.checkpoint_every_steps), and at the end"
+        )
     if recipe.train.patience and recipe.train.patience * recipe.train.measure_every_share >= 1:
         said.append(
             f"train.patience {recipe.train.patience} can end nothing: dev is measured every "
             f"{recipe.train.measure_every_share:g} of the run; lower train.measure_every_share"
         )
-    if plan.num_steps < 20:
+    if plan.num_steps < _SHORT_RUN:
         said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
     rate, advice = recipe.train.learning_rate, advised_rate(recipe, facts, plan)
     if not advice.low <= rate <= advice.high:

@@ -19,7 +19,6 @@ from educe.recipes.prepare import key_now
 from educe.store.token_store import Block
 from educe.types import Message
 
-
 # Shares of the rows from which on answers that differ for one prompt are a fault of the data: where answers are right or wrong, and
 # where they are free; beyond the last, several answers were drawn for each prompt on purpose.
 _CONTRADICT_GRADED, _CONTRADICT, _SAMPLED = 0.01, 0.05, 0.5

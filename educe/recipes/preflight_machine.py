@@ -112,13 +112,16 @@ def lost_updates(rate: float, bits: int) -> float:
 
 
 def disk_is_enough(b: Before) -> Finding:
-    """P40: room for the checkpoints that are kept, one being written, and one more."""
+    """P40: room for the checkpoints that are kept, one being written, and one more; and for what is to stay free beside them."""
+    from educe.training.saver import _SPARE_BYTES  # loads torch
+
     keep, each = b.recipe.train.keep_checkpoints, checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
     theirs = sum(p.stat().st_size for p in b.run.checkpoints.rglob("*") if p.is_file())
     free = shutil.disk_usage(existing(b.run.path)).free + theirs
-    said = f"{keep} checkpoints of {sized(each)} are kept; {sized(free)} are free or hold them already"
-    number = f"{free / each:,.0f} checkpoints fit"
-    return finding("P40", "disk", number, said, fail=free < (keep + 1) * each, warn=free < (keep + 2) * each)
+    room = max(0, free - _SPARE_BYTES)
+    said = f"{keep} checkpoints of {sized(each)} are kept; {sized(free)} are free or theirs, {sized(_SPARE_BYTES)} stay free"
+    number = f"{room // each:,.0f} checkpoints fit"
+    return finding("P40", "disk", number, said, fail=room < (keep + 1) * each, warn=room < (keep + 2) * each)
 
 
 def run_can_be_written(b: Before) -> Finding:

@@ -28,7 +28,6 @@ from educe.recipes.estimate import estimate_run
 from educe.recipes.finding import Finding, before, finding, refused, unchecked
 from educe.recipes.job import TrainJob
 from educe.recipes.machine import device_of
-from educe.recipes.memory import trained_share
 from educe.recipes.mixing import Mixed
 from educe.recipes.preflight import keep, refuse, tell, without_model
 from educe.recipes.preflight_machine import rates_of_steps
@@ -93,7 +92,7 @@ def look_before(job: TrainJob, t: Trainee, settings: Mapping[str, Any]) -> None:
             t.plan,
             t.memory,
             t.state.model.device_kind,
-            estimate_run(job.facts, job.recipe, t.plan, trained_share(job.prepared), t.state.model.device).tokens_per_s,
+            estimate_run(job.facts, job.recipe, t.plan, job.prepared, t.state.model.device).tokens_per_s,
             settings=settings,
             text=run.recipe.read_text(encoding="utf-8"),
             argv=sys.argv[1:],

@@ -13,6 +13,7 @@ from educe.recipes.asking import Questions
 from educe.recipes.begun import Begun
 from educe.recipes.job import TrainJob
 from educe.recipes.measuring import HeldOut, by_name
+from educe.recipes.plan import looked_at, measured_at
 from educe.recipes.scoring import DevScores
 from educe.recipes.trainee import Trainee
 from educe.training.saver import Saver
@@ -40,8 +41,8 @@ class Watch:
         self._questions = Questions(job, t.state, self._samples)
         self._keeps_best = job.recipe.train.keep_weights == "best"
         self.weights_step = 0
-        every, steps = job.recipe.train.measure_every_share, t.plan.num_steps
-        self._measures = {round(steps * every * k) for k in range(1, int(1 / every) + 1)}
+        self._measures = measured_at(job.recipe, t.plan.num_steps)
+        self._looks = looked_at(job.recipe, t.plan.num_steps)
         self._scores = DevScores(job, t.state, self._metrics)
 
     def begin(self) -> None:
@@ -63,7 +64,7 @@ class Watch:
         if step == 0:
             self._questions.answer()
             self._held_out.measure()
-            self._scores.measure(1 + sum(m < self._t.plan.num_steps for m in self._measures))
+            self._scores.measure(len(self._measures) - 1)
         self._job.dog.beat(f"step {step + 1}")
 
     def on_step(self, state: State, report: StepReport) -> None:
@@ -96,8 +97,9 @@ class Watch:
             self._held_out.measure()
         if self.has_stalled:
             return
-        if step in self._measures:
+        if step in self._looks:
             self._questions.answer()
+        if step in self._measures:
             self._scores.measure(0)
         # A new best is a whole checkpoint: a killed run goes on from it or from a later one, never from before its best.
         is_best = self._keeps_best and self._held_out.best == step
