@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,23 @@ torch = pytest.importorskip("torch")
 pytest.importorskip(
     "llama_cpp", reason="needs llama-cpp-python, which is built from source: pip install llama-cpp-python"
 )
+import educe  # noqa: E402
 import transformers as T  # noqa: E402
+from educe.chat.prompt import render_prompt  # noqa: E402
 from educe.chat.tokens import ChatTokenizer, load_tokenizer  # noqa: E402
 from educe.config.recipe import NamedTemplate  # noqa: E402
 from educe.errors import ModelError  # noqa: E402
 from educe.model.gguf import write_gguf  # noqa: E402
 from educe.model.gguf_llama import K_QUANTS, check_by_llama_cpp, quantize  # noqa: E402
 from educe.model.gguf_vocabulary import texts_to_compare, vocabulary_of  # noqa: E402
+from educe.model.load import load_model  # noqa: E402
+from educe.recipes.run import Run  # noqa: E402
+from educe.sample.local import LocalSampler  # noqa: E402
+from educe.types import Message  # noqa: E402
 
 from families import sizes  # noqa: E402
+from small_runs import recipe, small_place  # noqa: E402
+from test_engine import cpu  # noqa: E402
 from test_gguf import GEMMA, GLOBAL6, MODELS, ROWS, model  # noqa: E402
 
 ALPACA = NamedTemplate(kind="alpaca")
@@ -82,6 +92,31 @@ def _hard(shared: Path) -> list[str]:
     """llama.cpp's own hard strings."""
     text = (shared / "vectors" / "llama-bpe.inp").read_text(encoding="utf-8")
     return [t.strip("\n") for t in text.split("\n__ggml_vocab_test__\n") if t.strip("\n")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Run]:
+    with small_place(tmp_path_factory, tiny_model) as place:
+        yield educe.train(recipe(place, "files", epochs=6))
+
+
+@pytest.mark.parametrize("form", ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m"])
+def test_an_exported_run_is_what_was_trained(run: Run, form: str, tmp_path: Path) -> None:
+    """Ids and stop tokens in every form; f16 holds the run's numbers so well that its greedy text is the same too."""
+    said: list[str] = []
+    (file,) = run.export(tmp_path / "out", form=form, say=said.append).glob("*.gguf")
+    assert any("llama.cpp makes the training's ids of" in line for line in said)
+    if form != "gguf-f16":
+        return
+    tokenizer = load_tokenizer(run.export(tmp_path / "merged"))
+    model, llama = load_model(tmp_path / "merged", cpu()), loaded(file, n_ctx=128)
+    for text in ("order 1003 the user said", "order 1007 the user said", "hello"):
+        ids = render_prompt((Message(role="user", content=text),), tokenizer)
+        (ours,) = LocalSampler(model, tokenizer).answer([ids], 12)
+        llama.reset()
+        made = itertools.islice(llama.generate(ids, temp=0.0, repeat_penalty=1.0), 12)
+        theirs = itertools.takewhile(lambda token: token not in tokenizer.stop, made)
+        assert tokenizer.decode(list(theirs)) == ours.text
 
 
 @pytest.mark.parametrize("kind", K_QUANTS)
