@@ -105,8 +105,11 @@ CODES: dict[str, str] = {
     "E-EVAL-003": "file of a benchmark cannot be read",
     "E-EVAL-101": "file of a benchmark is not in its format",
     "E-EVAL-201": "metric does not fit the expected answers",
+    "E-EVAL-202": "custom metric failed",
+    "E-EVAL-203": "programs cannot be run here",
     "E-EVAL-301": "judge cannot be tried, or does not follow the format",
     "E-EVAL-302": "judge is fooled by answers that deserve nothing",
+    "E-EVAL-303": "programs that a model wrote are not run without consent",
     # asking a server
     "E-SAMPLE-001": "server cannot be reached",
     "E-SAMPLE-002": "server did not answer in time",

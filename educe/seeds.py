@@ -42,3 +42,13 @@ def resamples(n: int, seed: int, num_draws: int = 4000) -> Iterator[Float64[np.n
         units = ((raw >> np.uint64(11)) * 2.0**-53 * n).astype(np.int64).reshape(rows, n)  # 53 bits as a fraction
         units += np.arange(rows)[:, None] * n
         yield np.bincount(units.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def signs(n: int, seed: int, num_draws: int = 10_000) -> Iterator[Float64[np.ndarray, "b n"]]:
+    """+1 or -1 for each of n units, `num_draws` times, some draws at once. A pure function of its arguments."""
+    stream = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+    step, words = max(1, _CELLS // n), -(-n // 64)
+    for first in range(0, num_draws, step):
+        rows = min(step, num_draws - first)
+        raw = np.asarray(stream.random_raw(rows * words), dtype="<u8").reshape(rows, words)
+        yield 1.0 - 2.0 * np.unpackbits(raw.view(np.uint8), axis=1, count=n)

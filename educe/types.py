@@ -241,10 +241,21 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Graded answer: right or wrong, and why in a few words."""
+    """Graded answer: right or wrong, how good from 0 to 1, and why in a few words.
+
+    `weight` is what the row counts for in the mean score (its fields, say); `parts` are shares of a row, (of it, out of), that are
+    told beside the score, each as one ratio of sums over all rows.
+    """
 
     correct: bool
     reason: str
+    score: float
+    weight: float = 1.0
+    parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score <= 1 or not self.weight > 0:
+            raise ValueError(f"need a score from 0 to 1 and some weight, got {self.score} and {self.weight}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from educe.config.data import Data, FileSplit, Rows, ShareSplit
 from educe.config.recipe import (
     Evaluation,
     FileTemplate,
-    Metric,
     NamedTemplate,
     OwnTemplate,
+    PlainMetric,
     Train,
 )
 from educe.errors import RecipeError
@@ -177,7 +177,7 @@ def test_a_missing_key_is_named(text: str, where: str, key: str) -> None:
         ("train.learning_rate", "-1e-5"), ("train.learning_rate", "1"), ("train.learning_rate", "1e-5x"),
         ("train.schedule", "cosin"), ("train.activations", "yes"), ("train.activations", "1"),
         ("train.batch_tokens", "0"), ("data.system", "5"), ("data.system", "true"), ("data.max_tokens", "7"),
-        ("data.train", "[a, b]"), ("data.train", "2020-01-01"), ("data.dev", "0.1"), ("evaluation.metric", "exact"),
+        ("data.train", "[a, b]"), ("data.train", "2020-01-01"), ("data.dev", "0.1"), ("evaluation.metric", "exactly"),
         ("evaluation.max_rows", "0"), ("train.clip_norm", ".inf"), ("train.clip_norm", ".nan"),
         ("data.train_on", "flaged"), ("data.prompt_weight", "1.5"), ("data.reasoning_weight", "-1"),
     ],
@@ -308,7 +308,7 @@ recipes = st.builds(
     tuning=st.builds(Full, kind=st.just("full"))
     | st.builds(Lora, kind=st.just("lora"), rank=st.integers(1, 9), alpha=positive),
     train=st.builds(Train, epochs=st.floats(1, 100), learning_rate=positive, seed=st.integers(0, 2**63 - 1)),
-    evaluation=st.builds(Evaluation, metric=st.builds(Metric, kind=st.sampled_from(["json", "text"]))),
+    evaluation=st.builds(Evaluation, metric=st.builds(PlainMetric, kind=st.sampled_from(["json", "text"]))),
 )
 
 

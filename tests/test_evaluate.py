@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from educe.errors import EvalError
-from educe.evaluate.compare import SYSTEMS, Question, grade, regrade, score
+from educe.evaluate.compare import SYSTEMS, grade, regrade, score
 from educe.evaluate.few_shot import choose_examples, with_examples
-from educe.evaluate.metrics import METRICS
+from educe.evaluate.metrics import METRICS, Question
 from educe.types import Answer, Conversation, Message, Source
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,27 +59,34 @@ CASES = [
 ]
 
 
+def wanted(expected: str) -> Question:
+    return Question(row="t.jsonl:1", prompt=(), expected=expected)
+
+
 @pytest.mark.parametrize("metric,answer,expected,right", CASES)
 def test_each_metric_passes_fails_and_sees_the_near_miss(metric: str, answer: str, expected: str, right: bool) -> None:
-    verdict = METRICS[metric](answer, expected)
+    verdict = METRICS[metric](answer, wanted(expected))
     assert verdict.correct is right
+    assert verdict.score == right
     assert verdict.reason
 
 
 def test_every_metric_has_a_pass_and_a_fail() -> None:
-    assert {(m, r) for m, _, _, r in CASES} == {(m, r) for m in METRICS for r in (True, False)}
+    others = {"json_fields", "rouge_l", "tool_calls"}  # test_metrics.py
+    assert {(m, r) for m, _, _, r in CASES} == {(m, r) for m in set(METRICS) - others for r in (True, False)}
 
 
 def test_json_reasons_name_the_keys() -> None:
-    reason = METRICS["json"]('{"intent": "refund", "order": 1, "note": ""}', '{"intent": "track", "order": "1"}').reason
+    expected = wanted('{"intent": "track", "order": "1"}')
+    reason = METRICS["json"]('{"intent": "refund", "order": 1, "note": ""}', expected).reason
     assert reason == "differs in intent, order; adds note"
-    assert METRICS["json"]("[]", "{}").reason == "other JSON value"
-    assert "not JSON" in METRICS["json"]("oops", "{}").reason
+    assert METRICS["json"]("[]", wanted("{}")).reason == "other JSON value"
+    assert "not JSON" in METRICS["json"]("oops", wanted("{}")).reason
 
 
 def test_an_expected_answer_that_is_not_json_is_the_users_mistake() -> None:
     with pytest.raises(EvalError, match="E-EVAL-201"):
-        METRICS["json"]("{}", "not json")
+        METRICS["json"]("{}", wanted("not json"))
 
 
 def test_graders_have_no_default() -> None:
@@ -106,8 +113,8 @@ def shuffled(value: Any) -> Any:
 @given(VALUES, st.sampled_from([None, 0, 3]), st.booleans())
 def test_json_is_graded_by_value_not_by_writing(value: Any, indent: int | None, escaped: bool) -> None:
     written = json.dumps(shuffled(value), indent=indent, ensure_ascii=escaped)
-    assert METRICS["json"](written, json.dumps(value)).correct
-    assert not METRICS["json"](json.dumps([value]), json.dumps(value)).correct
+    assert METRICS["json"](written, wanted(json.dumps(value))).correct
+    assert not METRICS["json"](json.dumps([value]), wanted(json.dumps(value))).correct
 
 
 # Few-shot examples
@@ -234,14 +241,14 @@ def test_one_system_alone_compares_with_nothing() -> None:
 def test_stored_answers_are_graded_again_by_another_metric() -> None:
     asked = [Question(row="t.jsonl:1", prompt=({"role": "user", "content": "?"},), expected="Yes") for _ in range(2)]
     said = [Answer(text=t, num_tokens=2, stopped=True) for t in ("yes", "no")]
-    stored = grade(asked, said, "exact")
+    stored = grade(asked, said, METRICS["exact"])
     assert [line["correct"] for line in stored] == [False, False]
-    again = regrade(stored, "label")
+    again = regrade(stored, METRICS["label"])
     assert [line["correct"] for line in again] == [True, False]
-    verdict = ("correct", "reason")
+    verdict = ("correct", "reason", "score")
     assert [{k: v for k, v in line.items() if k not in verdict} for line in again] == [
         {k: v for k, v in line.items() if k not in verdict} for line in stored
     ]
-    assert regrade(again, "exact") == stored
-    with pytest.raises(ValueError, match="shorter"):
-        grade(asked, said[:1], "exact")
+    assert regrade(again, METRICS["exact"]) == stored
+    with pytest.raises(ValueError, match="as many answers"):
+        grade(asked, said[:1], METRICS["exact"])

@@ -12,15 +12,16 @@ from educe.config import Full, Lora, Recipe
 from educe.config.data import Data, FileSplit, Rates, Replay, Rows, ShareSplit, Task, Temperature, Trees, Unimax
 from educe.config.knobs import Knobs
 from educe.config.recipe import (
+    CustomMetric,
     Decay,
     Evaluation,
     Even,
     FileTemplate,
     LayerWise,
     LoraPlus,
-    Metric,
     NamedTemplate,
     OwnTemplate,
+    PlainMetric,
     Train,
     Wsd,
 )
@@ -63,7 +64,9 @@ def reads() -> set[str]:
 
 OWNERS: dict[type[BaseModel], tuple[str, ...]] = {
     Recipe: ("recipe", "self"), Data: ("data", "self"), Train: ("train",), Evaluation: ("evaluation",), Lora: ("tuning",),
-    Full: ("tuning",), Metric: ("metric",), FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
+    Full: ("tuning",),
+    PlainMetric: ("metric",), CustomMetric: ("metric",),
+    FileSplit: ("held",), ShareSplit: ("s",), Task: ("task", "t", "rows"),
     Rows: ("rows",), Replay: ("replay", "rows"), Trees: ("trees",), Rates: ("rates",), Temperature: ("rates",), Unimax: ("rates",),
     Decay: ("schedule",), Wsd: ("schedule",), Even: ("rates",), LoraPlus: ("rates",), LayerWise: ("rates",),
     OwnTemplate: ("choice",), NamedTemplate: ("choice",), FileTemplate: ("choice",),
@@ -86,6 +89,7 @@ def test_every_knob_is_read() -> None:
         Even,
         LoraPlus,
         LayerWise,
+        CustomMetric,
     )
     discriminators = {(k, "kind") for k in unions}  # read as the class
     unread = [
@@ -104,7 +108,7 @@ def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
     holds_others = [f for _, f in fields if len(blocks_in(f.annotation)) == 1]  # set by what is in it
     own = [n for n, f in fields if f not in holds_others and not (n == "kind" and f.is_required())]
     assert 20 < len(own) <= 80
-    assert len({block.__name__ for block in blocks()}) == 24
+    assert len({block.__name__ for block in blocks()}) == 25
     for name, field in fields:
         if name != "data" and not (name == "kind" and field.is_required() and not field.description):
             assert field.description, name

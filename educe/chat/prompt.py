@@ -31,14 +31,14 @@ def render_prompt(
 
 
 def expected_answer(conversation: Conversation, tokenizer: ChatTokenizer) -> str:
-    """What the last message, an assistant's, says: its content; its calls, as the template shows them, where it has none."""
+    """What the last message, an assistant's, says: its content, or where it calls tools all that the template makes of it."""
     message = conversation.messages[-1]
-    turn = _last_turn(conversation, tokenizer) if not message.content else None
+    turn = _last_turn(conversation, tokenizer) if message.tool_calls or not message.content else None
     if turn is None:
         return message.content
     text = "".join(p.text for p in turn.completion)
     ends = [w for w, number in tokenizer.control.items() if number in tokenizer.stop and text.endswith(w)]
-    return text[: -len(max(ends, key=len))] if ends else text
+    return answer_in(text[: -len(max(ends, key=len))] if ends else text, conversation, tokenizer)
 
 
 def answer_in(text: str, conversation: Conversation, tokenizer: ChatTokenizer) -> str:
@@ -51,7 +51,7 @@ def answer_in(text: str, conversation: Conversation, tokenizer: ChatTokenizer) -
         return text
     opening = []
     for piece in turn.completion:
-        if piece.part == "content":
+        if piece.part in ("content", "tool_calls"):
             break
         opening.append(piece)
     written = opening[-1].text if opening and not opening[-1].from_data else ""
@@ -59,6 +59,8 @@ def answer_in(text: str, conversation: Conversation, tokenizer: ChatTokenizer) -
     for tag in filter(None, map(str.strip, tags)):
         if tag in text:
             return text.partition(tag)[2].lstrip("\n")
+    if not conversation.messages[-1].content:
+        return text  # what opens a call belongs to it
     return text.removeprefix("".join(p.text for p in opening))
 
 

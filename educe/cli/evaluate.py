@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @click.option("--regrade", is_flag=True, help="Grade the stored answers again; no model is asked.")
-@click.option("--metric", help="Grade by another metric than the recipe's: exact, json, label, sql or text.")
+@click.option("--metric", help="Grade by another metric than the recipe's, such as exact, json or rouge_l.")
+@click.option("--allow-code", is_flag=True, help="With pass_at_k: programs that the model wrote may run here.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 1000),
+    default=1,
+    help="Draw so many answers to each row: pass@k for all k up to it.",
+)
 @click.option("--suite", metavar="NAME", help="Answer a public benchmark instead of the test rows: ifeval.")
 @click.option(
     "--suite-file",
@@ -34,15 +41,18 @@ if TYPE_CHECKING:
 @click.option("--price-out", type=float, metavar="USD", help="Its price of a million tokens written.")
 @click.option("--max-requests", type=click.IntRange(1), metavar="N", help="Ask it so often at most.")
 @click.option("--max-cost", type=float, metavar="USD", help="Spend so much on it at most.")
-def evaluate(run: Path | None, regrade: bool, metric: str | None, also: str | None, **asked: Any) -> None:
+def evaluate(
+    run: Path | None, regrade: bool, metric: str | None, allow_code: bool, samples: int, also: str | None, **asked: Any
+) -> None:
     """Answer the test rows before and after tuning, with error bars."""
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
     from educe.recipes.run import Run
 
     suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
     if any(value is not None for value in suite.values()):
-        if metric is not None or also is not None:
-            raise UsageError(101, "--suite", "takes neither --metric nor --also.", "Leave them out.")
+        if metric is not None or also is not None or allow_code or samples > 1:
+            why = "takes neither --metric, --allow-code, --samples nor --also."
+            raise UsageError(101, "--suite", why, "Leave them out.")
         _suite(Run(run), regrade, **suite)
         return
     other = _also(also, asked)
@@ -50,7 +60,15 @@ def evaluate(run: Path | None, regrade: bool, metric: str | None, also: str | No
         raise UsageError(101, "--regrade", "asks no model, and --also does.", "Leave one of them out.")
     found = Run(run)
     with AnswerScreen() as screen:
-        scores = found.eval(regrade=regrade, metric=metric, also=other, say=say, progress=screen.progress)
+        scores = found.eval(
+            regrade=regrade,
+            metric=metric,
+            also=other,
+            allow_code=allow_code,
+            samples=samples,
+            say=say,
+            progress=screen.progress,
+        )
     show_scores(scores)
     click.echo(f"Next: educe report {shown(found.path)}")
 

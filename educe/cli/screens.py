@@ -162,12 +162,19 @@ def show_scores(scores: dict[str, Any]) -> None:
             escape(_called(name, s)), right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took, *cost
         )
     console.print(table)
+    for name, s in scores["systems"].items():
+        told = (
+            f"{part} {p['value']:.1%} ({p['low']:.1%} to {p['high']:.1%})" for part, p in s.get("parts", {}).items()
+        )
+        if s.get("parts"):
+            console.print(f"{escape(_called(name, s))}: {', '.join(told)}", soft_wrap=True)
+    test = "paired randomisation," if scores.get("measure") == "mean" else "McNemar"
     for c in scores["comparisons"]:
         p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.2g}"
         d = c["difference"]
         before = _called(c["before"], scores["systems"][c["before"]])
         console.print(
-            f"{escape(before)} → tuned: {c['won']} rows won, {c['lost']} lost (McNemar {p}); "
+            f"{escape(before)} → tuned: {c['won']} rows won, {c['lost']} lost ({test} {p}); "
             f"difference {d['value']:+.1%}, 95 % interval {d['low']:+.1%} to {d['high']:+.1%}",
             soft_wrap=True,
         )

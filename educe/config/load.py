@@ -17,7 +17,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from educe.config.data import Data, FileSplit, Rows
 from educe.config.hints import fix_of_bounds, fix_of_unknown, names_of_kinds
-from educe.config.recipe import FileTemplate, Recipe
+from educe.config.recipe import CustomMetric, Evaluation, FileTemplate, Recipe
 from educe.errors import RecipeError
 from educe.secrets import find_secret
 
@@ -98,8 +98,20 @@ def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe
         "model": model,
         "runs": absolute(recipe.runs),
         "template": template,
+        "evaluation": _anchored_metric(recipe.evaluation, base),
     }
     return recipe.model_copy(update=changed)
+
+
+def _anchored_metric(evaluation: Evaluation, base: Path) -> Evaluation:
+    """A function of the user's by its file: a module is one beside the recipe."""
+    metric = evaluation.metric
+    if not isinstance(metric, CustomMetric):
+        return evaluation
+    module, _, name = metric.function.rpartition(":")
+    file = module if module.endswith(".py") else f"{module.replace('.', '/')}.py"
+    entry = f"{(base / Path(file).expanduser()).resolve()}:{name}"
+    return evaluation.model_copy(update={"metric": metric.model_copy(update={"function": entry})})
 
 
 # A data set on the Hub, where no such path exists: ORG/NAME, without a suffix that a file would have.

@@ -176,18 +176,32 @@ class Train(Knobs):
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random follows from it")
 
 
-class Metric(Knobs):
+class PlainMetric(Knobs):
     """How an answer is graded against the expected one."""
 
-    kind: Literal["exact", "json", "label", "sql", "text"] = Field(
-        description="same text, equal JSON values, same label, same SQL statement, or free text (held-out loss decides)"
+    kind: Literal["exact", "json", "json_fields", "label", "pass_at_k", "rouge_l", "sql", "text", "tool_calls"] = Field(
+        description="same text, equal JSON values, F1 of JSON's fields, same label, programs that pass the expected test, ROUGE-L, "
+        "same SQL statement, free text (held-out loss decides), same tool calls"
     )
+
+
+class CustomMetric(Knobs):
+    """A function of yours, `(answer, expected, row)` to a number from 0 to 1 or to right or wrong. It runs as you."""
+
+    kind: Literal["custom"]
+    function: str = Field(
+        pattern=r"^[^:]*[^:.]:[A-Za-z_]\w*$",
+        description="module:function, the module beside the recipe, or file.py:function",
+    )
+
+
+Metric = Annotated[PlainMetric | CustomMetric, Field(discriminator="kind"), BeforeValidator(_by_name)]
 
 
 class Evaluation(Knobs):
     """The before/after test."""
 
-    metric: Metric = Field(default=Metric(kind="text"), description="how answers are graded")
+    metric: Metric = Field(default=PlainMetric(kind="text"), description="how answers are graded")
     max_new_tokens: int = Field(default=256, ge=1, le=100_000, description="an answer is cut here")
     few_shot: int = Field(
         default=5, ge=0, le=64, description="examples in the untouched model's few-shot prompt; 0 skips it"

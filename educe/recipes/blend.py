@@ -31,6 +31,7 @@ from educe.recipes.answers import Asked, answered, questions_of
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
 from educe.recipes.export import export, refuse_early
 from educe.recipes.export_card import base_name
+from educe.recipes.grading import grading_of
 from educe.recipes.prepare import Prepared
 from educe.report.blend_page import build_blend_page
 from educe.seeds import derive, permute
@@ -160,7 +161,9 @@ def _scale(run: RunDir, recipe: Recipe, wish: Wish, device: Device, say: Say) ->
     positions = min(recipe.data.max_tokens, describe_model(prepared.model_dir, recipe.model).max_positions)
     texts, of_passage = passage_examples(passages, prepared.tokenizer, positions)
     asked: list[Asked] = []
-    if recipe.evaluation.metric.kind != "text":
+    if recipe.evaluation.metric.kind == "pass_at_k":
+        say("programs of the model are not run here: blends go by dev loss alone")
+    elif recipe.evaluation.metric.kind != "text":
         asked = questions_of(prepared, recipe, "dev", wish.rows)
     return _Scale(
         recipe=recipe,
@@ -235,7 +238,8 @@ def _right(scale: _Scale, model: CausalLM, label: str, screen: BlendScreen) -> i
     given = answered(
         model, scale.prepared, scale.recipe, scale.asked, label, lambda name, n, of: screen.answers(name, n, of)
     )
-    lines = grade([a.question for a in scale.asked], given, scale.recipe.evaluation.metric.kind)
+    grading = grading_of(scale.recipe.evaluation.metric, lambda _: None, allow_code=False)
+    lines = grade([a.question for a in scale.asked], given, grading.grader)
     return sum(bool(line["correct"]) for line in lines)
 
 

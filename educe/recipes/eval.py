@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
-from educe.evaluate.compare import ABOUT, SYSTEMS, grade, regrade, score
-from educe.evaluate.metrics import METRICS
+from educe.evaluate.compare import ABOUT, SYSTEMS, regrade, score, unjudged
+from educe.evaluate.metrics.question import Question
 from educe.files.atomic import make_private, told, write_json
 from educe.files.hashes import hash_json
 from educe.files.jsonl import write_jsonl
@@ -20,6 +20,7 @@ from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.source import Say
 from educe.recipes.also import Also, ask_also
 from educe.recipes.answers import OnAnswers, answers_of, questions_of
+from educe.recipes.grading import Grading, check_fit, grading_of, metric_named
 from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, open_prepared_data, prepare
 from educe.recipes.resume import ended_after, lost
@@ -111,32 +112,41 @@ def evaluate(
     regrade_only: bool = False,
     metric: str | None = None,
     also: Also | None = None,
+    allow_code: bool = False,
+    samples: int = 1,
 ) -> dict[str, Any]:
     """Answer, grade, compare; writes answers/ and scores.json and returns the scores. `metric` replaces the recipe's. `also`: a model
-    behind a server; the run's own answers are asked for again only where they are not those of its weights."""
+    behind a server; the run's own answers are asked for again only where they are not those of its weights. `allow_code`: programs
+    that a model wrote may run. `samples`: answers drawn to each row; one is the likeliest."""
     recipe = recipe_of(run)
-    if metric is not None and metric not in METRICS:
-        raise UsageError(101, "--metric", f"{metric!r} is not a metric.", f"One of {', '.join(METRICS)}.")
-    metric = metric or recipe.evaluation.metric.kind
+    wanted = metric_named(metric) if metric is not None else recipe.evaluation.metric
+    grading = grading_of(wanted, say, allow_code=allow_code)
+    if also is not None and samples > 1:
+        found = "gives one answer to each row, and --samples wants several."
+        raise UsageError(101, "--also", found, "Leave one of --also and --samples out.")
     old = run.load(run.scores) if run.scores.is_file() else {}
     if regrade_only:
-        table, weights = _stored(run, metric, old), old.get("weights")
+        table, weights = _stored(run, old), old.get("weights")
     else:
-        table, weights = _answered(run, recipe, metric, old, say, on_answers, also)
+        table, weights = _answered(run, recipe, grading, old, say, on_answers, also, samples)
+        _keep(run, table, say)  # a grader may fail, and then grades what is here when it is mended
+    table.graded = {n: regrade(lines, grading.grader) for n, lines in table.graded.items()}
     dev = {line["step"]: line["loss"] for line in run.load(run.metrics) if line["kind"] == "dev"}
     after = dev.get(
         run.load(run.provenance)["weights_step"]
     )  # of the weights that answer, which may be an earlier step's
     dev_loss = (dev[0], after) if after is not None else None
-    scores = score(table.graded, metric, table.seconds, dev_loss, table.about) | {"weights": weights}
-    _write(run, table, scores, say)
+    scores = score(table.graded, grading.kind, table.seconds, dev_loss, table.about) | {"weights": weights}
+    _keep(run, table, say)
+    write_json(run.scores, scores)
     if not regrade_only:
         took = sum(s for s in table.seconds.values() if s is not None)
         write_json(run.provenance, {**run.load(run.provenance), "evaluation_s": took})
     return scores
 
 
-def _write(run: RunDir, table: Table, scores: dict[str, Any], say: Say) -> None:
+def _keep(run: RunDir, table: Table, say: Say) -> None:
+    """answers/, and nothing of an earlier evaluation beside it."""
     with told(run.answers):
         make_private(run.answers)
         for name, lines in table.graded.items():
@@ -146,17 +156,16 @@ def _write(run: RunDir, table: Table, scores: dict[str, Any], say: Say) -> None:
                 file.unlink()
                 if file.stem not in SYSTEMS:
                     say(f"answers of {file.stem} were to other rows: left out")
-    write_json(run.scores, scores)
 
 
-def _stored(run: RunDir, metric: str, old: dict[str, Any]) -> Table:
-    """Answers of an evaluation before, graded by `metric`. Raises `EvalError`."""
+def _stored(run: RunDir, old: dict[str, Any]) -> Table:
+    """Answers of an evaluation before, as they were graded then. Raises `EvalError`."""
     known = old.get("systems", {})
     names = [n for n in dict.fromkeys([*SYSTEMS, *known]) if (run.answers / f"{n}.jsonl").is_file()]
     if "tuned" not in names:
         raise EvalError(2, str(run.answers), "holds no answers of the tuned model.", "Run `educe eval` first.")
     table = Table(
-        graded={n: regrade(run.load(run.answers / f"{n}.jsonl"), metric) for n in names},
+        graded={n: run.load(run.answers / f"{n}.jsonl") for n in names},
         seconds={n: known.get(n, {}).get("seconds") for n in names},
         about={n: {k: v for k, v in known.get(n, {}).items() if k in ABOUT} for n in names},
     )
@@ -168,25 +177,25 @@ def _stored(run: RunDir, metric: str, old: dict[str, Any]) -> Table:
 def _answered(
     run: RunDir,
     recipe: Recipe,
-    metric: str,
+    grading: Grading,
     old: dict[str, Any],
     say: Say,
     on_answers: OnAnswers,
     also: Also | None,
+    samples: int,
 ) -> tuple[Table, str]:
     weights, manifest = _final(run, say)
     prepared = data_of(run, recipe, say)
     asked = questions_of(prepared, recipe)
-    for a in asked:  # before minutes are spent: can the expected answers be graded at all?
-        METRICS[metric](a.question.expected, a.question.expected)
     questions, made_by = [a.question for a in asked], hash_json(manifest)
-    table = _kept(run, metric, old, [q.row for q in questions])
+    check_fit(grading, questions)
+    table = _kept(run, old, questions, samples)
     if also is not None and table is not None and old.get("weights") == made_by:
         say("answers of the run's own models are stored, and not asked for again")
     else:
         device = answering_device(recipe, run, say)
-        answers, seconds = answers_of(run, recipe, prepared, weights / WEIGHTS, device, asked, say, on_answers)
-        own = {n: grade(questions, given, metric) for n, given in answers.items()}
+        answers, seconds = answers_of(run, recipe, prepared, weights / WEIGHTS, device, asked, say, on_answers, samples)
+        own = {n: unjudged(questions, given) for n, given in answers.items()}
         others = [n for n in table.graded if n not in SYSTEMS] if table is not None else []
         table = Table(
             graded=own | {n: table.graded[n] for n in others if table is not None},
@@ -195,15 +204,16 @@ def _answered(
         )
     if also is not None:
         given, took, about = ask_also(also, asked, recipe.evaluation.max_new_tokens, say, on_answers)
-        table.graded[also.name] = grade(questions, given, metric)
+        table.graded[also.name] = unjudged(questions, given)
         table.seconds[also.name], table.about[also.name] = took, about
     return table, made_by
 
 
-def _kept(run: RunDir, metric: str, old: dict[str, Any], rows: list[str]) -> Table | None:
-    """What is stored, where it answers the same rows."""
+def _kept(run: RunDir, old: dict[str, Any], questions: list[Question], samples: int) -> Table | None:
+    """What is stored, where it answers the same rows as often."""
     try:
-        table = _stored(run, metric, old)
+        table = _stored(run, old)
     except (EvalError, RunError):
         return None
-    return table if table.rows("tuned") == rows else None
+    same = table.rows("tuned") == [q.row for q in questions]
+    return table if same and all(1 + len(line.get("others", ())) == samples for line in table.graded["tuned"]) else None

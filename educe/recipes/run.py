@@ -98,17 +98,20 @@ class Run:
         regrade: bool = False,
         metric: str | None = None,
         also: Also | None = None,
+        allow_code: bool = False,
+        samples: int = 1,
         say: Say = quiet,
         progress: Progress = no_progress,
     ) -> dict[str, Any]:
         """Answer the test rows before and after, or grade stored answers again; returns scores.json.
 
-        `metric` replaces the recipe's; `also` is asked too; `progress(system, done, total)` is called as answers are made.
+        `metric` replaces the recipe's; `also` is asked too; `allow_code`: programs that the model wrote may run here (pass_at_k);
+        `samples`: answers drawn to each row, for pass@k; `progress(system, done, total)` is called as answers are made.
         """
         need_torch()
         from educe.recipes.eval import evaluate
 
-        return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric, also=also)
+        return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric, also=also, allow_code=allow_code)
 
     def suite(
         self,

@@ -6,11 +6,12 @@ import time
 
 from educe.chat.prompt import answer_in, render_prompt
 from educe.errors import EvalError
-from educe.evaluate.metrics import METRICS
+from educe.evaluate.metrics import METRICS, Grader
 from educe.files.journal import Journal
 from educe.model.device import release_free_memory
 from educe.model.together import Together
 from educe.recipes.answers import Asked, questions_of
+from educe.recipes.grading import check_fit, grading_of
 from educe.recipes.job import TrainJob
 from educe.sample.local import LocalSampler
 from educe.training.state import State
@@ -27,7 +28,7 @@ class DevScores:
 
     def __init__(self, job: TrainJob, state: State, metrics: Journal) -> None:
         self._job, self._state, self._metrics = job, state, metrics
-        self._asked = _chosen(job)
+        self._asked, self._grader = _chosen(job)
         tokenizer = job.prepared.tokenizer
         self._prompts = [render_prompt(a.prompt, tokenizer, a.row.tools) for a in self._asked]
         longest = max((len(tokenizer.encode_plain(a.question.expected)) for a in self._asked), default=0)
@@ -45,7 +46,7 @@ class DevScores:
             answers = sampler.answer(self._prompts[i : i + ROWS_AT_ONCE], self._most, alive=job.dog.alive)
             for asked, answer in zip(self._asked[i : i + ROWS_AT_ONCE], answers, strict=True):
                 text = answer_in(answer.text, asked.row, tokenizer)
-                right += METRICS[metric](text, asked.question.expected).correct
+                right += self._grader(text, asked.question).correct
         release_free_memory()
         seconds, rows = time.perf_counter() - began, len(self._asked)
         line = {"kind": "score", "step": step, "metric": metric, "right": right, "rows": rows, "took_s": seconds}
@@ -59,16 +60,16 @@ class DevScores:
         return self._job.recipe.evaluation.metric.kind
 
 
-def _chosen(job: TrainJob) -> list[Asked]:
-    """The dev rows; none where the recipe asks for none, or where answers are not right or wrong."""
+def _chosen(job: TrainJob) -> tuple[list[Asked], Grader]:
+    """The dev rows and what grades them; no rows where the recipe asks for none, or where answers are not right or wrong."""
     recipe, metric = job.recipe, job.recipe.evaluation.metric.kind
     if not recipe.train.score_rows or metric == "text" or not job.prepared.conversations("dev"):
-        return []
+        return [], METRICS["exact"]
     asked = questions_of(job.prepared, recipe, "dev", recipe.train.score_rows)
     try:
-        for a in asked:
-            METRICS[metric](a.question.expected, a.question.expected)
+        grading = grading_of(recipe.evaluation.metric, job.say, allow_code=False)
+        check_fit(grading, [a.question for a in asked])
     except EvalError as e:
         job.say(f"warning: dev rows are not graded while training: {e.found}")
-        return []
-    return asked
+        return [], METRICS["exact"]
+    return asked, grading.grader

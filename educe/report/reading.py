@@ -279,6 +279,7 @@ def _scores(loaded: Any) -> Scores:
     systems = _dict(row.get("systems"))
     return Scores(
         metric=_text(row, "metric"),
+        measure=_text(row, "measure"),
         num_rows=_whole(row, "num_rows") or 0,
         verdict=_text(row, "verdict"),
         systems=tuple(_system(n, _dict(systems[n])) for n in (*SYSTEMS, *_others(systems)) if n in systems),

@@ -166,6 +166,7 @@ class Comparison:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     metric: str
+    measure: str
     num_rows: int
     verdict: str
     systems: tuple[System, ...]

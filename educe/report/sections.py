@@ -14,7 +14,17 @@ from educe.report.charts import Bar
 from educe.report.records import Answered, Checked, Field, Point, RunFiles, Sample, Scores, Step
 
 T = TypeVar("T")
-_METRIC = {"exact": "exact text", "json": "equal JSON", "label": "the same label", "sql": "the same SQL statement"}
+_METRIC = {
+    "custom": "your own function",
+    "exact": "exact text",
+    "json": "equal JSON",
+    "json_fields": "F1 of JSON's fields",
+    "label": "the same label",
+    "pass_at_k": "programs that pass their tests",
+    "rouge_l": "ROUGE-L",
+    "sql": "the same SQL statement",
+    "tool_calls": "the same tool calls",
+}
 _KINDS = {"untouched": "untouched", "few_shot": "few-shot", "tuned": "tuned"}
 _BAR_LABEL = 14  # characters
 _GROUPS = (  # heading, right before, right after, rows shown at most
@@ -243,7 +253,8 @@ def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
         value = f"{wording.percent(before.score.value)} → {wording.percent(after.score.value)}"
         interval = wording.span(after.score.low, after.score.high)
         note = f"95 % interval after tuning: {interval}. {files.scores.num_rows:,} test rows"
-        made.append(Figure(label=f"Right answers ({graded_as(files.scores.metric)})", value=value, note=note))
+        of = "Mean score" if files.scores.measure == "mean" else "Right answers"
+        made.append(Figure(label=f"{of} ({graded_as(files.scores.metric)})", value=value, note=note))
     elif len(files.dev) > 1:
         kept = _kept(files)
         value = f"{wording.number(files.dev[0].loss)} → {wording.number(kept.loss)}"

@@ -10,7 +10,7 @@ from educe.stats.means import (
 )
 from educe.stats.planning import changed_variance, holm, paired_variance, rows_needed, smallest_difference
 from educe.stats.rates import mcnemar, paired_difference, wilson
-from educe.stats.resampling import bootstrap, ratio
+from educe.stats.resampling import bootstrap, flip_signs, ratio
 
 __all__ = [
     "wilson",
@@ -23,6 +23,7 @@ __all__ = [
     "paired_means",
     "percentile",
     "bootstrap",
+    "flip_signs",
     "ratio",
     "holm",
     "rows_needed",

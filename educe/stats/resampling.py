@@ -43,6 +43,18 @@ def bootstrap(statistic: Statistic, draws: Iterable[Float64[np.ndarray, "b c"]],
     return Interval(value=value, low=min(value, float(low)), high=max(value, float(high)))
 
 
+def flip_signs(differences_R: Sequence[float], signs: Iterable[Float64[np.ndarray, "b r"]]) -> float:
+    """Two-sided p of a paired randomisation test: how often is the mean as far from 0 if each row's two systems are exchanged at
+    random (Fisher 1935; Noreen 1989)? `signs` are those of `seeds.signs`; the data counts as one draw more, so that p is never 0."""
+    apart = np.asarray(differences_R, np.float64)
+    seen = abs(float(apart.sum())) * (1 - 1e-12)  # a tie despite rounding
+    num_draws = as_far = 1
+    for signs_BR in signs:
+        num_draws += len(signs_BR)
+        as_far += int(np.count_nonzero(np.abs(signs_BR @ apart) >= seen))
+    return as_far / num_draws
+
+
 def _values(statistic: Statistic, counts: Float64[np.ndarray, "b c"]) -> Float64[np.ndarray, " b"]:
     found = np.asarray(statistic(counts), dtype=np.float64)
     if found.shape != (len(counts),) or not np.isfinite(found).all():

@@ -1,0 +1,59 @@
+"""A user's own metric: a function that the recipe names, which is the consent to run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from educe.errors import EvalError
+from educe.evaluate.metrics.question import Grader, Question
+from educe.types import Verdict
+
+Scoring = Callable[[str, str, dict[str, Any]], Any]
+
+
+def load_custom(entry: str) -> Grader:
+    """The grader of `file.py:function`. The file's directory is searched for what it imports, while it is loaded.
+
+    Raises `EvalError` with what the file raised, or for a function that is not there.
+    """
+    file, _, name = entry.rpartition(":")
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(f"educe_custom_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        fix = "Name a function in a Python file beside the recipe, module:function."
+        raise EvalError(202, entry, f"{path} is no Python file.", fix)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise EvalError(202, entry, f"cannot be imported: {type(e).__name__}: {e}", "Mend the file.") from e
+    finally:
+        sys.path.remove(str(path.parent))
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise EvalError(202, entry, f"{path.name} has no function {name!r}.", "Define it: (answer, expected, row).")
+    return lambda answer, question: _graded(function, entry, answer, question)
+
+
+def _graded(function: Scoring, entry: str, answer: str, question: Question) -> Verdict:
+    """Its verdict of one row. What it raises, and what is no score, ends the grading: a row that is left out would change the mean."""
+    row = {
+        "row": question.row,
+        "prompt": [dict(m) for m in question.prompt],
+        "calls": [{"name": c.name, "arguments": dict(c.arguments)} for c in question.calls],
+    }
+    try:
+        score = function(answer, question.expected, row)
+    except Exception as e:
+        found = f"{entry} raised {type(e).__name__}: {e}"
+        raise EvalError(202, question.row, found, "Mend it, then `educe eval --regrade`.") from e
+    if not isinstance(score, (bool, int, float)) or not math.isfinite(score) or not 0 <= score <= 1:
+        found = f"{entry} gave {score!r:.60}."
+        raise EvalError(202, question.row, found, "Give a number from 0 to 1, or True or False.")
+    return Verdict(correct=score == 1, reason=f"{entry.rpartition(':')[2]} {float(score):.3f}", score=float(score))

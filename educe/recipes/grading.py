@@ -1,0 +1,61 @@
+"""A recipe's metric → its grader: settings bound, code of the user's loaded, consent to run a model's asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter, ValidationError
+
+from educe.config.recipe import CustomMetric, Metric
+from educe.errors import EvalError, UsageError
+from educe.evaluate.jail.outside import what_stays_open
+from educe.evaluate.metrics import METRICS, Grader, Question
+from educe.evaluate.metrics.code import grade_code
+from educe.evaluate.metrics.custom import load_custom
+from educe.model.source import Say
+
+_NAMES = (*METRICS, "pass_at_k")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grading:
+    """A grader with its name."""
+
+    kind: str
+    grader: Grader
+
+
+def metric_named(name: str) -> Metric:
+    """A metric without settings of its own, by its name on the command line. Raises `UsageError`."""
+    try:
+        made: Metric = TypeAdapter(Metric).validate_python({"kind": name})
+    except ValidationError as e:
+        raise UsageError(101, "--metric", f"{name!r} is not a metric.", f"One of {', '.join(_NAMES)}.") from e
+    return made
+
+
+def grading_of(metric: Metric, say: Say, *, allow_code: bool) -> Grading:
+    """Raises `EvalError` for programs without consent, and for a custom metric that cannot be loaded."""
+    if isinstance(metric, CustomMetric):
+        say(f"grading by your own function, {metric.function}: it runs as you")
+        return Grading(kind=metric.kind, grader=load_custom(metric.function))
+    if metric.kind != "pass_at_k":
+        return Grading(kind=metric.kind, grader=METRICS[metric.kind])
+    if not allow_code:
+        found = "runs programs that a model wrote, on this machine."
+        raise EvalError(303, "pass_at_k", found, "Read docs/security.md, then add --allow-code.")
+    for still_open in what_stays_open():
+        say(f"warning: programs of the model run with limits, but on this system {still_open}")
+    return Grading(kind=metric.kind, grader=grade_code)
+
+
+def check_fit(grading: Grading, questions: Sequence[Question]) -> None:
+    """Before minutes are spent: an expected answer that is not right by its own metric can never be reached. Raises `EvalError`."""
+    if grading.kind == "pass_at_k":
+        return  # what is expected there is a test
+    for q in questions:
+        verdict = grading.grader(q.expected, q)
+        if not verdict.correct and grading.kind != "custom":
+            found = f"the expected answer is itself graded wrong: {verdict.reason}."
+            raise EvalError(201, q.row, found, "Choose another metric, or mend the row.")
