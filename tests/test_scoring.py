@@ -46,7 +46,7 @@ def test_dev_rows_are_graded_at_each_measurement(graded: tuple[Run, list[str]]) 
     assert sum("more times while it trains" in line for line in said) == 1
     assert [g.step for g in read_run(run.dir).graded] == at
     asked = sorted({x["step"] for x in read_jsonl(run.path / "samples.jsonl")})
-    assert asked == at
+    assert asked == [0, steps]  # so short a run would give the same answers again
 
 
 def test_the_weights_are_the_same_bits_without_them(place: Path, graded: tuple[Run, list[str]]) -> None:
