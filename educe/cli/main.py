@@ -18,6 +18,7 @@ from educe.cli.ending import ended_by, saved
 from educe.cli.evaluate import evaluate
 from educe.cli.export import export
 from educe.cli.judge import judge
+from educe.cli.report import report
 from educe.cli.serve import serve
 from educe.cli.telling import hide_in_tracebacks, tell, tell_usage
 from educe.cli.train import train
@@ -120,13 +121,7 @@ cli.add_command(train)
 cli.add_command(evaluate)
 
 
-@cli.command()
-@click.argument("run", type=RECIPE, required=False)
-def report(run: Path | None) -> None:
-    """Write the run's report: one HTML page that needs no network."""
-    from educe.cli.screens import shown
-
-    click.echo(f"Report: {shown(_run(run).report())}")
+cli.add_command(report)
 
 
 @cli.command()

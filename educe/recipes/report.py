@@ -1,15 +1,59 @@
-"""`educe report`: a run directory to one self-contained page."""
+"""`educe report`: run directories to one self-contained page, to Markdown, or to the numbers behind them."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from educe.files.atomic import write_text
+from educe.errors import UsageError
+from educe.files.atomic import write_new, write_text
 from educe.files.run_dir import RunDir
 from educe.report import build_report
+from educe.report.compare import build_comparison
+from educe.report.markdown import comparison_markdown, run_markdown
+from educe.report.numbers import MOST_RUNS, comparison_of, named, numbers_of
+from educe.report.sections import Price
+
+_STARTS = {"html": "<!doctype html>", "md": "# ", "json": "{"}
 
 
-def report(run: RunDir) -> Path:
+def report(run: RunDir, hourly: Price | None = None) -> Path:
     """Write report.html and return its path."""
-    write_text(run.report, build_report(run))
+    write_text(run.report, build_report(run, hourly=hourly))
     return run.report
+
+
+def text_of(runs: Sequence[RunDir], form: str, hourly: Price | None = None) -> str:
+    """One run or several (at most `MOST_RUNS`) as html, md or json. Raises `UsageError`."""
+    if len(runs) > MOST_RUNS:
+        raise UsageError(101, "RUN", f"{len(runs)} runs are too many for one page.", f"Give {MOST_RUNS} at most.")
+    if form == "html":
+        return build_report(runs[0], hourly=hourly) if len(runs) == 1 else build_comparison(runs, hourly=hourly)
+    found = named(runs)
+    numbers = numbers_of(found[0], hourly) if len(found) == 1 else comparison_of(found, hourly)
+    if form == "json":
+        return json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return run_markdown(numbers) if len(found) == 1 else comparison_markdown(numbers)
+
+
+def write_report(runs: Sequence[RunDir], out: Path | None, form: str, hourly: Price | None = None) -> Path:
+    """Write to `out`, never over anything else; without it to report.html in the run, of several to compare.html beside them."""
+    text = text_of(runs, form, hourly)
+    if out is None and form == "html":
+        place = runs[0].report if len(runs) == 1 else runs[0].path.parent / "compare.html"
+        write_text(place, text)
+        return place
+    if out is None:
+        raise UsageError(101, "--out", "is needed to write another format.", "Without it the text is printed.")
+    write_new(out, text, over=_STARTS[form])
+    return out
+
+
+def price_of(said: str) -> Price:
+    """ "2.50 EUR" → what an hour costs. Raises `UsageError`."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([A-Za-z€$£]{0,12})\s*", said)
+    if not found:
+        raise UsageError(101, "--hourly", f"{said!r} is no price.", "Such as 2.50, or '2.50 EUR'.")
+    return Price(amount=float(found[1]), currency=found[2])

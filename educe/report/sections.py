@@ -179,14 +179,16 @@ def loss_table(steps: Sequence[Step], dev: Sequence[Point], most: int = 20) -> t
     return tuple(TableStep(step=i, train=known.get(i), dev=held.get(i)) for i in wanted), every
 
 
-def _training_s(files: RunFiles) -> float | None:
+def training_s(files: RunFiles) -> float | None:
+    """As the run's end says, else so far."""
     p = files.provenance
     if p and p.training_s is not None:
         return p.training_s
     return files.steps[-1].elapsed_s if files.steps else None
 
 
-def _peak(files: RunFiles) -> float | None:
+def peak_bytes(files: RunFiles) -> float | None:
+    """Of memory, the highest."""
     p = files.provenance
     if p and p.peak_memory_bytes is not None:
         return p.peak_memory_bytes
@@ -224,7 +226,7 @@ class Price:
 
 
 def _price(files: RunFiles, hourly: Price) -> Figure | None:
-    training, evaluation = _training_s(files), files.provenance.evaluation_s if files.provenance else None
+    training, evaluation = training_s(files), files.provenance.evaluation_s if files.provenance else None
     if training is None:
         return None
     parts = f"training {wording.duration(training)}"
@@ -261,9 +263,9 @@ def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
         made.append(Figure(label="Held-out loss", value=value, note=f"step 0 → step {kept.step:,}"))
     if hourly is not None and (price := _price(files, hourly)) is not None:
         made.append(price)
-    elif (seconds := _training_s(files)) is not None:
+    elif (seconds := training_s(files)) is not None:
         made.append(Figure(label="Training time", value=wording.duration(seconds), note=f"{_steps_done(files)} steps"))
-    if (peak := _peak(files)) is not None:
+    if (peak := peak_bytes(files)) is not None:
         note = f"{wording.large(files.provenance.parameters)} parameters" if files.provenance else ""
         made.append(Figure(label="Peak memory", value=wording.size(peak), note=note))
     if ledger := files.ledger:
@@ -298,11 +300,11 @@ def cost(files: RunFiles, hourly: Price | None = None) -> list[Field]:
     graded = sum(g.seconds or 0.0 for g in files.graded)
     rows = [
         ("Price", f"{price.value} ({price.note})" if price else wording.ABSENT),
-        ("Training time", wording.duration(_training_s(files))),
+        ("Training time", wording.duration(training_s(files))),
         ("Evaluation time", wording.duration(files.provenance.evaluation_s if files.provenance else None)),
         ("Answering dev rows while training", wording.duration(graded) if graded else wording.ABSENT),
         ("Speed", f"{wording.number(statistics.median(speeds))} tokens/s (median step)" if speeds else wording.ABSENT),
-        ("Peak memory", wording.size(_peak(files))),
+        ("Peak memory", wording.size(peak_bytes(files))),
         ("Steps", _steps_done(files) if files.steps else wording.ABSENT),
         ("Weights kept", _weights(files)),
         ("Tokens processed", f"{tokens:,}, {trained:,} of them with loss" if tokens else wording.ABSENT),

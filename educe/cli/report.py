@@ -1,0 +1,37 @@
+"""`educe report`: one run, or several compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("runs", type=PATH, nargs=-1, metavar="[RUN]...")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "md", "json"]),
+    default="html",
+    show_default=True,
+    help="What to make.",
+)
+@click.option("--out", type=PATH, help="Where to write it (default: report.html in the run; md and json are printed).")
+@click.option(
+    "--hourly", metavar="PRICE", help="What an hour of the machine costs, such as '2.50 EUR': the page says the price."
+)
+def report(runs: tuple[Path, ...], form: str, out: Path | None, hourly: str | None) -> None:
+    """Write a run's report, one HTML page that needs no network. Several runs are compared with the first."""
+    from educe.cli.screens import shown
+    from educe.recipes.report import price_of, text_of, write_report
+    from educe.recipes.run import Run
+
+    found = [Run(path).dir for path in runs or (None,)]
+    price = price_of(hourly) if hourly is not None else None
+    if form != "html" and out is None:
+        click.echo(text_of(found, form, price), nl=False)
+    else:
+        click.echo(f"Report: {shown(write_report(found, out, form, price))}")

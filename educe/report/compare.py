@@ -1,0 +1,82 @@
+"""Several runs on one page: which is better and how surely, what was set differently, what each cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from educe.files.run_dir import RunDir
+from educe.report import sections, wording
+from educe.report.charts import LARGEST, MOST_MEASURED, Bar, Drawn, draw_bars, plan_curve
+from educe.report.lines import Dot, Line, LinesPlan, draw_lines
+from educe.report.numbers import Named, Paired, comparison_of, named, pair, settings_that_differ
+from educe.report.page import render_page
+from educe.report.records import Point
+from educe.report.sections import Price
+from educe.report.visible import cut
+
+_SURE = 0.05
+
+
+def build_comparison(runs: Sequence[RunDir], *, hourly: Price | None = None) -> str:
+    """The page of several runs as HTML; each is compared with the first."""
+    found = named(runs)
+    paired = pair(found)
+    return render_page(
+        "compare.html",
+        title=f"{len(runs)} runs compared",
+        names=[r.name for r in found],
+        headline=headline([r.name for r in found], paired),
+        paired=paired,
+        runs=comparison_of(found, hourly)["runs"],
+        bars=_bars(found),
+        training=_curves(found, "training"),
+        held_out=_curves(found, "held-out"),
+        differing=settings_that_differ(found),
+    )
+
+
+def headline(names: Sequence[str], paired: Sequence[Paired]) -> str:
+    """What the paired tests show, corrected for their number."""
+    first, tested = names[0], [p for p in paired if p.p_holm is not None]
+    sure = [p for p in tested if p.p_holm is not None and p.p_holm < _SURE]
+    better = [p for p in sure if p.won > p.lost]
+    if better:
+        best = max(better, key=lambda p: (p.won - p.lost) / p.rows)
+        gain = wording.number(100 * (best.won - best.lost) / best.rows)
+        return f"{best.after} beats {first}: {gain} percentage points more right answers on {best.rows:,} shared test rows."
+    if sure:
+        return f"{first} beats {', '.join(p.after for p in sure)}."
+    if tested:
+        return f"No run is shown to differ from {first}."
+    return f"{len(names)} runs side by side; no two share graded test rows."
+
+
+def _bars(runs: Sequence[Named]) -> Drawn | None:
+    bars = []
+    for r in runs:
+        tuned = r.files.scores.system("tuned") if r.files.scores and r.files.scores.graded else None
+        if tuned is not None:
+            text = f"{wording.percent(tuned.score.value)} ({wording.span(tuned.score.low, tuned.score.high)})"
+            bars.append(Bar(label=cut(r.name, 14), kind="tuned", score=tuned.score, text=text))
+    return Drawn(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True)) if bars else None
+
+
+def _curves(runs: Sequence[Named], what: str) -> Drawn | None:
+    """One line a run: the mean of neighbouring steps, or each held-out measurement."""
+    lines = []
+    for k, r in enumerate(runs):
+        steps = r.files.steps
+        train = [Point(step=s.step, loss=s.loss) for s in steps if s.loss is not None and abs(s.loss) < LARGEST]
+        curve = plan_curve(train, [p for p in r.files.dev if abs(p.loss) < LARGEST])
+        points = curve.dev if what == "held-out" else curve.smooth or curve.raw
+        name = cut(r.name, 60)
+        dots = [
+            Dot(step=p.step, value=p.loss, said=f"{name}, step {p.step:,}: {what} loss {wording.number(p.loss)}")
+            for p in sections.spread(points, MOST_MEASURED)
+        ]
+        if dots:
+            lines.append(Line(name=name, number=k, dots=tuple(dots), marked=what == "held-out"))
+    plan = LinesPlan(
+        name=what.replace("-", ""), title=f"{what.capitalize()} loss", what="loss per trained token", top=None
+    )
+    return draw_lines(lines, plan) if lines else None

@@ -1,0 +1,154 @@
+"""The same numbers as Markdown: readable in a terminal, a table on GitHub. Text of the data is escaped: none of it is markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from educe.report import wording
+from educe.report.compare import headline
+from educe.report.numbers import Paired
+from educe.report.visible import clamp, visible
+from educe.types import Interval
+
+_MARKUP = re.compile(r"([\\`*_\[\]<>#|~&$@])")
+
+
+def plain(text: str | None, limit: int = 200) -> str:
+    """Text on one line in which no character is markup."""
+    kept, left = clamp(" ".join((text or "").split()), limit)
+    return _MARKUP.sub(r"\\\1", visible(kept)) + ("…" if left else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded so that it reads without being rendered; the first to the left, numbers to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k, w in enumerate(widths))
+    return "\n".join((line(head), f"|{rule}|", *map(line, rows)))
+
+
+def run_markdown(run: dict[str, Any]) -> str:
+    """A run, as `numbers_of` gives it."""
+    return "\n\n".join(_run(run)) + "\n"
+
+
+def _run(run: dict[str, Any]) -> Iterator[str]:
+    yield f"# {plain(run['name'])}"
+    about = [plain(run["model"]), run["tuning"], plain((run["provenance"] or {}).get("device"))]
+    yield " · ".join(a for a in about if a) or "no settings are recorded"
+    yield f"**{plain(run['verdict'], 600)}**" if run["verdict"] else "Not evaluated yet: run `educe eval`."
+    if run["systems"]:
+        labels = {s["name"]: s["label"] for s in run["systems"]}
+        yield table(
+            ("System", "Right", "Share", "95 % interval", "Tokens per answer", "Time"),
+            [_system(s) for s in run["systems"]],
+        )
+        yield "\n".join(f"- {_comparison(c, labels)}" for c in run["comparisons"]) or "No comparison."
+    steps = _losses(run)
+    if steps:
+        yield "## Training"
+        yield table(("Step", "Held-out loss", "Dev rows right"), steps)
+    if run["data"]:
+        yield "## Data"
+        yield table(
+            ("Rows", "Count", "Tokens"),
+            [(plain(t["label"]), f"{t['rows']:,}", f"{t['tokens']:,}") for t in run["data"]["terms"]],
+        )
+    if run["checks"]:
+        yield "## Checks to look at"
+        yield "\n".join(
+            f"- {plain(c['id'])} {plain(c['name'])}: {plain(c['verdict'])}. {plain(c['evidence'], 400)}"
+            for c in run["checks"][:40]
+        )
+    yield "## Cost"
+    yield table(("What", "How much"), _cost(run["cost"]))
+
+
+def _system(s: dict[str, Any]) -> tuple[str, ...]:
+    interval, took = wording.span(s["low"], s["high"]), wording.duration(s["seconds"])
+    return (
+        plain(s["label"], 60),
+        f"{s['correct']:,}",
+        wording.percent(s["value"]),
+        interval,
+        wording.number(s["mean_tokens"]),
+        took,
+    )
+
+
+def _comparison(c: dict[str, Any], labels: dict[str, str]) -> str:
+    d = Interval(**c["difference"])
+    names = f"{plain(labels.get(c['after'], c['after']))} against {plain(labels.get(c['before'], c['before']))}"
+    changed = f"{c['won']:,} rows won, {c['lost']:,} lost, McNemar {wording.p_value(c['p'])}"
+    return f"{names}: {wording.points(d)} (95 %: {wording.points_span(d)}); {changed}"
+
+
+def _losses(run: dict[str, Any]) -> list[tuple[str, str, str]]:
+    loss = {p["step"]: p["loss"] for p in run["dev_loss"]}
+    right = {g["step"]: f"{g['right']} of {g['rows']}" for g in run["dev_right"]}
+    steps = sorted({*loss, *right})
+    every = max(1, len(steps) // 20)
+    return [
+        (f"{s:,}", wording.number(loss.get(s)), right.get(s, wording.ABSENT))
+        for s in steps
+        if s in (*steps[::every], steps[-1])
+    ]
+
+
+def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    price = f"{wording.number(cost['price'])} {cost['currency']}" if cost["price"] is not None else wording.ABSENT
+    rows = [
+        ("Price", price),
+        ("Training", wording.duration(cost["training_s"])),
+        ("Evaluation", wording.duration(cost["evaluation_s"])),
+        ("Peak memory", wording.size(cost["peak_memory_bytes"])),
+        ("Steps", wording.count(cost["steps"])),
+        ("Tokens", wording.count(cost["tokens"])),
+    ]
+    return [r for r in rows if r[1] != wording.ABSENT]
+
+
+def comparison_markdown(found: dict[str, Any]) -> str:
+    """Several runs, as `comparison_of` gives them."""
+    runs = found["runs"]
+    names = [plain(r["name"], 80) for r in runs]
+    paired = [_paired(p) for p in found["paired"]]
+    parts = [f"# {len(runs)} runs compared", f"**{plain(headline([r['name'] for r in runs], paired), 400)}**"]
+    rows = [(n, *_system(s)[:4]) for n, r in zip(names, runs, strict=True) for s in r["systems"]]
+    parts += [table(("Run", "System", "Right", "Share", "95 % interval"), rows)] if rows else []
+    parts.append("\n".join(f"- {_pair(p)}" for p in paired))
+    differing = [
+        (plain(d["setting"]), *(plain(v, 60) or "–" for v in d["values"])) for d in found["settings_that_differ"]
+    ]
+    parts += ["## Settings that differ", table(("Setting", *names), differing)] if differing else []
+    costs = [(n, *(v for _, v in _all(r["cost"]))) for n, r in zip(names, runs, strict=True)]
+    parts += ["## Cost", table(("Run", *(k for k, _ in _all(runs[0]["cost"]))), costs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _paired(p: dict[str, Any]) -> Paired:
+    return Paired(**{**p, "difference": Interval(**p["difference"]) if p["difference"] else None})
+
+
+def _all(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    known = dict(_cost(cost))
+    keys = ("Price",) if cost["currency"] is not None else ()
+    return [
+        (k, known.get(k, wording.ABSENT)) for k in (*keys, "Training", "Evaluation", "Peak memory", "Steps", "Tokens")
+    ]
+
+
+def _pair(p: Paired) -> str:
+    names = f"{plain(p.after, 80)} against {plain(p.before, 80)}"
+    if p.difference is None or p.p is None or p.p_holm is None:
+        return f"{names}: not tested, {p.why}"
+    d = p.difference
+    rows = f"{p.won:,} rows won, {p.lost:,} lost of {p.rows:,} shared"
+    tests = f"{rows}, McNemar {wording.p_value(p.p)}, by Holm {wording.p_value(p.p_holm)}"
+    return f"{names}: {wording.points(d)} (95 %: {wording.points_span(d)}); {tests}"

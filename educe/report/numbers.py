@@ -1,0 +1,171 @@
+"""The numbers behind the page, as plain values: `educe report --format json`, and what the comparison of runs is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from educe.files.run_dir import RunDir
+from educe.report import sections
+from educe.report.charts import LARGEST, MOST_POINTS, thin
+from educe.report.reading import read_run
+from educe.report.records import Answered, Point, RunFiles, System
+from educe.report.sections import Price
+from educe.stats import holm, mcnemar, paired_difference, wilson
+from educe.types import Interval
+
+MOST_RUNS = 8  # as many lines as one plot can tell apart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A run and what the page calls it."""
+
+    name: str
+    run: RunDir
+    files: RunFiles
+
+
+def named(runs: Sequence[RunDir]) -> list[Named]:
+    """By the recipes' names; by their directories where two are called the same."""
+    files = [read_run(run) for run in runs]
+    names = [(f.settings.name if f.settings else "") or r.path.name for r, f in zip(runs, files, strict=True)]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    return [Named(name=n, run=r, files=f) for n, r, f in zip(names, runs, files, strict=True)]
+
+
+def numbers_of(one: Named, hourly: Price | None = None) -> dict[str, Any]:
+    """A run in numbers. What was not measured is null or empty."""
+    f = one.files
+    made, scores, settings = f.provenance, f.scores, f.settings
+    checks = sections.sort_checks(f.checks)
+    names = sections.system_names(settings.few_shot if settings else None, scores)
+    train = [Point(step=s.step, loss=s.loss) for s in f.steps if s.loss is not None and abs(s.loss) < LARGEST]
+    return {
+        "name": one.name,
+        "path": str(one.run.path),
+        "model": settings.model if settings else None,
+        "tuning": settings.tuning if settings else None,
+        "verdict": scores.verdict if scores else None,
+        "metric": scores.metric if scores else None,
+        "test_rows": scores.num_rows if scores else None,
+        "systems": [_system(s, names) for s in scores.systems] if scores and scores.graded else [],
+        "comparisons": [asdict(c) for c in scores.comparisons] if scores and scores.graded else [],
+        "training_loss": [asdict(p) for p in thin(train, MOST_POINTS)[0]],
+        "dev_loss": [asdict(p) for p in f.dev],
+        "dev_loss_of_tasks": [asdict(t) for t in f.tasks],
+        "dev_right": [{**asdict(g), **_interval(g.right, g.rows)} for g in f.graded],
+        "data": asdict(f.ledger) if f.ledger else None,
+        "checks": [asdict(c) for c in checks.open] if checks else [],
+        "checks_passed": len(checks.passed) if checks else 0,
+        "cost": cost_of(f, hourly),
+        "settings": {s.key: s.value for s in settings.rows} if settings else {},
+        "provenance": asdict(made) if made else None,
+        "unreadable": list(f.unreadable),
+    }
+
+
+def _interval(right: int, rows: int) -> dict[str, float]:
+    i = wilson(right, rows)
+    return {"value": i.value, "low": i.low, "high": i.high}
+
+
+def _system(s: System, names: dict[str, str]) -> dict[str, Any]:
+    found = {**asdict(s), "label": names[s.name]}
+    return {**{k: v for k, v in found.items() if k != "score"}, **found["score"]}
+
+
+def cost_of(f: RunFiles, hourly: Price | None) -> dict[str, Any]:
+    """Seconds, bytes, tokens; the price where an hour's is known."""
+    training, evaluation = sections.training_s(f), f.provenance.evaluation_s if f.provenance else None
+    paid = (training or 0.0) + (evaluation or 0.0)
+    known = hourly is not None and training is not None
+    return {
+        "training_s": training,
+        "evaluation_s": evaluation,
+        "answering_dev_rows_s": sum(g.seconds or 0.0 for g in f.graded),
+        "peak_memory_bytes": sections.peak_bytes(f),
+        "steps": f.steps[-1].step if f.steps else 0,
+        "tokens": sum(s.tokens for s in f.steps),
+        "trained_tokens": sum(s.trained_tokens for s in f.steps),
+        "price": hourly.amount * paid / 3600 if hourly is not None and known else None,
+        "currency": hourly.currency if hourly is not None else None,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """The tuned models of two runs on the test rows that both answered; `why` says where there is no test. `p_holm`: corrected for
+    the number of runs compared."""
+
+    before: str
+    after: str
+    rows: int
+    won: int
+    lost: int
+    p: float | None
+    p_holm: float | None
+    difference: Interval | None
+    why: str
+
+
+def pair(runs: Sequence[Named]) -> list[Paired]:
+    """Each run against the first."""
+    first, tests = runs[0], []
+    for other in runs[1:]:
+        why, before, after = _shared(first.files, other.files)
+        tests.append((other, why, before, after))
+    found = [mcnemar(b, a) if not why else None for _, why, b, a in tests]
+    corrected = iter(holm([f[2] for f in found if f is not None]))
+    made = []
+    for (other, why, before, after), test in zip(tests, found, strict=True):
+        difference = paired_difference(before, after) if test else None
+        made.append(
+            Paired(
+                before=first.name,
+                after=other.name,
+                rows=len(before),
+                won=test[0] if test else 0,
+                lost=test[1] if test else 0,
+                p=test[2] if test else None,
+                p_holm=next(corrected) if test else None,
+                difference=difference,
+                why=why,
+            )
+        )
+    return made
+
+
+def _shared(a: RunFiles, b: RunFiles) -> tuple[str, list[bool], list[bool]]:
+    """Why two runs cannot be paired (empty: they can), and their verdicts on the rows that both answered."""
+    if not (a.scores and b.scores and a.answers.get("tuned") and b.answers.get("tuned")):
+        return "one of them is not evaluated", [], []
+    if not (a.scores.graded and b.scores.graded) or a.scores.metric != b.scores.metric:
+        return "they are not graded by the same metric", [], []
+    of_b = {_asked(x): x.correct for x in b.answers["tuned"]}
+    rows = [(x.correct, of_b[_asked(x)]) for x in a.answers["tuned"] if _asked(x) in of_b]
+    return ("" if rows else "they share no test row"), [x for x, _ in rows], [y for _, y in rows]
+
+
+def _asked(x: Answered) -> tuple[str, str, str]:
+    """What makes two rows the same row: its place alone may be another file's."""
+    return x.row, x.asked, x.expected
+
+
+def settings_that_differ(runs: Sequence[Named]) -> list[dict[str, Any]]:
+    """Every setting that is not the same in all runs; its name aside."""
+    each = [{s.key: s.value for s in r.files.settings.rows} if r.files.settings else {} for r in runs]
+    keys = [k for k in dict.fromkeys(k for settings in each for k in settings) if k != "name"]
+    rows = [{"setting": k, "values": [settings.get(k) for settings in each]} for k in keys]
+    return [r for r in rows if len(set(r["values"])) > 1]
+
+
+def comparison_of(runs: Sequence[Named], hourly: Price | None = None) -> dict[str, Any]:
+    """Several runs in numbers."""
+    return {
+        "runs": [numbers_of(r, hourly) for r in runs],
+        "settings_that_differ": settings_that_differ(runs),
+        "paired": [asdict(p) for p in pair(runs)],
+    }
