@@ -64,7 +64,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 def browse(chromium: str, home: Path, *args: str) -> str:
     """Standard output of one headless run."""
     command = [chromium, *FLAGS, f"--user-data-dir={home / 'profile'}", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -252,7 +252,7 @@ def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
     floor = min(0.0, min((p.loss for p in shown), default=0.0))
     last = max((p.step for p in shown), default=1)
     x = Scale(low=0, high=max(1, last), start=44, end=width - 8)
-    y = Scale(low=floor, high=top * 1.05 if top > 0 else 1.0, start=height - 46, end=28)
+    y = Scale(low=floor, high=top * 1.05 if top > 0 else 1.0, start=height - 46, end=38)
     parts = axes(x, y, narrow, "loss per trained token")
     if len(curve.raw) == 1:
         only = curve.raw[0]
