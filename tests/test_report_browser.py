@@ -120,6 +120,7 @@ def test_page_with_its_own_policy_renders_and_runs_nothing(chromium: str, tmp_pa
     file.write_text(html.replace("</body>", "<script>document.title='ran'</script></body>"), encoding="utf-8")
     dom = browse(chromium, tmp_path, "--dump-dom", file.as_uri())
     assert "<title>orders-135m · educe</title>" in dom
+    assert '<th scope="col"><button type="button">System</button></th>' in dom, "its own script runs"
     browse(chromium, tmp_path, "--window-size=1280,1400", f"--screenshot={picture}", file.as_uri())
     head = picture.read_bytes()[:24]
     assert head.startswith(b"\x89PNG")

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from educe.report.charts import Scale, ticks
-from educe.report.probe_page import CSS, PAGE, POLICY, interval_text, svg_line, svg_text
+from educe.report.policy import policy
+from educe.report.probe_page import CSS, PAGE, interval_text, svg_line, svg_text
 from educe.report.wording import number
 
 _SIZE = (800.0, 420.0)
@@ -19,7 +20,9 @@ circle.chosen{fill:none;stroke:var(--held);stroke-width:2.5}tr.chosen td{font-we
 def build_blend_page(found: dict[str, Any]) -> str:
     """The page of what blend.json holds."""
     title = f"{found['name']}: blends"
-    return PAGE.format(policy=POLICY, title=escape(title), css=CSS + _MORE_CSS, body="\n".join(_body(found)))
+    return PAGE.format(
+        policy=policy(CSS + _MORE_CSS), title=escape(title), css=CSS + _MORE_CSS, body="\n".join(_body(found))
+    )
 
 
 def _body(found: dict[str, Any]) -> Iterator[str]:

@@ -11,9 +11,9 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def policy(css: str, script: str, *, live: bool = False) -> str:
+def policy(css: str, script: str = "", *, live: bool = False) -> str:
     """`live`: it may also ask the server that it came from."""
-    parts = ["default-src 'none'", f"style-src {_hash(css)}", f"script-src {_hash(script)}"]
+    parts = ["default-src 'none'", f"style-src {_hash(css)}", *([f"script-src {_hash(script)}"] if script else [])]
     return "; ".join([*parts, *(["connect-src 'self'"] if live else []), "base-uri 'none'", "form-action 'none'"])
 
 

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from educe.report.charts import Scale, ticks
+from educe.report.policy import policy
 from educe.report.wording import number
 
 CSS = """
@@ -42,14 +43,13 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 {body}
 </main></body></html>
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _SIZE = (800.0, 380.0)
 
 
 def build_probe_page(found: dict[str, Any]) -> str:
     """The page of what lr.json holds."""
     title = f"{found['name']}: learning rates"
-    return PAGE.format(policy=POLICY, title=escape(title), css=CSS, body="\n".join(_body(found)))
+    return PAGE.format(policy=policy(CSS), title=escape(title), css=CSS, body="\n".join(_body(found)))
 
 
 def _body(found: dict[str, Any]) -> Iterator[str]:
