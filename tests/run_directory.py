@@ -219,6 +219,18 @@ def judged_record() -> dict[str, Any]:
     return {"judge": "some/judge", "systems": {"tuned": rated}}
 
 
+def suite_record() -> dict[str, Any]:
+    measures = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+    share = {"value": 0.4, "low": 0.35, "high": 0.45}
+    system = {**dict.fromkeys(measures, share), "stopped": 0.9}
+    return {
+        "verdict": "Following instructions did not change.", "num_prompts": 541, "max_new_tokens": 512,
+        "systems": {"untouched": system, "tuned": system},
+        "comparisons": [{"measure": m, "difference": {"value": 0.0, "low": -0.02, "high": 0.02}} for m in measures],
+        "kinds": [{"kind": "no_comma", "total": 66, "systems": {"untouched": {"strict": 9}, "tuned": {"strict": 9}}, "p_holm": 1.0}],
+    }  # fmt: skip
+
+
 def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = True) -> RunDir:
     """A finished run as the other rooms write it."""
     run = RunDir(path)
@@ -251,6 +263,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
             write_file(run.answers / f"{name}.jsonl", answers)
     write_file(run.scores, scores)
     write_file(run.judged / "mt_bench.json", judged_record())
+    write_file(run.suites / "ifeval.json", suite_record())
     return run
 
 

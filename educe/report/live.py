@@ -54,7 +54,12 @@ class LivePage:
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
         found = []
         for file in sorted(
-            (*self._run.path.glob("*.json*"), *self._run.answers.glob("*.jsonl"), *self._run.judged.glob("*.json"))
+            (
+                *self._run.path.glob("*.json*"),
+                *self._run.answers.glob("*.jsonl"),
+                *self._run.judged.glob("*.json"),
+                *self._run.suites.glob("*.json"),
+            )
         ):
             try:
                 found.append((file.name, mark(file)))
