@@ -10,6 +10,7 @@ import click
 from educe.errors import UsageError
 
 if TYPE_CHECKING:
+    from educe.cli.suite import show_choices
     from educe.recipes.also import Also
     from educe.recipes.run import Run
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 )
 @click.option("--suite-rows", type=click.IntRange(2), help="So many of its prompts, drawn by the seed (default: all).")
 @click.option("--suite-tokens", type=click.IntRange(1), help="Longest answer to one of them (default: 1280).")
+@click.option(
+    "--choices",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Rank the options of multiple-choice questions instead: rows {query, choices, gold}.",
+)
 @click.option("--also", metavar="URL", help="Ask an OpenAI-compatible server too: its base address (…/v1).")
 @click.option("--also-model", metavar="NAME", help="The model that it is asked for.")
 @click.option("--also-key", default="", metavar="VARIABLE", help="Where its key is (default: EDUCE_API_KEY).")
@@ -48,6 +55,11 @@ def evaluate(
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
     from educe.recipes.run import Run
 
+    if (choices := asked.pop("choices")) is not None:
+        if metric is not None or also is not None or regrade or allow_code or samples > 1 or asked["suite"] is not None:
+            raise UsageError(101, "--choices", "takes --suite-rows alone beside it.", "Leave the other options out.")
+        show_choices(Run(run).choices(choices, rows=asked["suite_rows"], say=say))
+        return
     suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
     if any(value is not None for value in suite.values()):
         if metric is not None or also is not None or allow_code or samples > 1:

@@ -42,5 +42,18 @@ def show_suite(scores: dict[str, Any]) -> None:
     )
 
 
+def show_choices(scores: dict[str, Any]) -> None:
+    """Accuracy of both models under each rule, with the paired comparison."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("likeliest by", *(NAMES[name] for name in scores["systems"]), "difference", "p"):
+        table.add_column(title)
+    for c in scores["comparisons"]:
+        cells = [_span(s[c["measure"]]) for s in scores["systems"].values()]
+        p = "< 0.001" if c["p"] < 0.001 else f"{c['p']:.2g}"
+        table.add_row(c["measure"].replace("_", " "), *cells, _span(c["difference"], "+"), p)
+    console.print(table)
+    console.print(f"{scores['num_rows']} questions, by chance {scores['chance']:.1%} right; exact McNemar tests")
+
+
 def _span(i: dict[str, Any], sign: str = "") -> str:
     return f"{i['value']:{sign}.1%} ({i['low']:{sign}.1%} to {i['high']:{sign}.1%})"

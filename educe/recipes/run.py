@@ -135,6 +135,13 @@ class Run:
         wish = Wish(suite=suite, file=place, rows=rows, max_new_tokens=max_new_tokens or MOST_TOKENS)
         return regrade_suite(self.dir, wish) if regrade else suite_scores(self.dir, wish, say, progress)
 
+    def choices(self, file: str | Path, *, rows: int | None = None, say: Say = quiet) -> dict[str, Any]:
+        """Multiple-choice questions of a file ranked before and after; returns suites/choices-NAME.json."""
+        need_torch()
+        from educe.recipes.choices import rank_choices
+
+        return rank_choices(self.dir, Path(file), rows, say)
+
     def report(self) -> Path:
         """Write report.html and return its path."""
         from educe.recipes.report import report
