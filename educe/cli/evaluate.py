@@ -10,7 +10,6 @@ import click
 from educe.errors import UsageError
 
 if TYPE_CHECKING:
-    from educe.cli.suite import show_choices
     from educe.recipes.also import Also
     from educe.recipes.run import Run
 
@@ -53,6 +52,7 @@ def evaluate(
 ) -> None:
     """Answer the test rows before and after tuning, with error bars."""
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
+    from educe.cli.suite import show_choices
     from educe.recipes.run import Run
 
     if (choices := asked.pop("choices")) is not None:

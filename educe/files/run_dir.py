@@ -13,6 +13,7 @@ answers/NAME.jsonl     stored answers, re-gradable
 scores.json            what they scored
 judged/NAME.jsonl      verdicts of a judge, re-gradable; NAME.json what they add up to
 suites/NAME/*.jsonl    answers to a public benchmark, re-gradable; suites/NAME.json their scores
+suites/choices-NAME/   ranked options of the questions of NAME.jsonl, a line each; suites/choices-NAME.json their accuracies
 report.html            one page, no network
 """
 

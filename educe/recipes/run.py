@@ -111,7 +111,16 @@ class Run:
         need_torch()
         from educe.recipes.eval import evaluate
 
-        return evaluate(self.dir, say, progress, regrade_only=regrade, metric=metric, also=also, allow_code=allow_code)
+        return evaluate(
+            self.dir,
+            say,
+            progress,
+            regrade_only=regrade,
+            metric=metric,
+            also=also,
+            allow_code=allow_code,
+            samples=samples,
+        )
 
     def suite(
         self,

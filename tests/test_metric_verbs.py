@@ -1,0 +1,113 @@
+"""`educe eval` with graded metrics, programs, a user's function and multiple choice, on a small run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import educe  # noqa: E402
+from click.testing import CliRunner  # noqa: E402
+from educe.cli.main import cli  # noqa: E402
+from educe.errors import EvalError, UsageError  # noqa: E402
+from educe.files.jsonl import read_jsonl  # noqa: E402
+from educe.recipes.run import Run  # noqa: E402
+from educe.report import build_report  # noqa: E402
+
+from small_runs import recipe, small_place  # noqa: E402
+
+MINE = (
+    "def mark(answer, expected, row):\n    assert row['prompt'][-1]['role'] == 'user'\n    return len(answer) % 2 / 2\n"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """A small run whose recipe names a function, evaluated."""
+    with small_place(tmp_path_factory, tiny_model) as place:
+        (place / "mine.py").write_text(MINE)
+        file = recipe(place, "graded", metric="custom, function: 'mine:mark'", epochs=1)
+        run = educe.train(file)
+        said: list[str] = []
+        run.eval(say=said.append)
+        assert any("grading by your own function" in line for line in said)
+        yield run.path
+
+
+def eval_with(trained: Path, *more: str) -> Any:
+    return CliRunner().invoke(cli, ["eval", str(trained), *more], standalone_mode=False)
+
+
+def scores_in(trained: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((trained / "scores.json").read_text())
+    return scores
+
+
+def test_a_users_function_grades_and_its_error_keeps_the_answers(trained: Path) -> None:
+    scores = scores_in(trained)
+    lines = read_jsonl(trained / "answers" / "tuned.jsonl")
+    assert scores["metric"] == "custom"
+    assert [line["score"] for line in lines] == [len(line["answer"]) % 2 / 2 for line in lines]
+    assert scores["systems"]["tuned"]["value"] == pytest.approx(sum(line["score"] for line in lines) / len(lines))
+    mine = trained.parents[1] / "mine.py"
+    mine.write_text("def mark(answer, expected, row):\n    raise KeyError('lost')\n")
+    out = eval_with(trained, "--regrade")
+    assert isinstance(out.exception, EvalError)
+    assert "test.jsonl:1" in str(out.exception)
+    assert "KeyError: 'lost'" in str(out.exception)
+    assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines
+    mine.write_text(MINE)
+    assert eval_with(trained, "--regrade").exception is None
+
+
+def test_a_graded_metric_is_a_mean_on_the_terminal_and_the_page(trained: Path) -> None:
+    out = eval_with(trained, "--regrade", "--metric", "json_fields")
+    assert out.exception is None, out.output
+    assert "valid" in out.output
+    assert "recall" in out.output
+    scores = scores_in(trained)
+    assert scores["metric"] == "json_fields"
+    assert set(scores["systems"]["tuned"]["parts"]) >= {"valid", "recall"}
+    page = build_report(Run(trained).dir)
+    assert "F1 of JSON&#39;s fields" in page or "F1 of JSON's fields" in page
+
+
+def test_programs_run_with_consent_and_several_answers_give_pass_at_k(trained: Path) -> None:
+    out = eval_with(trained, "--metric", "pass_at_k", "--samples", "3")
+    assert isinstance(out.exception, EvalError)
+    assert "E-EVAL-303" in str(out.exception)
+    out = eval_with(trained, "--metric", "pass_at_k", "--samples", "3", "--allow-code")
+    assert out.exception is None, out.output
+    lines = read_jsonl(trained / "answers" / "tuned.jsonl")
+    assert [len(line["others"]) for line in lines] == [2, 2, 2]
+    assert (
+        len({text for line in lines for text in (line["answer"], *line["others"])}) > 3
+    )  # drawn, not the likeliest thrice
+    assert set(lines[0]["parts"]) == {"pass@2", "pass@3"}
+    again = eval_with(trained, "--metric", "pass_at_k", "--samples", "3", "--allow-code")
+    assert again.exception is None
+    assert "taken from the cache" in again.output
+    assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines  # the draws are the seed's
+    refused = eval_with(trained, "--samples", "2", "--also", "http://127.0.0.1:9/v1", "--also-model", "m")
+    assert isinstance(refused.exception, UsageError)
+
+
+def test_choices_are_ranked_by_both_models(trained: Path, tmp_path: Path) -> None:
+    rows = [{"query": f"order {i}", "choices": ["the user said", "hello", "x"], "gold": i % 3} for i in range(6)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = eval_with(trained, "--choices", str(file), "--suite-rows", "5")
+    assert out.exception is None, out.output
+    assert "5 questions, by chance 33.3% right" in out.output
+    found = json.loads((trained / "suites" / "choices-mine.json").read_text())
+    assert set(found["systems"]) == {"untouched", "tuned"}
+    lines = {n: read_jsonl(trained / "suites" / "choices-mine" / f"{n}.jsonl") for n in found["systems"]}
+    assert lines["untouched"] != lines["tuned"]
+    assert len(lines["tuned"]) == found["num_rows"] == 5
+    build_report(Run(trained).dir)  # which does not know this file yet, and does not fail on it
+    refused = eval_with(trained, "--choices", str(file), "--regrade")
+    assert isinstance(refused.exception, UsageError)
