@@ -232,11 +232,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a model said to one prompt. `stopped`: it ended by itself, with a stop token."""
+    """What a model said to one prompt. `stopped`: it ended by itself, with a stop token. `ids`: as they were made, that one included,
+    where the model was in this process."""
 
     text: str
     num_tokens: int
     stopped: bool
+    ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from educe.errors import EvalError
-from educe.evaluate.compare import SYSTEMS, grade, regrade, score
+from educe.evaluate.compare import SYSTEMS, expected_loss, grade, regrade, score
 from educe.evaluate.few_shot import choose_examples, with_examples
 from educe.evaluate.metrics import METRICS, Question
 from educe.types import Answer, Conversation, Message, Source
@@ -165,7 +165,7 @@ def test_examples_stand_between_the_system_message_and_the_question() -> None:
 def lines(right: int, total: int, *, first: bool = True) -> list[dict[str, Any]]:
     """Graded lines, the `right` ones at the beginning (or the end)."""
     marks = [i < right if first else i >= total - right for i in range(total)]
-    return [{"correct": m, "stopped": i % 2 == 0, "num_tokens": i} for i, m in enumerate(marks)]
+    return [{"correct": m, "answer": "a b", "stopped": i % 2 == 0, "num_tokens": i} for i, m in enumerate(marks)]
 
 
 def scored(untouched: int, few_shot: int | None, tuned: int, total: int = 20, **more: Any) -> dict[str, Any]:
@@ -181,9 +181,9 @@ ASKED = "With examples in its prompt the untouched model reaches"
 @pytest.mark.parametrize(
     "untouched,few_shot,tuned,headline,also",
     [
-        (2, None, 16, "Tuning helped: 10 % → 80 % of the test rows right", "p < 0.001"),
-        (8, None, 14, "Tuning helped: 40 % → 70 % of the test rows right", "p = 0.031"),
-        (2, 8, 16, "Tuning helped: 10 % → 80 % of the test rows right", f"{ASKED} 40 %; the tuned one is better"),
+        (2, None, 16, "Tuning helped: 10 % → 80 % of the test rows right.", "p < 0.001"),
+        (8, None, 14, "Tuning helped: 40 % → 70 % of the test rows right.", "p = 0.031"),
+        (2, 8, 16, "Tuning helped: 10 % → 80 % of the test rows right.", f"{ASKED} 40 %; the tuned one is better"),
         (
             2,
             15,
@@ -191,13 +191,13 @@ ASKED = "With examples in its prompt the untouched model reaches"
             "Tuning helped, but not shown to beat a prompt: 10 % → 80 %",
             f"{ASKED} 75 %; the tuned one is not",
         ),
-        (2, 16, 8, "Tuning helped, but not shown to beat a prompt: 10 % → 40 %", f"{ASKED} 80 %; the tuned one is not"),
-        (16, None, 2, "Tuning did harm: 80 % → 10 % of the test rows right", "Keep the untouched model"),
-        (16, 2, 8, "Tuning did harm: 80 % → 40 % of the test rows right", f"{ASKED} 10 %; the tuned one is better"),
-        (8, None, 13, "No difference shown: 40 % → 65 % of the test rows right", "p = 0.062"),
-        (8, None, 8, "No difference shown: 40 % → 40 % of the test rows right", "p = 1"),
-        (8, 2, 12, "No difference shown: 40 % → 60 % of the test rows right", "the tuned one is better (p = 0.002)"),
-        (0, 0, 0, "No difference shown: 0 % → 0 % of the test rows right", "more test rows"),
+        (2, 16, 8, "Do not tune: a prompt does better, 80 % against 40 %.", f"{ASKED} 80 %; the tuned one is worse"),
+        (16, None, 2, "Do not tune: it did harm, 80 % → 10 % of the test rows right.", "Paired test: p"),
+        (16, 2, 8, "Do not tune: it did harm, 80 % → 40 %", f"{ASKED} 10 %; the tuned one is better"),
+        (8, None, 13, "No difference shown: 40 % → 65 % of the test rows right.", "p = 0.062"),
+        (8, None, 8, "No difference shown: 40 % → 40 % of the test rows right.", "p = 1"),
+        (8, 2, 12, "No difference shown: 40 % → 60 %", "the tuned one is better (p = 0.002)"),
+        (0, 0, 0, "No difference shown: 0 % → 0 % of the test rows right.", "More test rows"),
     ],
 )
 def test_the_verdict_says_what_the_paired_tests_allow(
@@ -208,6 +208,69 @@ def test_the_verdict_says_what_the_paired_tests_allow(
     assert also in found["verdict"]
     assert (ASKED in found["verdict"]) is (few_shot is not None)
     assert found["num_rows"] == 20
+
+
+@pytest.mark.parametrize(
+    "untouched,few_shot,tuned,headline",
+    [
+        (20, 392, 394, "Do not tune: a prompt does as well, 98 % against 98 %."),
+        (20, 380, 396, "Tuning helped: 5 % → 99 % of the test rows right."),
+        (380, None, 381, "Do not tune: the untouched model does as well, 95 % → 95 %"),
+        (380, 381, 380, "Do not tune: a prompt does as well, 95 % against 95 %."),
+    ],
+)
+def test_many_rows_can_say_that_a_prompt_does_as_well(
+    untouched: int, few_shot: int | None, tuned: int, headline: str
+) -> None:
+    assert scored(untouched, few_shot, tuned, total=400)["verdict"].startswith(headline)
+
+
+def general(*flags: str) -> dict[str, Any]:
+    text = {"before": 1.0, "change": {"value": 0.01}}
+    return {"flags": list(flags), "text": text, "prompts": {"right": (20, 21), "questions": 46}}
+
+
+def test_the_verdict_weighs_what_was_forgotten_and_the_price() -> None:
+    graded = {"untouched": lines(2, 20), "few_shot": lines(8, 20), "tuned": lines(16, 20)}
+    chosen = {"prompt_tokens": 351.0, "prompt": {"label": "5 examples", "how": "so"}}
+    about = {"untouched": {"prompt_tokens": 40.0}, "few_shot": chosen}
+    for flags, headline, says in (
+        (
+            (),
+            "Tuning helped: 10 % → 80 % of the test rows right.",
+            "Nothing is shown to be forgotten: general text +1.0%",
+        ),
+        (
+            ("general text costs 5.0% more",),
+            "Tuning helped, at a price: 10 % → 80 % of the test rows right, and the model forgot.",
+            "Forgotten: general text costs 5.0% more.",
+        ),
+    ):
+        measured = {"general": general(*flags), "training_s": 530.0}
+        found = score(graded, "exact", {}, None, about, measured)
+        assert found["verdict"].startswith(headline)
+        assert says in found["verdict"]
+        assert "its best prompt (5 examples; so)" in found["verdict"]
+        assert found["verdict"].endswith(
+            "Price: 9 min of training against +311 tokens with every request for the prompt."
+        )
+        assert found["general"] == measured["general"]
+
+
+def test_free_text_is_compared_by_the_loss_of_the_expected_answers() -> None:
+    tokens = [10.0] * 30
+    noise = [0.1 * (i % 3) for i in range(30)]
+    losses = {"untouched": 2.5, "few_shot": 1.5, "tuned": 1.2}
+    at = {name: [10 * nats + n for n in noise] for name, nats in losses.items()}
+    graded = {name: lines(0, 30) for name in ("untouched", "few_shot", "tuned")}
+    for prompt, headline in (
+        ("few_shot", "Tuning helped: loss of the expected answers 2.51 → 1.21 nats per token."),
+        ("tuned", "Do not tune: a prompt does as well, 1.21 against 1.21."),
+    ):
+        nll = {"untouched": at["untouched"], "few_shot": at[prompt], "tuned": at["tuned"]}
+        found = score(graded, "text", {}, (2.5, 1.2), measured={"loss": expected_loss(nll, tokens)})
+        assert found["verdict"].startswith(headline)
+    assert expected_loss({}, ()) is None
 
 
 def test_scores_count_pair_and_keep_what_was_measured() -> None:

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Rank the options of multiple-choice questions instead: rows {query, choices, gold}.",
 )
+@click.option(
+    "--general",
+    type=click.Path(path_type=Path),
+    help="Text that nobody tuned for, passages divided by empty lines (default: a short own one): what was forgotten?",
+)
 @click.option("--also", metavar="URL", help="Ask an OpenAI-compatible server too: its base address (…/v1).")
 @click.option("--also-model", metavar="NAME", help="The model that it is asked for.")
 @click.option("--also-key", default="", metavar="VARIABLE", help="Where its key is (default: EDUCE_API_KEY).")
@@ -48,7 +53,14 @@ if TYPE_CHECKING:
 @click.option("--max-requests", type=click.IntRange(1), metavar="N", help="Ask it so often at most.")
 @click.option("--max-cost", type=float, metavar="USD", help="Spend so much on it at most.")
 def evaluate(
-    run: Path | None, regrade: bool, metric: str | None, allow_code: bool, samples: int, also: str | None, **asked: Any
+    run: Path | None,
+    regrade: bool,
+    metric: str | None,
+    allow_code: bool,
+    samples: int,
+    general: Path | None,
+    also: str | None,
+    **asked: Any,
 ) -> None:
     """Answer the test rows before and after tuning, with error bars."""
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
@@ -56,26 +68,29 @@ def evaluate(
     from educe.recipes.run import Run
 
     if (choices := asked.pop("choices")) is not None:
-        if metric is not None or also is not None or regrade or allow_code or samples > 1 or asked["suite"] is not None:
+        if any((metric, also, general, regrade, allow_code, samples > 1, asked["suite"])):
             raise UsageError(101, "--choices", "takes --suite-rows alone beside it.", "Leave the other options out.")
         show_choices(Run(run).choices(choices, rows=asked["suite_rows"], say=say))
         return
     suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
     if any(value is not None for value in suite.values()):
-        if metric is not None or also is not None or allow_code or samples > 1:
-            why = "takes neither --metric, --allow-code, --samples nor --also."
+        if metric is not None or also is not None or allow_code or samples > 1 or general is not None:
+            why = "takes neither --metric, --allow-code, --samples, --general nor --also."
             raise UsageError(101, "--suite", why, "Leave them out.")
         _suite(Run(run), regrade, **suite)
         return
     other = _also(also, asked)
     if other is not None and regrade:
         raise UsageError(101, "--regrade", "asks no model, and --also does.", "Leave one of them out.")
+    if general is not None and regrade:
+        raise UsageError(101, "--regrade", "asks no model, and --general does.", "Leave one of them out.")
     found = Run(run)
     with AnswerScreen() as screen:
         scores = found.eval(
             regrade=regrade,
             metric=metric,
             also=other,
+            general=general,
             allow_code=allow_code,
             samples=samples,
             say=say,

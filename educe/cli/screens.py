@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 _PLAIN_EVERY_S = 10.0
-NAMES = {"untouched": "untouched", "few_shot": "untouched + examples in the prompt", "tuned": "tuned"}
+NAMES = {"untouched": "untouched", "few_shot": "untouched, best prompt", "tuned": "tuned"}
 
 
 def say(line: str) -> None:

@@ -1,20 +1,24 @@
-"""Stored answers → scores.json: each system with its interval, paired tests, and the verdict in words."""
+"""Stored answers → scores.json: each system with its interval, its manner, paired tests, and the verdict in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any
 
+from educe.evaluate.manner import manners
 from educe.evaluate.metrics.code import pass_at_k
 from educe.evaluate.metrics.question import Grader, Question
 from educe.evaluate.numbers import Graded, compare, measure
+from educe.evaluate.verdict import verdict
+from educe.stats import paired_means
 from educe.types import Answer, ToolCall, Verdict
 
 SYSTEMS = ("untouched", "few_shot", "tuned")  # the run's own; others have names of their own
-ABOUT = ("label", "server", "price_in", "price_out", "cost", "tokens_in")  # what may be known of another system
-_ALPHA = 0.05
+# What may be known of a system besides: of another one its price, of the untouched one its prompts.
+ABOUT = ("label", "server", "price_in", "price_out", "cost", "tokens_in", "prompt", "prompt_tokens")
 _K = (2, 5, 10, 20, 50, 100)
 
 
@@ -87,11 +91,14 @@ def score(
     seconds: dict[str, float | None],
     dev_loss: tuple[float, float] | None,
     about: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    measured: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """scores.json from the graded lines of each system, all over the same rows in the same order.
 
     `dev_loss`: held-out loss before and after, in nats per token, where it was measured. `about`: what is known of a system besides.
+    `measured`: what else the verdict weighs, `general` (see `forgetting`), `loss` (see `expected_loss`) and `training_s`.
     """
+    manner = manners(graded)
     found = {name: Graded.of(lines) for name, lines in graded.items()}
     plain = all(g.plain for g in found.values())
     systems = {
@@ -101,6 +108,7 @@ def score(
             "seconds": seconds.get(name),
             "stopped": sum(bool(line["stopped"]) for line in lines) / len(lines),
             "mean_tokens": sum(int(line["num_tokens"]) for line in lines) / len(lines),
+            "manner": asdict(manner[name]),
             **about.get(name, {}),
         }
         for name, lines in graded.items()
@@ -110,72 +118,28 @@ def score(
         for before in found
         if before != "tuned" and "tuned" in found
     ]
-    verdict = _verdict(systems, comparisons, plain)
-    if metric == "text" and dev_loss is not None:
-        verdict = _loss_verdict(dev_loss)
-    return {
+    made = {
         "metric": metric,
         "measure": "share" if plain else "mean",
         "num_rows": len(next(iter(graded.values()))),
-        "verdict": verdict,
         "dev_loss": list(dev_loss) if dev_loss is not None else None,
         "systems": systems,
         "comparisons": comparisons,
+        **measured,
     }
+    return {"verdict": verdict(made), **made}
 
 
-def _verdict(systems: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]], shares: bool) -> str:
-    """Was tuning worth it, and would a prompt have done? Only as surely as the paired tests allow. First sentence: the headline."""
-    against = {c["before"]: c for c in comparisons}
-    if "untouched" not in against:
-        return "Nothing to compare yet."
-    plain, shots = against["untouched"], against.get("few_shot")
-    told = _percent if shares else _mean
-    values = f"{told(systems['untouched'])} → {told(systems['tuned'])}"
-    change = f"{values} of the test rows right" if shares else f"mean score {values}"
-    if shots is None:
-        prompt, unsure = "", False
-    else:
-        reach = f"With examples in its prompt the untouched model reaches {told(systems['few_shot'])}"
-        unsure = not _better(shots)
-        than = "the tuned one is better" if _better(shots) else "the tuned one is not shown to be better"
-        prompt = f" {reach}; {than} ({_chance(shots)})."
-    prompt += "".join(_other(systems[name], c, told) for name, c in against.items() if name not in SYSTEMS)
-    if _better(plain):
-        but = ", but not shown to beat a prompt" if unsure else ""
-        return f"Tuning helped{but}: {change}. Paired test: {_chance(plain)}.{prompt}"
-    if plain["p"] < _ALPHA:
-        return f"Tuning did harm: {change}. Keep the untouched model (paired test: {_chance(plain)}).{prompt}"
-    return f"No difference shown: {change}. Paired test: {_chance(plain)}; more test rows would show smaller differences.{prompt}"
-
-
-def _other(system: dict[str, Any], comparison: dict[str, Any], told: Callable[[dict[str, Any]], str]) -> str:
-    """A sentence on a model that was asked beside."""
-    label, known = system.get("label", comparison["before"]), system.get("cost") is not None
-    price = f" for {system['cost']:.2g} USD" if known else ""
-    than = "the tuned one is better" if _better(comparison) else "the tuned one is not shown to be better"
-    return f" {label} reaches {told(system)}{price}; {than} ({_chance(comparison)})."
-
-
-def _better(comparison: dict[str, Any]) -> bool:
-    return bool(comparison["p"] < _ALPHA and comparison["difference"]["value"] > 0)
-
-
-def _chance(comparison: dict[str, Any]) -> str:
-    return "p < 0.001" if comparison["p"] < 0.001 else f"p = {comparison['p']:.2g}"
-
-
-def _loss_verdict(dev_loss: tuple[float, float]) -> str:
-    """Free text has many right answers: what can be said without a judge is how likely the expected ones became."""
-    before, after = dev_loss
-    change = "fell" if after < before else "rose"
-    advice = "Read the answers side by side." if after < before else "Tuning did harm, or went on too long."
-    return f"Held-out loss {change} from {before:.2f} to {after:.2f} nats per token; free text has no exact score. {advice}"
-
-
-def _percent(system: dict[str, Any]) -> str:
-    return f"{100 * float(system['value']):.0f} %"
-
-
-def _mean(system: dict[str, Any]) -> str:
-    return f"{float(system['value']):.2f}"
+def expected_loss(nll: Mapping[str, Sequence[float]], tokens_R: Sequence[float]) -> dict[str, Any] | None:
+    """`loss` of scores.json from the nll of each row's expected answer, in nats: per token, and the tuned model against the others."""
+    if not nll:
+        return None
+    return {
+        "rows": len(tokens_R),
+        "systems": {name: math.fsum(rows) / math.fsum(tokens_R) for name, rows in nll.items()},
+        "comparisons": [
+            {"before": name, "after": "tuned", "difference": asdict(paired_means(rows, nll["tuned"], tokens_R))}
+            for name, rows in nll.items()
+            if name != "tuned"
+        ],
+    }

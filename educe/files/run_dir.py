@@ -10,7 +10,9 @@ samples.jsonl          held-out prompts answered before, during and after traini
 checkpoints/step-N/    atomic, with a manifest
 stacks/rank-N.txt      where a run hung that its watchdog ended
 answers/NAME.jsonl     stored answers, re-gradable
-scores.json            what they scored
+scores.json            what they scored, and what was forgotten
+general.jsonl          general questions answered before and after
+shift.json             where the tuned model's answers leave the base model
 judged/NAME.jsonl      verdicts of a judge, re-gradable; NAME.json what they add up to
 suites/NAME/*.jsonl    answers to a public benchmark, re-gradable; suites/NAME.json their scores
 suites/choices-NAME/   ranked options of the questions of NAME.jsonl, a line each; suites/choices-NAME.json their accuracies
@@ -48,6 +50,8 @@ class RunDir:
         self.stacks = path / "stacks"
         self.answers = path / "answers"
         self.scores = path / "scores.json"
+        self.general = path / "general.jsonl"
+        self.shift = path / "shift.json"
         self.judged = path / "judged"
         self.suites = path / "suites"
         self.report = path / "report.html"

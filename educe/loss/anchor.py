@@ -32,13 +32,15 @@ class Anchor:
     def kept(self, piece: slice) -> Kept:
         """What the reference says about these positions."""
         with torch.no_grad():
-            logits_CV = self.head(self.hidden_ND[piece])
-            top_CK, ids_CK = logits_CV.topk(min(TOP, logits_CV.shape[1]), dim=1)
-            log_total_C = log_totals(logits_CV)
-            log_rest_C = log_rest_(logits_CV, ids_CK, log_total_C)
-        return Kept(
-            ids_BK=ids_CK, log_p_BK=top_CK.float() - log_total_C[:, None], log_rest_B=log_rest_C, beta=self.beta
-        )
+            return kept_of(self.head(self.hidden_ND[piece]), self.beta)
+
+
+def kept_of(logits_CV: Tensor, beta: float) -> Kept:
+    """What these logits say. They come back as they were."""
+    top_CK, ids_CK = logits_CV.topk(min(TOP, logits_CV.shape[1]), dim=1)
+    log_total_C = log_totals(logits_CV)
+    log_rest_C = log_rest_(logits_CV, ids_CK, log_total_C)
+    return Kept(ids_BK=ids_CK, log_p_BK=top_CK.float() - log_total_C[:, None], log_rest_B=log_rest_C, beta=beta)
 
 
 def log_rest_(logits_BV: Tensor, ids_BK: Tensor, log_total_B: Tensor) -> Tensor:

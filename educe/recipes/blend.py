@@ -19,11 +19,9 @@ from educe.errors import RecipeError, RunError, UsageError
 from educe.evaluate.blends import Choice, Point, choose
 from educe.evaluate.compare import grade
 from educe.evaluate.drift import Drift, Texts
-from educe.evaluate.general import own_passages, passage_examples, read_passages
 from educe.files.atomic import directory, verify, write_json, write_text
 from educe.files.run_dir import RunDir
 from educe.model.blended import Blend, blended, read_packed
-from educe.model.describe import describe_model
 from educe.model.device import CLOSE_OTHERS, Device, release_free_memory, told_of_memory
 from educe.model.load import CausalLM
 from educe.model.source import Say
@@ -31,6 +29,7 @@ from educe.recipes.answers import Asked, answered, questions_of
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
 from educe.recipes.export import export, refuse_early
 from educe.recipes.export_card import base_name
+from educe.recipes.forgetting import general_texts
 from educe.recipes.grading import grading_of
 from educe.recipes.prepare import Prepared
 from educe.report.blend_page import build_blend_page
@@ -157,9 +156,7 @@ def _scale(run: RunDir, recipe: Recipe, wish: Wish, device: Device, say: Say) ->
     examples = np.flatnonzero(np.isin(store.rows, chosen))
     packs = bool(run.load(run.provenance)["packed"])
     capacity = recipe.train.micro_batch_tokens if packs else 1
-    passages = read_passages(wish.general) if wish.general is not None else own_passages()
-    positions = min(recipe.data.max_tokens, describe_model(prepared.model_dir, recipe.model).max_positions)
-    texts, of_passage = passage_examples(passages, prepared.tokenizer, positions)
+    general, bytes_R = general_texts(prepared, recipe, wish.general, packs=packs)
     asked: list[Asked] = []
     if recipe.evaluation.metric.kind == "pass_at_k":
         say("programs of the model are not run here: blends go by dev loss alone")
@@ -171,8 +168,8 @@ def _scale(run: RunDir, recipe: Recipe, wish: Wish, device: Device, say: Say) ->
         device=device,
         packs=packs,
         dev=Texts([store[int(i)] for i in examples], np.searchsorted(chosen, store.rows[examples]).tolist(), capacity),
-        general=Texts(texts, of_passage, capacity),
-        bytes_R=tuple(float(len(p.encode())) for p in passages),
+        general=general,
+        bytes_R=bytes_R,
         asked=asked,
         source=wish.general.name if wish.general is not None else "",
     )

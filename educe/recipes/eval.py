@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
-from educe.evaluate.compare import ABOUT, SYSTEMS, regrade, score, unjudged
+from educe.evaluate.compare import ABOUT, SYSTEMS, expected_loss, grade, regrade, score, unjudged
 from educe.evaluate.metrics.question import Question
 from educe.files.atomic import make_private, told, write_json
 from educe.files.hashes import hash_json
@@ -19,12 +20,17 @@ from educe.files.run_dir import RunDir
 from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.source import Say
 from educe.recipes.also import Also, ask_also
-from educe.recipes.answers import OnAnswers, answers_of, questions_of
+from educe.recipes.answers import Asked, OnAnswers, questions_of
+from educe.recipes.both import Both
+from educe.recipes.effect import Effect, effect_of
 from educe.recipes.grading import Grading, check_fit, grading_of, metric_named
 from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, open_prepared_data, prepare
 from educe.recipes.resume import ended_after, lost
 from educe.training.checkpoint import WEIGHTS, newest_checkpoint
+from educe.types import Answer
+
+MEASURED = ("general", "loss", "shift")  # of scores.json: they stay when stored answers are graded again
 
 
 def recipe_of(run: RunDir) -> Recipe:
@@ -93,11 +99,12 @@ def answering_device(recipe: Recipe, run: RunDir, say: Say) -> Device:
 
 @dataclass(slots=True)
 class Table:
-    """Graded lines of each system, the seconds it took, and what else is known of who answered."""
+    """Graded lines of each system, the seconds it took, what else is known of who answered, and what was `measured` besides."""
 
     graded: dict[str, list[dict[str, Any]]]
     seconds: dict[str, float | None]
     about: dict[str, dict[str, Any]]
+    measured: dict[str, Any]
 
     def rows(self, name: str) -> list[str]:
         return [line["row"] for line in self.graded[name]]
@@ -112,12 +119,16 @@ def evaluate(
     regrade_only: bool = False,
     metric: str | None = None,
     also: Also | None = None,
+    general: Path | None = None,
     allow_code: bool = False,
     samples: int = 1,
 ) -> dict[str, Any]:
-    """Answer, grade, compare; writes answers/ and scores.json and returns the scores. `metric` replaces the recipe's. `also`: a model
-    behind a server; the run's own answers are asked for again only where they are not those of its weights. `allow_code`: programs
-    that a model wrote may run. `samples`: answers drawn to each row; one is the likeliest."""
+    """Answer, grade, compare; writes answers/, scores.json, general.jsonl and shift.json, and returns the scores.
+
+    `metric` replaces the recipe's. `also`: a model behind a server; the run's own answers are asked for again only where they are not
+    those of its weights. `general`: a text file in place of the package's own general text. `allow_code`: programs that a model wrote
+    may run. `samples`: answers drawn to each row; one is the likeliest.
+    """
     recipe = recipe_of(run)
     wanted = metric_named(metric) if metric is not None else recipe.evaluation.metric
     grading = grading_of(wanted, say, allow_code=allow_code)
@@ -128,7 +139,7 @@ def evaluate(
     if regrade_only:
         table, weights = _stored(run, old), old.get("weights")
     else:
-        table, weights = _answered(run, recipe, grading, old, say, on_answers, also, samples)
+        table, weights = _answered(run, recipe, grading, old, say, on_answers, also, general, samples)
         _keep(run, table, say)  # a grader may fail, and then grades what is here when it is mended
     table.graded = {n: regrade(lines, grading.grader) for n, lines in table.graded.items()}
     dev = {line["step"]: line["loss"] for line in run.load(run.metrics) if line["kind"] == "dev"}
@@ -136,11 +147,13 @@ def evaluate(
         run.load(run.provenance)["weights_step"]
     )  # of the weights that answer, which may be an earlier step's
     dev_loss = (dev[0], after) if after is not None else None
-    scores = score(table.graded, grading.kind, table.seconds, dev_loss, table.about) | {"weights": weights}
+    measured = table.measured | {"training_s": run.load(run.provenance).get("training_s")}
+    scores = score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured) | {"weights": weights}
     _keep(run, table, say)
     write_json(run.scores, scores)
     if not regrade_only:
-        took = sum(s for s in table.seconds.values() if s is not None)
+        parts = [*table.seconds.values(), *(table.measured.get(k, {}).get("seconds") for k in ("general", "shift"))]
+        took = sum(s for s in parts if s is not None)
         write_json(run.provenance, {**run.load(run.provenance), "evaluation_s": took})
     return scores
 
@@ -168,6 +181,7 @@ def _stored(run: RunDir, old: dict[str, Any]) -> Table:
         graded={n: run.load(run.answers / f"{n}.jsonl") for n in names},
         seconds={n: known.get(n, {}).get("seconds") for n in names},
         about={n: {k: v for k, v in known.get(n, {}).items() if k in ABOUT} for n in names},
+        measured={k: old[k] for k in MEASURED if k in old},
     )
     if any(table.rows(n) != table.rows("tuned") for n in names):
         raise EvalError(2, str(run.answers), "holds answers to different rows.", "Run `educe eval` again.")
@@ -182,6 +196,7 @@ def _answered(
     say: Say,
     on_answers: OnAnswers,
     also: Also | None,
+    general: Path | None,
     samples: int,
 ) -> tuple[Table, str]:
     weights, manifest = _final(run, say)
@@ -190,23 +205,48 @@ def _answered(
     questions, made_by = [a.question for a in asked], hash_json(manifest)
     check_fit(grading, questions)
     table = _kept(run, old, questions, samples)
-    if also is not None and table is not None and old.get("weights") == made_by:
+    if also is not None and general is None and table is not None and old.get("weights") == made_by:
         say("answers of the run's own models are stored, and not asked for again")
     else:
-        device = answering_device(recipe, run, say)
-        answers, seconds = answers_of(run, recipe, prepared, weights / WEIGHTS, device, asked, say, on_answers, samples)
-        own = {n: unjudged(questions, given) for n, given in answers.items()}
-        others = [n for n in table.graded if n not in SYSTEMS] if table is not None else []
-        table = Table(
-            graded=own | {n: table.graded[n] for n in others if table is not None},
-            seconds=seconds | {n: table.seconds[n] for n in others if table is not None},
-            about={n: table.about[n] for n in others if table is not None},
-        )
+        device, packs = answering_device(recipe, run, say), bool(run.load(run.provenance)["packed"])
+        both = Both(prepared, recipe, weights / WEIGHTS, device, packs=packs)
+        made = effect_of(run, both, asked, _scorer(grading), general, samples, say, on_answers)
+        table = _table(run, questions, made, table)
     if also is not None:
         given, took, about = ask_also(also, asked, recipe.evaluation.max_new_tokens, say, on_answers)
         table.graded[also.name] = unjudged(questions, given)
         table.seconds[also.name], table.about[also.name] = took, about
     return table, made_by
+
+
+def _scorer(grading: Grading) -> Callable[[Sequence[Asked], Sequence[Answer]], float] | None:
+    """What prompts are chosen by: the mean score; None for free text."""
+    if grading.kind == "text":
+        return None
+
+    def score_of(asked: Sequence[Asked], answers: Sequence[Answer]) -> float:
+        lines = grade([a.question for a in asked], answers, grading.grader)
+        return sum(float(line["score"]) for line in lines) / len(lines)
+
+    return score_of
+
+
+def _table(run: RunDir, questions: Sequence[Question], made: Effect, before: Table | None) -> Table:
+    """What was made, with the other systems that were asked `before`. Writes what the verdict does not need."""
+    write_jsonl(run.general, made.general_lines)
+    write_json(run.shift, made.shift)
+    others = [n for n in before.graded if n not in SYSTEMS] if before is not None else []
+    return Table(
+        graded={n: unjudged(questions, given) for n, given in made.answers.items()}
+        | {n: before.graded[n] for n in others if before is not None},
+        seconds=made.seconds | {n: before.seconds[n] for n in others if before is not None},
+        about=made.about | {n: before.about[n] for n in others if before is not None},
+        measured={
+            "general": made.general,
+            "loss": expected_loss(made.nll, made.tokens_R),
+            "shift": {k: made.shift[k] for k in ("text", "counts", "seconds")},
+        },
+    )
 
 
 def _kept(run: RunDir, old: dict[str, Any], questions: list[Question], samples: int) -> Table | None:

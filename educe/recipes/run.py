@@ -98,6 +98,7 @@ class Run:
         regrade: bool = False,
         metric: str | None = None,
         also: Also | None = None,
+        general: str | Path | None = None,
         allow_code: bool = False,
         samples: int = 1,
         say: Say = quiet,
@@ -106,7 +107,8 @@ class Run:
         """Answer the test rows before and after, or grade stored answers again; returns scores.json.
 
         `metric` replaces the recipe's; `also` is asked too; `allow_code`: programs that the model wrote may run here (pass_at_k);
-        `samples`: answers drawn to each row, for pass@k; `progress(system, done, total)` is called as answers are made.
+        `samples`: answers drawn to each row, for pass@k; `general`: a text file in place of the package's own
+        general text; `progress(system, done, total)` is called as answers are made.
         """
         need_torch()
         from educe.recipes.eval import evaluate
@@ -118,6 +120,7 @@ class Run:
             regrade_only=regrade,
             metric=metric,
             also=also,
+            general=Path(general) if general is not None else None,
             allow_code=allow_code,
             samples=samples,
         )

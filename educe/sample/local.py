@@ -200,7 +200,7 @@ class LocalSampler:
     def _as_answer(self, ids: list[int]) -> Answer:
         stopped = bool(ids) and ids[-1] in self._tokenizer.stop
         text = self._tokenizer.decode(ids[:-1] if stopped else ids)
-        return Answer(text=text, num_tokens=len(ids), stopped=stopped)
+        return Answer(text=text, num_tokens=len(ids), stopped=stopped, ids=tuple(ids))
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:

@@ -1,0 +1,44 @@
+"""The untouched model and the tuned one of a run, for whoever measures both: one of them in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from educe.config import Recipe
+from educe.model.blended import read_packed
+from educe.model.device import Device, release_free_memory
+from educe.model.export import merged
+from educe.model.load import CausalLM, load_model
+from educe.recipes.prepare import Prepared
+
+
+class Both:
+    """Each is loaded when it is asked for, and the other one dropped: keep no reference. `packs`: whether rows may be packed."""
+
+    def __init__(self, prepared: Prepared, recipe: Recipe, weights: Path, device: Device, *, packs: bool) -> None:
+        self.prepared, self.recipe, self.device, self.packs = prepared, recipe, device, packs
+        self._weights = weights
+        self._held: tuple[str, CausalLM] | None = None
+
+    def untouched(self) -> CausalLM:
+        return self._get("untouched")
+
+    def tuned(self) -> CausalLM:
+        return self._get("tuned")
+
+    def drop(self) -> None:
+        """Of either, nothing stays in memory."""
+        self._held = None
+        release_free_memory()
+
+    def _get(self, name: str) -> CausalLM:
+        if self._held is None or self._held[0] != name:
+            self.drop()
+            directory, added = self.prepared.model_dir, self.prepared.tokenizer.new_tokens.values()
+            if name == "tuned":
+                model = merged(directory, self._weights, self.recipe.tuning, self.device, new_ids=added)
+            else:
+                model = load_model(directory, self.device, new_ids=added)
+            read_packed(model, self.packs)
+            self._held = name, model
+        return self._held[1]

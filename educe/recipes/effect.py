@@ -1,0 +1,91 @@
+"""All that is asked of a run's two models, in an order that loads each no more often than it must."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from educe.chat.prompt import render_prompt
+from educe.evaluate.drift import Texts
+from educe.files.run_dir import RunDir
+from educe.model.source import Say
+from educe.recipes.answers import Asked, Drawn, OnAnswers, answers_in, ask, kept_answers
+from educe.recipes.both import Both
+from educe.recipes.expected import after_prompts
+from educe.recipes.forgetting import capacity, changed, remember
+from educe.recipes.prompting import Score, best_prompt
+from educe.recipes.shifting import shift_of
+from educe.types import Answer
+
+LOSS_TOKENS = {"cpu": 6000}  # of prompts and expected answers, of each system
+_ELSEWHERE = 262_144
+
+
+@dataclass(slots=True)
+class Effect:
+    """Answers, seconds and what else is known of each system; what was forgotten (`general`, and the answers to general questions);
+    shift.json; `nll`, of free text, of the expected answers, row by row, and the tokens of each row."""
+
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    general: dict[str, Any] = field(default_factory=dict)
+    general_lines: list[dict[str, Any]] = field(default_factory=list)
+    shift: dict[str, Any] = field(default_factory=dict)
+    nll: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    tokens_R: tuple[float, ...] = ()
+
+
+def effect_of(
+    run: RunDir, both: Both, asked: list[Asked], score: Score | None, general: Path | None, samples: int, say: Say,
+    on_answers: OnAnswers,
+) -> Effect:  # fmt: skip
+    """`score` of answers to dev rows chooses the untouched model's prompt; None for free text. `general`: a text file in place of the
+    package's own. `samples` answers to each test row, one after the other: drawn where they are several."""
+    made, prepared, most = Effect(), both.prepared, both.recipe.evaluation.max_new_tokens
+    prompts = {"untouched": [render_prompt(a.prompt, prepared.tokenizer, a.row.tools) for a in asked]}
+    prompted = best_prompt(run, both, asked, score, say, on_answers)
+    if prompted is not None:
+        prompts["few_shot"], made.about["few_shot"] = prompted.ids, prompted.about
+        say(
+            f"the untouched model's best prompt: {prompted.about['prompt']['label']} ({prompted.about['prompt']['how']})"
+        )
+    made.about["untouched"] = {"prompt_tokens": sum(map(len, prompts["untouched"])) / len(asked)}
+    keys = tuple(f"{a.question.row}#{i}" for a in asked for i in range(samples))
+    drawn = Drawn(samples=samples, keys=keys, seed=both.recipe.train.seed)
+    given: dict[str, list[Answer]] = {}
+    for name, ids in prompts.items():
+        given[name], made.seconds[name] = kept_answers(run, both, ids, name, most, say, on_answers, drawn)
+    texts = _expected(both, prompts, asked) if score is None else {}
+    made.nll = {name: t.nll(both.untouched()) for name, t in texts.items()}
+    known = remember(run, both, general, say, on_answers)
+    tuned = ask(both.tuned(), prepared, prompts["untouched"], most, "tuned", on_answers, drawn)
+    given["tuned"], made.seconds["tuned"] = tuned
+    if texts:
+        made.nll["tuned"] = texts["untouched"].nll(both.tuned())
+        made.tokens_R = tuple(texts["untouched"].weights_R)
+    made.general, made.general_lines = changed(known, both, on_answers)
+    made.shift = shift_of(both, prompts["untouched"], given["tuned"][::samples])
+    both.drop()
+    rows = [a for a in asked for _ in range(samples)]
+    made.answers = {name: answers_in(a, rows, prepared) for name, a in given.items()}
+    return made
+
+
+def _expected(both: Both, prompts: dict[str, list[list[int]]], asked: Sequence[Asked]) -> dict[str, Texts]:
+    """The first rows' expected answers behind each system's prompts, as many as all have room for."""
+    made = {name: after_prompts(both.prepared, ids, asked) for name, ids in prompts.items()}
+    room, num = LOSS_TOKENS.get(both.device.kind, _ELSEWHERE), len(asked)
+    for examples, _ in made.values():
+        total = 0
+        for k, e in enumerate(examples):
+            total += e.ids_T.size
+            if total > room and k >= 2:
+                num = min(num, k)
+                break
+        num = min(num, len(examples))
+    if num < 2:
+        return {}
+    return {name: Texts(examples[:num], rows[:num], capacity(both)) for name, (examples, rows) in made.items()}
