@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 def lines(scores: list[float], weights: list[float] | None = None) -> list[dict[str, object]]:
     weights = weights or [1.0] * len(scores)
     return [
-        {"correct": s == 1, "score": s, "weight": w, "stopped": True, "num_tokens": 1}
+        {"correct": s == 1, "score": s, "weight": w, "answer": "a", "stopped": True, "num_tokens": 1}
         for s, w in zip(scores, weights, strict=True)
     ]
 
@@ -32,12 +32,17 @@ def test_a_mean_is_compared_by_its_rows() -> None:
     assert c["difference"]["value"] == pytest.approx(0.125)
     assert 0 < c["difference"]["low"] < 0.125 < c["difference"]["high"]
     worse = score({"untouched": lines(after), "tuned": lines(before)}, "rouge_l", {}, None)
-    assert worse["verdict"].startswith("Tuning did harm: mean score 0.38 → 0.25")
+    assert worse["verdict"].startswith("Do not tune: it did harm, mean score 0.38 → 0.25")
 
 
 def test_right_or_wrong_stays_a_share() -> None:
     assert score({"tuned": lines([1, 0, 1])}, "exact", {}, None)["measure"] == "share"
-    assert score({"tuned": [{"correct": True, "stopped": 1, "num_tokens": 1}]}, "exact", {}, None)["measure"] == "share"
+    assert (
+        score({"tuned": [{"correct": True, "answer": "a", "stopped": 1, "num_tokens": 1}]}, "exact", {}, None)[
+            "measure"
+        ]
+        == "share"
+    )
 
 
 def test_rows_that_all_agree_say_as_much_as_their_number() -> None:
