@@ -12,6 +12,8 @@ from typing import Any
 from educe.files.run_dir import RunDir
 from educe.stats import mcnemar, paired_difference, wilson
 
+from run_forgotten import general_record, manner_record, prompt_record, shift_record
+
 ITEMS = [
     "kettle",
     "bath mat",
@@ -241,7 +243,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
     tuned = _answers(rows, lambda i: i % 5 != 4, lambda i: _wanted(i).replace(_item(i), "parcel"))
     systems = {"untouched": _score(untouched, 20.1)}
     if few_shot:
-        systems["few_shot"] = _score(shots, 31.0)
+        systems["few_shot"] = {**_score(shots, 31.0), "prompt": prompt_record()}
     systems["tuned"] = _score(tuned, 16.6)
     pairs = [("untouched", untouched)] + ([("few_shot", shots)] if few_shot else [])
     share = f"{100 * systems['untouched']['value']:.1f} % to {100 * systems['tuned']['value']:.1f} %"
@@ -250,7 +252,10 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
         "Examples in the prompt alone do not get there, and the difference is far beyond chance."
     )
     comparisons = [_comparison(name, before, tuned) for name, before in pairs]
-    scores = {"metric": "json", "num_rows": rows, "verdict": verdict, "systems": systems, "comparisons": comparisons}
+    for k, system in enumerate(systems.values()):
+        system["manner"] = manner_record(30.0 - 8 * k)
+    scores = {"metric": "json", "num_rows": rows, "verdict": verdict, "systems": systems, "comparisons": comparisons,
+              "general": general_record()}  # fmt: skip
     write_file(run.resolved, {"recipe": recipe_record()})
     write_file(run.provenance, provenance_record(steps))
     write_file(run.ledger, ledger_records())
@@ -262,6 +267,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
         if name != "few_shot" or few_shot:
             write_file(run.answers / f"{name}.jsonl", answers)
     write_file(run.scores, scores)
+    write_file(run.shift, shift_record())
     write_file(run.judged / "mt_bench.json", judged_record())
     write_file(run.suites / "ifeval.json", suite_record())
     return run

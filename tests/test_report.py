@@ -57,7 +57,9 @@ def test_verdict_and_key_figures_come_first(page: Page) -> None:
 
 
 def test_before_and_after_is_told_in_words(page: Page) -> None:
-    assert "“5-shot prompt” is the untouched model with 5 examples in its prompt" in page.text
+    assert (
+        "“Best prompt” is the untouched model with instruction + 5 examples in its prompt: the best of 5" in page.text
+    )
     assert re.search(r"192 rows won, 4 lost, 44 unchanged; McNemar p < 0.001", page.text)
     assert re.search(r"\+78\.3 percentage points 95 % interval \+7\d\.?\d* to \+8\d", page.text)
 
@@ -118,7 +120,7 @@ def test_no_file_is_needed(tmp_path: Path, name: str, how: str) -> None:
     file.unlink() if how == "missing" else file.write_text(content[how])
     html = build_report(run)
     assert not Page(html).open
-    if how == "not json" and not name.startswith(("judged/", "suites/")):
+    if how == "not json" and not name.startswith(("judged/", "suites/", "shift")):
         assert f"<code>{name}</code>" in html
 
 
@@ -222,3 +224,18 @@ def test_free_text_is_shown_and_not_graded(tmp_path: Path) -> None:
     assert "✓ right" not in page.text
     assert "✗ wrong" not in page.text
     assert "; McNemar" not in page.text
+
+
+def test_the_page_says_what_was_forgotten_and_where_answers_shift(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    text = Page(build_report(run)).text
+    assert "Worse by more than chance: general text costs 13.3% more bits per byte (1.170 → 1.325); 3 of 46" in text
+    assert "General questions answered right 24 of 46 3 of 46 -46 (-59 to -29) points" in text
+    assert "Best prompt" in text
+    assert "instruction + 5 examples in its prompt: the best of 5 on 24 dev rows" in text
+    assert "token 1: 100" in text
+    assert '{" 16 of 16 The (8), I (5)' in text
+    run.shift.write_text('{"by_position": [{"first": 1}]}')
+    assert "Where the answers shift" not in Page(build_report(run)).text
+    run.scores.write_text('{"general": {"text": 3}}')
+    assert "What was forgotten" not in Page(build_report(run)).text

@@ -160,8 +160,11 @@ def _bar(bar: Bar, x: Scale, y: float, thick: float) -> list[Markup]:
     return parts
 
 
-def draw_bars(bars: Sequence[Bar], narrow: bool = False) -> Markup:
-    """Horizontal bars from 0 to 100 % with their 95 % intervals."""
+RIGHT = "Share of right answers with 95 % intervals"
+
+
+def draw_bars(bars: Sequence[Bar], narrow: bool = False, *, name: str = "bars", title: str = RIGHT) -> Markup:
+    """Horizontal bars from 0 to 100 % with their 95 % intervals. `name` is the drawing's own on its page."""
     width, thick = (343.0, 18.0) if narrow else (832.0, 22.0)
     row = 54.0 if narrow else 44.0
     x = Scale(low=0, high=1, start=1, end=width - 1) if narrow else Scale(low=0, high=1, start=124, end=width - 178)
@@ -183,8 +186,7 @@ def draw_bars(bars: Sequence[Bar], narrow: bool = False) -> Markup:
         start = Markup('<g class="pt" tabindex="{}" role="img" aria-label="{}"><title>{}</title>')
         parts += [start.format("-1" if i else "0", said, said), *drawn, Markup("</g>")]
     desc = "; ".join(f"{b.label}: {b.text}" for b in bars)
-    name = "bars-narrow" if narrow else "bars-wide"
-    return svg(name, (width, bottom + 26), "Share of right answers with 95 % intervals", desc, parts)
+    return svg(f"{name}-{'narrow' if narrow else 'wide'}", (width, bottom + 26), title, desc, parts)
 
 
 def path(points: Sequence[Point], x: Scale, y: Scale) -> str:

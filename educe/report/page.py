@@ -14,6 +14,7 @@ from markupsafe import Markup
 from educe.files.run_dir import RunDir
 from educe.report import sections, wording
 from educe.report.charts import LARGEST, MOST_MEASURED, Curve, Drawn, draw_bars, draw_loss, plan_curve
+from educe.report.forgotten import read_forgotten, read_shift
 from educe.report.judged import read_judged
 from educe.report.lines import draw_graded
 from educe.report.opening import Kept
@@ -162,6 +163,8 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         bars=_bars(files, names),
         graded_as=sections.graded_as(metric),
         judged=read_judged(run),
+        forgotten=read_forgotten(run),
+        shift=read_shift(run),
         suites=read_suites(run),
         loss=_loss(files),
         progress_of=_graded(files),

@@ -244,10 +244,15 @@ def _interval(row: Row) -> Interval:
     return Interval(value=value, low=value if low is None else low, high=value if high is None else high)
 
 
+def _prompt(row: Row) -> str:
+    return f"{_text(row, 'label')} in its prompt: {_text(row, 'how')}" if row else ""
+
+
 def _system(name: str, row: Row) -> System:
     return System(
         name=name,
         label=_text(row, "label"),
+        prompt=_prompt(_dict(row.get("prompt"))),
         cost=_real(row, "cost"),
         correct=_whole(row, "correct") or 0,
         score=_interval(row),

@@ -139,10 +139,12 @@ class Answered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """How one system scored: untouched, few_shot, tuned, or another model, which has a `label`; `cost` in USD where it is known."""
+    """How one system scored: untouched, few_shot, tuned, or another model, which has a `label`; `cost` in USD where it is known,
+    `prompt` how a chosen prompt was chosen."""
 
     name: str
     label: str
+    prompt: str
     cost: float | None
     correct: int
     score: Interval

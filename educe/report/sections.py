@@ -96,7 +96,8 @@ class TableStep:
 
 def system_names(few_shot: int | None, scores: Scores | None) -> dict[str, str]:
     """What the page calls each system."""
-    shots = f"{few_shot}-shot" if few_shot else "Few-shot"
+    prompted = scores.system("few_shot") if scores else None
+    shots = "Best" if prompted and prompted.prompt else f"{few_shot}-shot" if few_shot else "Few-shot"
     own = {"untouched": "Untouched", "few_shot": f"{shots} prompt", "tuned": "Tuned"}
     return {s.name: s.label or s.name for s in scores.systems} | own if scores else own
 
