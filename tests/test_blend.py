@@ -203,8 +203,8 @@ def test_drift_is_the_loss_and_the_kl_by_row(
 def test_general_text_is_counted_once_and_ends_nowhere(tiny_model: Path) -> None:
     tokenizer, passages = load_tokenizer(tiny_model), own_passages()
     made, rows = passage_examples(passages, tokenizer, 32)
-    assert len(passages) == 24
-    assert sorted(set(rows)) == list(range(24))
+    assert len(passages) == 36
+    assert sorted(set(rows)) == list(range(36))
     assert max(e.ids_T.size for e in made) <= 32
     for row, passage in enumerate(passages):
         ids = [i for e, r in zip(made, rows, strict=True) if r == row for i in e.ids_T.tolist()]

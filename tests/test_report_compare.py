@@ -101,7 +101,7 @@ def test_json_holds_the_numbers_of_the_page(runs: list[RunDir]) -> None:
 
 def test_markdown_reads_as_text_and_as_tables(runs: list[RunDir]) -> None:
     text = text_of(runs[:1], "md")
-    assert "| Tuned         |   192 | 80.0\u202f% |" in text
+    assert "| Tuned       |   192 | 80.0\u202f% |" in text
     assert "| 125  |          0.08 |       26 of 32 |" in text
     for rows in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({line.count("|") for line in rows.splitlines()}) == 1

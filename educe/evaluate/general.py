@@ -1,7 +1,7 @@
 """General text, that nobody tuned for: what a model loses there, it has forgotten.
 
-The package's own text is 24 short passages of many kinds, written for this: prose, talk, code, sums, four languages. It is a smoke
-alarm and no benchmark: 6 kilobytes show a model that has lost its language, not one that has lost a few facts.
+The package's own text is 36 short passages of many kinds, written for this: prose, talk, code, sums, five languages. It is a smoke
+alarm and no benchmark: 9 kilobytes show a model that has lost its language, not one that has lost a few facts.
 """
 
 from __future__ import annotations
