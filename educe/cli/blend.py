@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from educe.evaluate.blends import Point
     from educe.files.run_dir import RunDir
 
-_EVERY_S = 10.0
 _PATH = click.Path(path_type=Path)
 
 
@@ -64,7 +61,7 @@ def blend(
         raise UsageError(101, "--alpha", f"{alphas!r} is no list of numbers.", "Such as 0,0.3,0.5,0.7,1.") from e
     found = Run(run)
     tell = (lambda line: click.echo(line, err=True)) if as_json else say
-    with BlendScreen(silent=as_json) as screen:
+    with _screen(silent=as_json) as screen:
         found.blend(
             alphas=given, average=average, general=general, rows=rows, out=out, form=form, say=tell, screen=screen
         )
@@ -76,42 +73,20 @@ def blend(
         click.echo(f"Exported to {out}.")
 
 
-class BlendScreen:
-    """Progress: a live line on a terminal, a plain line every ten seconds elsewhere."""
+def _screen(*, silent: bool) -> Any:
+    """Progress of blending; made here, since a terminal's tools take long to import."""
+    from educe.cli.screens import Live, minutes
 
-    def __init__(self, *, silent: bool) -> None:
-        from educe.cli.screens import console
+    class BlendScreen(Live):
+        def answers(self, label: str, done: int, total: int) -> None:
+            self.show(f"α = {label}: {done} of {total} dev rows answered")
 
-        self._console, self._silent = console, silent
-        self._status = console.status("")
-        self._last = time.monotonic()
+        def measured(self, point: Point) -> None:
+            score = f", {point.right} of {point.asked} right" if point.right is not None else ""
+            general = f"general text {point.general:.3f} bits per byte"
+            self.tell(f"α = {point.label}: dev loss {point.loss:.3f}{score}, {general} ({minutes(point.seconds)})")
 
-    def __enter__(self) -> BlendScreen:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self._status.stop()
-
-    def answers(self, label: str, done: int, total: int) -> None:
-        line = f"α = {label}: {done} of {total} dev rows answered"
-        if self._silent:
-            return
-        if self._console.is_terminal:
-            self._status.start()
-            self._status.update(line)
-        elif time.monotonic() - self._last > _EVERY_S:
-            self._last = time.monotonic()
-            self._console.print(line, soft_wrap=True)
-
-    def measured(self, point: Point) -> None:
-        from educe.cli.screens import minutes, say
-
-        self._status.stop()
-        if self._silent:
-            return
-        score = f", {point.right} of {point.asked} right" if point.right is not None else ""
-        general = f"general text {point.general:.3f} bits per byte"
-        say(f"α = {point.label}: dev loss {point.loss:.3f}{score}, {general} ({minutes(point.seconds)})")
+    return BlendScreen(silent=silent)
 
 
 def show_blends(run: RunDir) -> None:

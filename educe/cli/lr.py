@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import json
-import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from educe.cli.screens import console, minutes, say, shown
-from educe.report.probe_page import interval_text, what_to_do
+from educe.cli.screens import Live, console, minutes, shown
+from educe.report.figure import interval_text
+from educe.report.probe_page import what_to_do
 
 if TYPE_CHECKING:
     from educe.evaluate.probe import Tried
     from educe.recipes.lr import Probe
     from educe.training.state import StepReport
 
-_EVERY_S = 10.0
 
-
-class LrScreen:
-    """Progress of a probe: a live line on a terminal, a plain line every ten seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._status = console.status("")
-        self._last = time.monotonic()
-
-    def __enter__(self) -> LrScreen:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self._status.stop()
+class LrScreen(Live):
+    """Progress of a probe."""
 
     def step(self, rate: float, report: StepReport) -> None:
         left = (report.total_steps - report.step) * report.tokens / report.tokens_per_s
-        line = f"{rate:.2g}: step {report.step}/{report.total_steps}  loss {report.loss:.3f}  {minutes(left)} left"
-        if console.is_terminal:
-            self._status.start()
-            self._status.update(line)
-        elif time.monotonic() - self._last > _EVERY_S:
-            self._last = time.monotonic()
-            console.print(line, soft_wrap=True)
+        self.show(f"{rate:.2g}: step {report.step}/{report.total_steps}  loss {report.loss:.3f}  {minutes(left)} left")
 
     def tried(self, tried: Tried, start_loss: float, loss: float | None) -> None:
-        self._status.stop()
         came = tried.stopped if loss is None else f"held-out loss {start_loss:.3f} -> {loss:.3f}"
-        say(f"{tried.rate:.2g}: {came} ({minutes(tried.seconds)})")
+        self.tell(f"{tried.rate:.2g}: {came} ({minutes(tried.seconds)})")
 
 
 def show_probe(probe: Probe) -> None:

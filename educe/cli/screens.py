@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,6 +45,36 @@ def shown(path: Path) -> str:
     """A path as a person would type it from here."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+class Live:
+    """One line about how far something is: in place on a terminal, a plain line every ten seconds elsewhere, nowhere if `silent`."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent, self._last = silent, time.monotonic()
+        self._status = console.status("")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._status.stop()
+
+    def show(self, line: str) -> None:
+        if self._silent:
+            return
+        if console.is_terminal:
+            self._status.start()
+            self._status.update(line)
+        elif time.monotonic() - self._last > _PLAIN_EVERY_S:
+            self._last = time.monotonic()
+            console.print(line, soft_wrap=True)
+
+    def tell(self, line: str) -> None:
+        """Something is done: a line that stays."""
+        self._status.stop()
+        if not self._silent:
+            say(line)
 
 
 class AnswerScreen:

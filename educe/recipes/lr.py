@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,21 +23,19 @@ from educe.files.atomic import directory, need_space, write_json, write_text
 from educe.model.describe import ModelFacts, describe_model
 from educe.model.device import Device, release_free_memory, told_of_memory
 from educe.model.source import Say
-from educe.pack.batch import build_batch
-from educe.pack.plan import PackPlan, plan_once
+from educe.pack.plan import PackPlan
 from educe.recipes.machine import device_of
 from educe.recipes.mixing import mix
 from educe.recipes.plan import too_many_unused
 from educe.recipes.prepare import Prepared, prepare
+from educe.recipes.row_losses import RowLosses
 from educe.recipes.trainee import Trainee, loop_config, trainee
 from educe.report.probe_page import build_probe_page
 from educe.seeds import derive, permute
 from educe.store.token_store import TokenStore
 from educe.training.loop import LoopConfig
 from educe.training.loop import train as run_loop
-from educe.training.sft import held_out_loss
 from educe.training.state import State, StepReport
-from educe.types import Batch
 
 LEAST_STEPS, MOST_STEPS = 20, 100
 LEAST_ROWS = 32
@@ -77,28 +75,6 @@ class Extent:
     seconds: float
 
 
-class _Rows:
-    """Held-out rows; each may have several examples. Sums of their losses, in nats times weight."""
-
-    def __init__(self, store: TokenStore, rows: Sequence[int], capacity_tokens: int) -> None:
-        chosen = np.flatnonzero(np.isin(store.rows, rows))
-        self._store, self._chosen = store, chosen
-        self._row_of = np.unique(store.rows[chosen], return_inverse=True)[1]
-        self._weights = store.weight_of[chosen]
-        self._groups = plan_once(store.lengths[chosen], capacity_tokens=capacity_tokens)
-        self.weights_R = np.bincount(self._row_of, self._weights).tolist()
-
-    def losses(self, state: State) -> tuple[float, ...]:
-        """By the held-out loss of training, with each example for a task of its own."""
-        means = held_out_loss(state.model, map(self._batch, self._groups)).by_task
-        sums = [means.get(k, 0.0) * w for k, w in enumerate(self._weights)]
-        return tuple(np.bincount(self._row_of, sums).tolist())
-
-    def _batch(self, group: list[int]) -> Batch:
-        batch = build_batch([self._store[int(self._chosen[k])] for k in group])
-        return replace(batch, tasks_N=np.repeat(group, batch.lengths_D)[batch.predict_N + 1])
-
-
 def lr(
     recipe: Recipe,
     say: Say,
@@ -125,8 +101,8 @@ def lr(
     say(_announced(extent, plan))
 
     state.optimizer.reset(initial)
-    rows = _Rows(prepared.store("dev"), extent.rows, recipe.train.micro_batch_tokens if t.packed else 1)
-    start_R = rows.losses(state)
+    rows = RowLosses(prepared.store("dev"), extent.rows, recipe.train.micro_batch_tokens if t.packed else 1)
+    start_R = rows.losses(state.model)
     start = sum(start_R) / sum(rows.weights_R)
     tried = []
     for rate in extent.rates:
@@ -225,7 +201,7 @@ def _tokens_per_s(recipe: Recipe, prepared: Prepared, t: Trainee) -> float:
     return speeds[-1]
 
 
-def _try_rate(t: Trainee, config: LoopConfig, rows: _Rows, start: float, screen: ProbeScreen) -> Tried:
+def _try_rate(t: Trainee, config: LoopConfig, rows: RowLosses, start: float, screen: ProbeScreen) -> Tried:
     """One short run, from warm-up to the end of its decay; stopped as soon as it is lost."""
     state, rate = t.state, config.learning_rate
     losses: list[float] = []
@@ -242,7 +218,7 @@ def _try_rate(t: Trainee, config: LoopConfig, rows: _Rows, start: float, screen:
         run_loop(state, t.batches_of, t.loss, [watch], config)
         if is_lost(losses, start):
             stopped = f"diverged: the training loss was {losses[-1]:.3g} after step {state.step}"
-        elif not all(map(math.isfinite, nll_R := rows.losses(state))):
+        elif not all(map(math.isfinite, nll_R := rows.losses(state.model))):
             stopped, nll_R = "diverged: the held-out loss is not finite", ()
     except TrainError:
         stopped = f"diverged: loss or gradient were not finite in step {state.step + 1}"

@@ -7,8 +7,16 @@ from html import escape
 from typing import Any
 
 from educe.report.charts import Scale, ticks
-from educe.report.policy import policy
-from educe.report.probe_page import CSS, PAGE, interval_text, svg_line, svg_text
+from educe.report.figure import (
+    build_page,
+    draw_grid,
+    draw_svg,
+    draw_table,
+    interval_text,
+    svg_line,
+    svg_text,
+    table_row,
+)
 from educe.report.wording import number
 
 _SIZE = (800.0, 420.0)
@@ -20,9 +28,7 @@ circle.chosen{fill:none;stroke:var(--held);stroke-width:2.5}tr.chosen td{font-we
 def build_blend_page(found: dict[str, Any]) -> str:
     """The page of what blend.json holds."""
     title = f"{found['name']}: blends"
-    return PAGE.format(
-        policy=policy(CSS + _MORE_CSS), title=escape(title), css=CSS + _MORE_CSS, body="\n".join(_body(found))
-    )
+    return build_page(title, _body(found), _MORE_CSS)
 
 
 def _body(found: dict[str, Any]) -> Iterator[str]:
@@ -30,7 +36,7 @@ def _body(found: dict[str, Any]) -> Iterator[str]:
     said, _, facts = found["choice"]["text"].partition(". ")
     yield f'<p class="said">{escape(said.rstrip("."))}.</p><p>{escape(facts)}</p>'
     yield "".join(f"<p>{escape(line)}</p>" for line in what_it_means(found))
-    yield f'<div class="scroll" tabindex="0">{draw_blends(found)}</div>'
+    yield draw_blends(found)
     yield (
         '<p class="soft">Each dot is a blend, base + α × (tuned − base): lower is better on dev, farther right is more '
         "forgotten. Bars: 95 % intervals of the differences from the base model (α = 0), over the same rows and passages.</p>"
@@ -78,13 +84,9 @@ def what_it_means(found: dict[str, Any]) -> list[str]:
 def _table(found: dict[str, Any]) -> str:
     graded = found["points"][0]["right"] is not None
     titles = ("α", "dev loss", "gained", *(("right",) if graded else ()), "KL on dev", "bits per byte", "lost", "KL")
-    head = "".join(f'<th scope="col">{h}</th>' for h in titles)
-    rows = []
-    for k, p in enumerate(found["points"]):
-        cells = "".join(f"<td>{escape(c)}</td>" for c in blend_cells(p))
-        css = ' class="chosen"' if k == found["choice"]["point"] else ""
-        rows.append(f"<tr{css}>{cells}</tr>")
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    chosen = found["choice"]["point"]
+    rows = (table_row(blend_cells(p), "chosen" if k == chosen else "") for k, p in enumerate(found["points"]))
+    return draw_table(titles, rows)
 
 
 def blend_cells(p: dict[str, Any]) -> list[str]:
@@ -98,12 +100,7 @@ def draw_blends(found: dict[str, Any]) -> str:
     """Dev loss over bits per byte of general text, as SVG; blends of the same weights are joined by α."""
     points = found["points"]
     x, y = _axis(points, "general", "lost", 64, _SIZE[0] - 60), _axis(points, "loss", "gained", _SIZE[1] - 56, 34)
-    parts = []
-    for t in ticks(y.low, y.high, 6):
-        parts += [
-            svg_line("grid", 58, y.at(t), _SIZE[0] - 20, y.at(t)),
-            svg_text("", 50, y.at(t) + 4, number(t), "end"),
-        ]
+    parts = draw_grid(y, 58, _SIZE[0] - 20)
     for t in ticks(x.low, x.high, 6):
         parts += [
             svg_line("grid", x.at(t), 34, x.at(t), _SIZE[1] - 56),
@@ -129,10 +126,7 @@ def draw_blends(found: dict[str, Any]) -> str:
         svg_text("", _SIZE[0] - 20, _SIZE[1] - 10, "general text, bits per byte: farther right, more forgotten", "end")
     )
     said = "; ".join(f"alpha {p['label']}: dev {p['loss']:.4f}, general {p['general']:.4f}" for p in points)
-    return (
-        f'<svg viewBox="0 0 {_SIZE[0]:g} {_SIZE[1]:g}" role="img" aria-labelledby="t d"><title id="t">Gain against forgetting</title>'
-        f'<desc id="d">{escape(said)}</desc>{"".join(parts)}</svg>'
-    )
+    return draw_svg(_SIZE, "Gain against forgetting", said, parts)
 
 
 def _axis(points: list[dict[str, Any]], what: str, interval: str, start: float, end: float) -> Scale:
