@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "check", "init", "inspect", "lr", "prepare", "template", "train"]
+__all__ = ["Run", "check", "curve", "init", "inspect", "lr", "prepare", "template", "train"]
 
 if TYPE_CHECKING:
-    from educe.recipes.run import Run, check, init, inspect, lr, prepare, template, train
+    from educe.recipes.run import Run, check, curve, init, inspect, lr, prepare, template, train
 
 
 def __getattr__(name: str) -> Any:

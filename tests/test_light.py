@@ -57,5 +57,5 @@ def test_help_lists_the_job_in_order_then_the_rest() -> None:
         "init", "check", "inspect", "train", "eval", "report", "chat", "export"
     ]  # fmt: skip
     assert re.findall(r"(?m)^  (\w+) ", more) == [
-        "blend", "data", "judge", "ledger", "lr", "prepare", "quickstart", "rows", "serve", "template", "watch"]  # fmt: skip
+        "blend", "curve", "data", "judge", "ledger", "lr", "prepare", "quickstart", "rows", "serve", "template", "watch"]  # fmt: skip
     assert text.endswith("[]")

@@ -14,6 +14,7 @@ import click
 
 from educe import __version__
 from educe.cli.blend import blend
+from educe.cli.curve import curve
 from educe.cli.ending import ended_by, saved
 from educe.cli.evaluate import evaluate
 from educe.cli.export import export
@@ -137,6 +138,7 @@ def chat(run: Path | None, base: bool, max_new_tokens: int) -> None:
 
 cli.add_command(export)
 cli.add_command(blend)
+cli.add_command(curve)
 cli.add_command(judge)
 cli.add_command(serve)
 cli.add_command(watch)

@@ -55,7 +55,7 @@ def near_copies(train: Tokens, held: Tokens, alive: Callable[[], None] = lambda:
     for first, last in _blocks(train.offsets):
         alive()
         start = int(train.offsets[first])
-        slots_S = _slot(_hashes(train.ids_T[start : int(train.offsets[last])]))
+        slots_S = _slot(shingle_hashes(train.ids_T[start : int(train.offsets[last])]))
         for table, count in ((rare, hits), (common, wording)):
             at = np.flatnonzero(table[slots_S]) + start
             owner = np.searchsorted(train.offsets, at, "right") - 1
@@ -66,7 +66,7 @@ def near_copies(train: Tokens, held: Tokens, alive: Callable[[], None] = lambda:
     for i in np.flatnonzero((hits >= ALIKE * sizes) & (sizes >= MIN_SHINGLES)).tolist():
         alive()
         mine = train.ids_T[train.offsets[i] : train.offsets[i + 1]]
-        best = index.nearest(np.unique(_hashes(mine)))
+        best = index.nearest(np.unique(shingle_hashes(mine)))
         if best is not None:
             found.append((i, best))
     if not found:
@@ -105,7 +105,7 @@ class _Index:
         return int(numbers[best]) if alike[best] >= ALIKE else None
 
 
-def _hashes(ids_T: Int[np.ndarray, " t"]) -> UInt64[np.ndarray, " s"]:
+def shingle_hashes(ids_T: Int[np.ndarray, " t"]) -> UInt64[np.ndarray, " s"]:
     """A hash of each `SHINGLE` tokens in a row: a polynomial modulo 2^64, in doublings (2, 4, 8 tokens)."""
     hashes_S = np.asarray(ids_T).astype(np.uint64) + np.uint64(1)
     size = 1
@@ -117,7 +117,7 @@ def _hashes(ids_T: Int[np.ndarray, " t"]) -> UInt64[np.ndarray, " s"]:
 
 def _shingles(t: Tokens) -> tuple[UInt64[np.ndarray, " s"], Int64[np.ndarray, " s"]]:
     """Hashes of all shingles, and whose they are."""
-    hashes_S = _hashes(t.ids_T)
+    hashes_S = shingle_hashes(t.ids_T)
     owner_S = np.repeat(np.arange(t.offsets.size - 1), np.diff(t.offsets))[: hashes_S.size]
     inside = np.arange(hashes_S.size) + SHINGLE <= np.asarray(t.offsets)[owner_S + 1]
     return hashes_S[inside], owner_S[inside]

@@ -53,10 +53,15 @@ class Drawn:
 
 
 def questions_of(
-    prepared: Prepared, recipe: Recipe, split: Literal["dev", "test"] = "test", most: int | None = None
+    prepared: Prepared,
+    recipe: Recipe,
+    split: Literal["dev", "test"] = "test",
+    most: int | None = None,
+    among: Callable[[Conversation], bool] = lambda _: True,
 ) -> list[Asked]:
-    """The rows of a split (at most `evaluation.max_rows` and `most`, drawn by the seed), each asked for its last answer."""
-    rows = prepared.conversations(split)
+    """The rows of a split (those `among` which; at most `evaluation.max_rows` and `most`, drawn by the seed), each asked for its last
+    answer."""
+    rows = [c for c in prepared.conversations(split) if among(c)]
     if not rows:
         fix = f"Give data.{split} a file, or a larger share, and train again."
         raise EvalError(1, "data", f"has no {split} rows.", fix)

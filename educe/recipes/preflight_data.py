@@ -28,11 +28,11 @@ def files_are_the_same(b: Before) -> Finding:
     """P01: what was prepared is of the bytes that the files hold now."""
     now, files = key_now(b.recipe, b.prepared.model_dir)
     fix = "They were changed while they were prepared: run the same command again."
-    said = f"prepared of files with the key {now}" if now == b.prepared.key else f"the files now give {now}. {fix}"
+    said = f"prepared of files with the key {now}" if now == b.prepared.whole else f"the files now give {now}. {fix}"
     other = b.prepared.made_of not in (None, files)
-    if other and now == b.prepared.key:
+    if other and now == b.prepared.whole:
         said = f"what is prepared was made of other files: delete {b.prepared.path}"
-    return finding("P01", "data files", b.prepared.key, said, fail=other or now != b.prepared.key)
+    return finding("P01", "data files", b.prepared.key, said, fail=other or now != b.prepared.whole)
 
 
 def rows_are_used(b: Before) -> Finding:
@@ -61,11 +61,13 @@ def rows_are_conserved(b: Before) -> Finding:
         "dev": (c.statuses["dev"], s["rows"]["dev"]),
         "test": (c.statuses["test"], s["rows"]["test"]),
         "not used": (c.statuses["dropped"] + c.statuses["refused"], s["dropped"] + s["refused"]),
+        "not drawn": (c.statuses["not drawn"], s.get("not_drawn", 0)),
         "tokens": (c.tokens, int(store.lengths[kept].sum())),
         "trained tokens": (c.trained, int(store.trained_of[kept].sum())),
     }
     wrong = [f"{name}: the ledger has {a:,}, what was prepared {n:,}" for name, (a, n) in pairs.items() if a != n]
-    terms = " + ".join(f"{pairs[name][1]:,} {name}" for name in ("train", "dev", "test", "not used"))
+    shown = ("train", "dev", "test", "not used", *(("not drawn",) if s.get("not_drawn") else ()))
+    terms = " + ".join(f"{pairs[name][1]:,} {name}" for name in shown)
     total = f"{s['rows_in']:,} = {terms}"
     return finding("P03", "row conservation", total, "; ".join(wrong) or "the ledger's lines add up", fail=bool(wrong))
 

@@ -72,8 +72,17 @@ class Prepared:
     @property
     def made_of(self) -> list[list[str]] | None:
         """The hashes of the files it was made of; None where an earlier version made it."""
-        made_of: list[list[str]] | None = json.loads((self.path / MANIFEST).read_text(encoding="utf-8")).get("made_of")
+        made_of: list[list[str]] | None = self._manifest().get("made_of")
         return made_of
+
+    @property
+    def whole(self) -> str:
+        """The key of what the recipe's files give: its own, unless it holds part of the training rows alone (see subset.py)."""
+        return str(self._manifest().get("whole", self.key))
+
+    def _manifest(self) -> dict[str, Any]:
+        held: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        return held
 
     def previews(self) -> Any:
         return json.loads((self.path / "preview.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from educe.evaluate.probe import Tried
     from educe.recipes.also import Also
     from educe.recipes.check import Check
+    from educe.recipes.curve import Curve
     from educe.recipes.inspect import Inspection
     from educe.recipes.lr import Probe
     from educe.recipes.prepare import Prepared
@@ -60,6 +61,14 @@ class SilentBlend:
     def answers(self, label: str, done: int, total: int) -> None: ...
 
     def measured(self, point: Point) -> None: ...
+
+
+class SilentCurve(Silent):
+    """A screen of `curve` that shows nothing."""
+
+    def answers(self, label: str, done: int, total: int) -> None: ...
+
+    def measured(self, label: str, point: dict[str, Any], kept: bool) -> None: ...
 
 
 class Run:
@@ -309,6 +318,17 @@ def lr(
 
     shown = screen if screen is not None else SilentProbe()
     return run_lr(load_recipe(Path(recipe)), say, shown, rates=rates, steps=steps, minutes=minutes)
+
+
+def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: Any) -> Curve:
+    """Train on nested parts of the rows, score each on dev, say whether more data is worth it; see `Curve.found` and the page in
+    `Curve.path`. `wish`: fields of `recipes.curve_plan.Wish` (shares, by, held, against, seeds, same_steps, rows, keep)."""
+    need_torch()
+    from educe.recipes.curve import curve as run_curve
+    from educe.recipes.curve_plan import Wish
+
+    shown = screen if screen is not None else SilentCurve()
+    return run_curve(load_recipe(Path(recipe)), Wish(**wish), say, shown)
 
 
 def train(

@@ -44,13 +44,22 @@ from educe.training.watchdog import ASLEEP, Watchdog
 from educe.types import Batch
 
 
-def train(recipe: Recipe, text: str, say: Say, screen: Screen, how: How, dog: Watchdog = ASLEEP) -> RunDir:
-    """Run the recipe; `text` is the recipe as given. Every rank calls it.
+def train(
+    recipe: Recipe,
+    text: str,
+    say: Say,
+    screen: Screen,
+    how: How,
+    dog: Watchdog = ASLEEP,
+    *,
+    prepared: Prepared | None = None,
+) -> RunDir:
+    """Run the recipe; `text` is the recipe as given, `prepared` its data, or part of that. Every rank calls it.
 
     Raises `Interrupted` when a signal or the time ended it early, after saving.
     """
     run = RunDir(recipe.run_path())
-    prepared = _prepared(recipe, say, dog)
+    prepared = prepared or _prepared(recipe, say, dog)
     if why := too_many_unused(recipe, prepared):
         raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
     facts, mixed = describe_model(prepared.model_dir, recipe.model), mix(recipe, prepared)
