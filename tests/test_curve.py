@@ -207,7 +207,7 @@ def test_what_is_found_and_said(found: tuple[Any, list[str]], place: Path) -> No
     text = "\n".join(said)
     for words in (
         "2 runs, each 4 epochs of its own rows",
-        "6 rows: 6 rows, about",
+        "  6 rows: about",
         "together about",
         "no test row is read",
     ):

@@ -28,33 +28,53 @@ def near_groups(
     Each is compared exactly, with the first example that had that hash.
     """
     num = tokens.offsets.size - 1
-    parent = list(range(num))
+    usual = _wording(tokens)
+    equal_N, least_NK = np.zeros(num, np.uint64), np.zeros((num, _SALTS.size), np.uint64)
+    told_N = np.zeros(num, bool)
+    for i in range(num):
+        alive()
+        ids = np.ascontiguousarray(tokens.ids_T[tokens.offsets[i] : tokens.offsets[i + 1]])
+        equal_N[i] = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")
+        mine = _own(tokens, i, usual)
+        if mine.size >= MIN_SHINGLES:
+            told_N[i], least_NK[i] = True, (mine[:, None] * _SALTS).min(0)
+    groups = _Groups(num)
+    for values in (np.asarray(rows_N), equal_N):
+        for i, j in _with_first(values, np.arange(num)):
+            groups.join(i, j)
+    told = np.flatnonzero(told_N)
+    for column in least_NK[told].T:
+        for i, j in _with_first(column, told):
+            alive()
+            if groups.root(i) != groups.root(j) and _alike(_own(tokens, i, usual), _own(tokens, j, usual)):
+                groups.join(i, j)
+    return np.array([groups.root(i) for i in range(num)], np.int64)
 
-    def root(i: int) -> int:
+
+class _Groups:
+    """Which of some numbers belong together; the least of a group is its root."""
+
+    def __init__(self, num: int) -> None:
+        self._parent = list(range(num))
+
+    def root(self, i: int) -> int:
+        parent = self._parent
         while parent[i] != i:
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
 
-    def join(i: int, j: int) -> None:
-        a, b = root(i), root(j)
-        parent[max(a, b)] = min(a, b)
+    def join(self, i: int, j: int) -> None:
+        a, b = self.root(i), self.root(j)
+        self._parent[max(a, b)] = min(a, b)
 
-    usual = _wording(tokens)
-    first: dict[tuple[str, int | bytes], int] = {}
-    for i, row in enumerate(rows_N.tolist()):
-        alive()
-        ids = np.ascontiguousarray(tokens.ids_T[tokens.offsets[i] : tokens.offsets[i + 1]])
-        join(i, first.setdefault(("row", row), i))
-        join(i, first.setdefault(("ids", hashlib.blake2b(ids.tobytes(), digest_size=16).digest()), i))
-        mine = _own(tokens, i, usual)
-        if mine.size < MIN_SHINGLES:
-            continue
-        for k, least in enumerate((mine[:, None] * _SALTS).min(0).tolist()):
-            j = first.setdefault((f"min {k}", least), i)
-            if root(j) != root(i) and _alike(mine, _own(tokens, j, usual)):
-                join(i, j)
-    return np.array([root(i) for i in range(num)], np.int64)
+
+def _with_first(values: np.ndarray, examples: Int64[np.ndarray, " m"]) -> list[tuple[int, int]]:
+    """Each example whose value came before, and the first one that had it."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    before = first[inverse]
+    again = np.flatnonzero(before != np.arange(before.size))
+    return list(zip(examples[again].tolist(), examples[before[again]].tolist(), strict=True))
 
 
 def nested_rows(

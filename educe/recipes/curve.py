@@ -170,7 +170,8 @@ def _estimated(runs: Sequence[Planned], scale: _Scale, facts: ModelFacts) -> dic
 def _announce(
     wish: Wish, parts: Sequence[Part], runs: Sequence[Planned], estimates: dict[str, Estimate], scale: _Scale, say: Say
 ) -> None:
-    epochs = f"{scale.recipe.train.epochs:g} epochs"
+    num = scale.recipe.train.epochs
+    epochs = f"{num:g} epoch{'s' if num != 1 else ''}"
     steps = (
         "all with about as many steps: smaller parts come more often"
         if wish.same_steps
@@ -181,7 +182,8 @@ def _announce(
     for run in runs:
         e = estimates.get(run.key)
         cost = f"about {_time(e.total_s)}" if e is not None else "done before"
-        say(f"  {_label(run, wish)}: {run.part.num_rows:,} rows, {cost}")
+        rows = f"{run.part.num_rows:,} rows, " if wish.by == "tasks" else ""
+        say(f"  {_label(run, wish)}: {rows}{cost}")
     total = sum(e.total_s for e in estimates.values())
     rough = "" if all(e.measured for e in estimates.values()) else " (a guess: no run of this model was timed here)"
     if estimates:

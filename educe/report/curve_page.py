@@ -89,7 +89,7 @@ def how_it_was_made(found: dict[str, Any]) -> str:
     parts = (
         f"all with about as many steps as the last (smaller parts come more often than {found['epochs']:g} times)"
         if found["same_steps"]
-        else f"each {found['epochs']:g} epochs of its own rows, so smaller parts have fewer steps"
+        else f"each {found['epochs']:g} epoch{'s' if found['epochs'] != 1 else ''} of its own rows, so smaller parts have fewer steps"
     )
     answers = f", {found['answered']} of them answered" if found["answered"] else ""
     held = f" Held out of all points: {', '.join(found['held_out_tasks'])}." if found["held_out_tasks"] else ""
