@@ -342,6 +342,8 @@ def test_what_no_curve_can_be_made_of(place: Path) -> None:
     ):
         with pytest.raises(UsageError):
             educe.curve(path, **wish)
+    with pytest.raises(UsageError, match="come to the same 1 rows"):
+        educe.curve(path, shares=(0.01, 0.02))
     with pytest.raises(UsageError, match="needs three"):
         educe.curve(path, by="tasks")
     path.write_text(path.read_text().replace("  max_tokens: 128", "  max_tokens: 128\n  prompt_weight: 1.0"))

@@ -81,7 +81,7 @@ def judge(points: Sequence[Measured], weights_R: Sequence[float], unit: str) -> 
     amount = f"{_said(gain.value, by)} (95 %: {_said(gain.low, by)} to {_said(gain.high, by)})"
     if gain.low > 0:
         what = "the dev score rose" if by == "score" else "dev loss fell"
-        text = f"More {unit} helped up to the last: {step} {what} by {amount}. The next ones will probably help too."
+        text = f"More {unit} helped up to the last: {step} {what} by {amount}. It had not levelled off."
         return Judgement(kind="helps", by=by, gain=gain, needed=None, text=text)
     if gain.high < 0:
         what = "the dev score fell" if by == "score" else "dev loss rose"

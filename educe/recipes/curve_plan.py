@@ -105,7 +105,7 @@ def parts_of(recipe: Recipe, prepared: Prepared, wish: Wish, say: Say) -> tuple[
             for names in chosen
         ]
         say(f"held out of every point, and scored on: {', '.join(held)}. In this order come: {', '.join(trained)}")
-        return _different(parts, say), held
+        return _different(parts, wish, say), held
     labels_N = near_groups(Tokens(*store.tokens), np.asarray(store.rows))
     labels_R = labels_N[open_N][first]
     own = ~np.isin(rows_R, replayed)
@@ -117,13 +117,16 @@ def parts_of(recipe: Recipe, prepared: Prepared, wish: Wish, say: Say) -> tuple[
         mine = rows_R[own][inside_R]
         names = tuple(prepared.tasks[k] for k in np.unique(tasks_R[own][inside_R]).tolist())
         parts.append(Part(rows_R=np.union1d(mine, replayed), tasks=names, count=int(mine.size)))
-    return _different(parts, say), ()
+    return _different(parts, wish, say), ()
 
 
-def _different(parts: Sequence[Part], say: Say) -> list[Part]:
+def _different(parts: Sequence[Part], wish: Wish, say: Say) -> list[Part]:
     kept = [p for k, p in enumerate(parts) if k == 0 or p.count > parts[k - 1].count]
     if len(kept) < len(parts):
-        say(f"{len(parts) - len(kept)} of the shares come to the same rows as a smaller one: left out")
+        say(f"{len(parts) - len(kept)} of the shares come to the same {wish.by} as a smaller one: left out")
+    if len(kept) == 1 and wish.seeds == 1:
+        found = f"all of them come to the same {kept[0].num_rows} rows: a run, not a curve."
+        raise UsageError(101, "--shares", found, "Name shares that are further apart, or give it more rows.")
     return kept
 
 

@@ -30,7 +30,7 @@ def _body(found: dict[str, Any]) -> Iterator[str]:
     first, *others = what_it_says(found)
     yield f'<p class="said">{escape(first)}</p>' + "".join(f"<p>{escape(line)}</p>" for line in others)
     if found["answered"]:
-        yield f"<h2>Score on dev ({escape(found['metric'])})</h2>"
+        yield f"<h2>Score on dev ({escape(found['metric'])}), 0 to 1</h2>"
         yield draw_curve(found, "score")
     yield "<h2>Loss on dev, nats per token</h2>"
     yield draw_curve(found, "loss")
@@ -42,8 +42,8 @@ def _body(found: dict[str, Any]) -> Iterator[str]:
 def what_it_says(found: dict[str, Any]) -> list[str]:
     """The verdict; what masking does; what one seed cannot say."""
     said = []
-    for line in found["lines"]:
-        verdict = line["verdict"]
+    verdicts = [line["verdict"] for line in found["lines"]]
+    for line, verdict in zip(found["lines"], verdicts, strict=True):
         if verdict is not None:
             said.append(verdict["text"] if line is found["lines"][0] else f"{_named(line)}: {verdict['text']}")
     if not said:
@@ -53,16 +53,22 @@ def what_it_says(found: dict[str, Any]) -> list[str]:
         gain = other[by]["both"] or other[by]["rows"]
         word = "better" if gain["low"] > 0 else "worse" if gain["high"] < 0 else "not told apart"
         said.append(
-            f"Trained on prompts too ({other['name']}), with all {found['by']}: {word} ({_step(gain['value'], by)}, 95 %: "
-            f"{_step(gain['low'], by)} to {_step(gain['high'], by)}; above 0 is better than {found['lines'][0]['name']})."
+            f"Trained on prompts too ({other['name']}), with all {found['by']}: {word}, {_gain(gain, by)}. "
+            f"Above 0 is better than {found['lines'][0]['name']}."
+        )
+    if not found["same_steps"] and any(v is not None and v["kind"] == "helps" for v in verdicts):
+        said.append(
+            "The larger parts had more steps too, as they would have in a run of yours: --same-steps tells what the rows alone did."
         )
     if len(found["seeds"]) == 1:
         said.append("One training seed: another would move each point too, by how much --seeds 3 tells.")
     return said
 
 
-def _step(gain: float, by: str) -> str:
-    return f"{100 * gain:+.1f} points" if by == "score" else f"{gain:+.3f} nats of dev loss"
+def _gain(gain: dict[str, float], by: str) -> str:
+    factor, form, unit = (100, "+.1f", "points") if by == "score" else (1, "+.3f", "nats of dev loss")
+    value, low, high = (format(factor * gain[k], form) for k in ("value", "low", "high"))
+    return f"{value} {unit} (95 %: {low} to {high})"
 
 
 def _seeds_alone(found: dict[str, Any]) -> str:
@@ -194,7 +200,8 @@ def _line(k: int, line: dict[str, Any], by: str, x: Scale, y: Scale) -> Iterator
             else (f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5"/>')
         )
     yield "</g>"
-    yield svg_text(f"l{k}", at[-1][0] + 10, at[-1][1] + (16 if k else -10), line["name"] if k else "", "end")
+    if k:
+        yield svg_text(f"l{k}", at[-1][0] - 14, at[-1][1] - 12, line["name"], "end")
 
 
 def _bars(at: float, of: dict[str, Any], y: Scale) -> Iterator[str]:
