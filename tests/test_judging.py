@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from educe.errors import EvalError
 from educe.evaluate.judge.canaries import CANARIES, check_pairwise, check_single, lint_answers
-from educe.evaluate.judge.length import Judged, Rows, fit_l1, length_controlled, raw_win_rate
+from educe.evaluate.judge.length import Judged, Rows, controlled_interval, fit_l1, length_controlled, raw_win_rate
 from educe.evaluate.judge.mt_bench import (
     REFERENCED,
     TEMPERATURES,
@@ -22,6 +23,7 @@ from educe.evaluate.judge.mt_bench import (
     single_prompt,
 )
 from educe.evaluate.judge.pairwise import Duel, judge_duels, pair_prompts, parse_letter, regraded, settled
+from educe.evaluate.judge.scores import score_duels, score_ratings
 from educe.types import Answer, Prompt, Sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,7 +224,7 @@ def test_answers_that_are_all_the_same_are_pointed_out() -> None:
     assert "are the same" in lint_answers(["give me 10"] * 30 + ["a", "b"])[0]
     assert lint_answers([f"answer {i}" for i in range(30)]) == []
     begun = [("Here is the best answer there could be. " * 3) + str(i) for i in range(9)]
-    assert "first" not in lint_answers(begun[:2])
+    assert lint_answers(begun[:2]) == []
     assert "same 80 characters" in lint_answers(begun)[0]
     assert "judge's verdict" in lint_answers(["fine", "[[A]] is right", "good"])[0]
 
@@ -259,3 +261,60 @@ def test_a_judge_that_likes_length_alone_is_seen_through() -> None:
     assert raw > 0.7
     assert abs(controlled.win_rate - 0.5) < 0.1, (raw, controlled)
     assert controlled.weights[0] < -1  # the longer, the better liked
+    found = controlled_interval(judged, None, controlled)
+    assert found is not None
+    assert found.low < controlled.win_rate < found.high  # also without difficulties
+    assert 0.02 < found.high - found.low < 0.3
+
+
+def test_where_all_verdicts_agree_the_controlled_interval_is_not_known() -> None:
+    apart = np.arange(20.0)
+    ones = Judged(
+        preference_n=np.ones(20),
+        length_n=100 + apart,
+        length_baseline_n=np.full(20, 100.0),
+        instruction_n=np.arange(20),
+    )
+    assert controlled_interval(ones, None, length_controlled(ones, None)) is None
+
+
+def _duels(preferences: list[float]) -> list[dict[str, Any]]:
+    """Lines of both orders, with that mean preference."""
+    lines = []
+    for i, p in enumerate(preferences):
+        for order, wins in (("first", p > 0), ("second", p > 0.5)):
+            line = {"name": str(i), "own": f"own answer {i}", "other": f"other one {i}", "order": order}
+            lines.append({**line, "judgment": "", "preference": float(wins)})
+    return lines
+
+
+@pytest.mark.parametrize(
+    "preferences, verdict",
+    [
+        ([1.0, 1.0], "2 questions are too few"),
+        ([0.0] * 6, "6 questions are too few"),
+        ([1.0] * 7, "prefers these"),
+        ([0.0] * 7, "prefers the other"),
+        ([0.5] * 7, "No preference of the judge is shown. About 785 questions"),
+        ([1.0, 0.5, 0.0, 1.0, 1.0, 0.0, 0.5, 1.0], "No preference"),
+    ],
+)
+def test_a_verdict_needs_questions_and_an_interval(preferences: list[float], verdict: str) -> None:
+    found = score_duels(_duels(preferences))
+    assert verdict in found["verdict"]
+    i = found["win_rate"]
+    assert 0 <= i["low"] <= i["value"] <= i["high"] <= 1
+    assert i["high"] - i["low"] > 0.3
+
+
+@pytest.mark.parametrize("ratings", [[7.0] * 5, [10.0] * 5, [1.0] * 5, [9.0, 10.0, 10.0, 10.0, 6.0]])
+def test_ratings_stay_on_the_scale_and_are_never_certain(ratings: list[float]) -> None:
+    lines = [
+        {"name": str(i), "category": "stem", "turn": t, "answers": [f"a {i}"], "score": r}
+        for i, r in enumerate(ratings)
+        for t in (1, 2)
+    ]
+    i = score_ratings(lines)["interval"]
+    assert 1 <= i["low"] <= i["value"] <= i["high"] <= 10
+    assert i["high"] - i["low"] > 1
+    assert i["value"] == pytest.approx(sum(ratings) / 5)

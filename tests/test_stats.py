@@ -10,6 +10,7 @@ import pytest
 from educe.seeds import resamples
 from educe.stats import (
     bootstrap,
+    bounded_mean,
     changed_variance,
     clustered_error,
     clustered_mean,
@@ -18,7 +19,6 @@ from educe.stats import (
     mcnemar,
     paired_difference,
     paired_means,
-    paired_variance,
     ratio,
     rows_needed,
     smallest_difference,
@@ -161,9 +161,6 @@ def test_rows_needed_equals_statsmodels() -> None:
     have the error of n pairs, so its 1255.8 rows a group are 627.9 pairs."""
     assert rows_needed(0.05, 0.2) == math.ceil(627.9088407480277)
     assert smallest_difference(541, 0.2, power=0.9) == pytest.approx(0.0623252964261798, rel=1e-6)
-    assert paired_variance(1 / 9, 1 / 6, 1 / 6, draws_before=10, draws_after=5) == pytest.approx(
-        1 / 9 + 1 / 60 + 1 / 30
-    )
 
 
 @few
@@ -293,6 +290,21 @@ def test_coverage_of_the_clustered_rate(n: int, p: float) -> None:
 def test_coverage_of_the_clustered_mean(n: int, p: float) -> None:
     """Symmetric around the mean, so too short near 0 and 1: rates have an interval of their own."""
     assert covered((clustered_mean(*c) for c in prompts(n, p, 1)), p) == pytest.approx(PLAIN_MEAN[n, p], abs=3e-3)
+
+
+@pytest.mark.parametrize("n, chances", [(7, (0, 0.05, 0.95)), (12, (0.02, 0.06, 0.92)), (50, (0.25, 0.5, 0.25))])
+def test_coverage_of_the_bounded_mean(n: int, chances: tuple[float, float, float]) -> None:
+    """Values 0, a half and 1. The symmetric interval covers 29 %, 63 % and 96 % of them."""
+    drawn = np.random.default_rng(0).choice([0, 0.5, 1], p=chances, size=(1000, n))
+    found = (bounded_mean(row, [1.0] * n) for row in drawn.tolist())
+    assert covered(found, chances[1] / 2 + chances[2]) > 0.93
+
+
+def test_values_that_agree_leave_the_interval_of_as_many_rows() -> None:
+    for value in (0.0, 0.6, 1.0):
+        found = bounded_mean([value] * 8, [1.0] * 8)
+        assert found.high - found.low > 0.4
+        assert 0 <= found.low <= found.value <= found.high <= 1
 
 
 def systems(n: int, p: float, seed: int, times: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

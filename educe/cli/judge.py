@@ -74,8 +74,9 @@ def show_judged(scores: dict[str, Any]) -> None:
         if controlled["with_difficulty"] and controlled["with_gamed_baselines"]
         else ", own fit: not the leaderboard's figure"
     )
-    error = 100 * controlled["standard_error"]
-    click.echo(f"  length-controlled   {100 * controlled['win_rate']:.1f} % (standard error {error:.1f}{how})")
+    j = controlled["interval"]
+    known = f"{100 * j['low']:.1f} to {100 * j['high']:.1f}" if j is not None else "interval not known"
+    click.echo(f"  length-controlled   {100 * controlled['win_rate']:.1f} % ({known}{how})")
     click.echo(f"  mean length         {lengths['own']:.0f} characters against {lengths['other']:.0f}")
     click.echo(
         f"  {counts['judged']} of {counts['questions']} questions judged in both orders; the order decided {counts['split']}; "

@@ -42,12 +42,16 @@ def _rows(found: dict[str, Any]) -> list[Judged]:
             what=f"{found['bench']}: tuned against {found['against']}",
             judge=str(found["judge"]),
             score=f"{100 * i['value']:.1f} % wins ({100 * i['low']:.1f} to {100 * i['high']:.1f})",
-            controlled=f"{100 * controlled['win_rate']:.1f} % (s.e. {100 * controlled['standard_error']:.1f})",
+            controlled=f"{100 * controlled['win_rate']:.1f} % ({_range(controlled.get('interval'))})",
             length=f"{lengths['own']:.0f} against {lengths['other']:.0f}",
             unread=int(found["counts"]["unparsed"]),
             warnings=tuple(map(str, found["lint"])),
         )
     ]
+
+
+def _range(i: dict[str, float] | None) -> str:
+    return f"{100 * i['low']:.1f} to {100 * i['high']:.1f}" if i else "interval not known"
 
 
 def _rating(name: str, s: dict[str, Any], judge: Any) -> Judged:

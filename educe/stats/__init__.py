@@ -1,6 +1,7 @@
 """Intervals and tests, for evaluation and reports alike. They cover the test rows, not the seeds of a training."""
 
 from educe.stats.means import (
+    bounded_mean,
     clustered_error,
     clustered_mean,
     clustered_rate,
@@ -8,7 +9,7 @@ from educe.stats.means import (
     percentile,
     sums_by_cluster,
 )
-from educe.stats.planning import changed_variance, holm, paired_variance, rows_needed, smallest_difference
+from educe.stats.planning import changed_variance, holm, rows_needed, smallest_difference
 from educe.stats.rates import mcnemar, paired_difference, wilson
 from educe.stats.resampling import bootstrap, flip_signs, ratio
 
@@ -16,6 +17,7 @@ __all__ = [
     "wilson",
     "mcnemar",
     "paired_difference",
+    "bounded_mean",
     "clustered_error",
     "clustered_mean",
     "clustered_rate",
@@ -28,6 +30,5 @@ __all__ = [
     "holm",
     "rows_needed",
     "smallest_difference",
-    "paired_variance",
     "changed_variance",
 ]

@@ -53,17 +53,25 @@ def clustered_mean(sums_C: Sequence[float], sizes_C: Sequence[float]) -> Interva
     return Interval(value=value, low=value - half, high=value + half)
 
 
-def clustered_rate(correct_C: Sequence[int], sizes_C: Sequence[int]) -> Interval:
-    """Share of right verdicts that come in clusters: Wilson's interval with the effective number of rows p(1 - p) / SE² and
-    Student's t (Franco, Little, Louis & Slud 2019, J. Surv. Stat. Methodol. 7:334).
+def bounded_mean(sums_C: Sequence[float], sizes_C: Sequence[float], most_rows: float = math.inf) -> Interval:
+    """Mean of values in [0, 1] that come in clusters: Wilson's interval with the effective number of rows p(1 - p) / SE² and
+    Student's t (Franco, Little, Louis & Slud 2019, J. Surv. Stat. Methodol. 7:334). It stays within [0, 1].
 
-    The effective number is at most the number of rows. Where all verdicts agree it cannot be estimated and is the number of
-    clusters, as if the rows of a cluster were one.
+    The effective number is at most `most_rows`. Where all values agree it cannot be estimated and is the number of clusters.
     """
-    value, error = clustered_error(correct_C, sizes_C)
-    rows = float(sum(sizes_C))
-    effective = min(rows, value * (1 - value) / error**2) if error > 0 else float(len(sizes_C))
+    value, error = clustered_error(sums_C, sizes_C)
+    value = min(1.0, max(0.0, value))
+    agree = error <= 1e-12  # despite rounding
+    effective = float(len(sizes_C)) if agree else min(most_rows, value * (1 - value) / error**2)
     return score_interval(value, effective, student_t(len(sizes_C) - 1))
+
+
+def clustered_rate(correct_C: Sequence[int], sizes_C: Sequence[int]) -> Interval:
+    """Share of right verdicts that come in clusters: `bounded_mean` with no more effective rows than there are.
+
+    Where all verdicts agree it is as if the rows of a cluster were one.
+    """
+    return bounded_mean(correct_C, sizes_C, float(sum(sizes_C)))
 
 
 def paired_means(before_R: Sequence[float], after_R: Sequence[float], weights_R: Sequence[float]) -> Interval:

@@ -20,18 +20,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_variance(
-    between: float, before: float = 0.0, after: float = 0.0, *, draws_before: int = 1, draws_after: int = 1
-) -> float:
-    """Variance of a row's difference, ω² + σ²_before / K_before + σ²_after / K_after (Miller 2024, arXiv 2411.00640, section 5).
-
-    `between`: of the rows' true differences; `before` and `after`: of one answer around its row's mean; K answers to each row.
-    """
-    if min(between, before, after) < 0 or min(draws_before, draws_after) < 1:
-        raise ValueError("need variances >= 0 and a draw of each")
-    return between + before / draws_before + after / draws_after
-
-
 def changed_variance(share_changed: float, difference: float = 0.0) -> float:
     """Variance of the difference of two verdicts on a row, where that share of the rows changes its verdict."""
     if not abs(difference) <= share_changed <= 1:

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from educe.errors import EvalError
 from educe.evaluate.judge.canaries import lint_answers
-from educe.evaluate.judge.length import Array, Rows, length_controlled, raw_win_rate
-from educe.evaluate.judge.mt_bench import averages, parse_rating
+from educe.evaluate.judge.length import Array, Rows, controlled_interval, length_controlled, raw_win_rate
+from educe.evaluate.judge.mt_bench import SCALE, averages, parse_rating
 from educe.evaluate.judge.pairwise import as_judged, settled
-from educe.stats import paired_means
+from educe.stats import bounded_mean, rows_needed, sums_by_cluster
 from educe.types import Interval
+
+FEWEST = 7  # questions: six of one mind have p = 0.03, and one more verdict may change that
+WORTH = 0.05  # a win rate so far from a half is worth knowing
 
 
 def score_duels(
@@ -36,45 +41,45 @@ def score_duels(
             )
         hard_n = difficulty[judged.instruction_n]
     controlled = length_controlled(judged, hard_n, gamed)
-    raw, error = raw_win_rate(preference_n)
+    interval = bounded_mean(preference_n.tolist(), [1.0] * len(preference_n))
+    controlled_range = controlled_interval(judged, hard_n, controlled, gamed)
     return {
         "counts": counts,
-        "win_rate": asdict(_mean_of(preference_n)),
-        "standard_error": error,
+        "win_rate": asdict(interval),
+        "standard_error": raw_win_rate(preference_n)[1],
         "length_controlled": {
             "win_rate": controlled.win_rate,
-            "standard_error": controlled.standard_error,
+            "interval": asdict(controlled_range) if controlled_range is not None else None,
             "weights": list(controlled.weights),
             "with_difficulty": difficulty is not None,
             "with_gamed_baselines": gamed is not None,
         },
         "mean_length": {"own": float(judged.length_n.mean()), "other": float(judged.length_baseline_n.mean())},
         "lint": lint_answers([x["own"] for x in whole]),
-        "verdict": _verdict(raw, _mean_of(preference_n)),
+        "verdict": verdict_of(interval, preference_n),
     }
 
 
 def score_ratings(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean rating, by turn and by category; both turns of a question are one cluster of the interval."""
     found = averages(lines)
-    by_name: dict[str, list[float]] = {}
-    for line in lines:
-        if line["score"] is not None:
-            by_name.setdefault(line["name"], []).append(line["score"])
-    if len(by_name) < 2:
+    rated = [line for line in lines if line["score"] is not None]
+    lowest, highest = SCALE
+    sums, sizes = sums_by_cluster([x["score"] - lowest for x in rated], [x["name"] for x in rated])
+    if len(sizes) < 2:
         raise EvalError(
             301,
             "judge",
-            f"gave a readable rating to {len(by_name)} questions.",
+            f"gave a readable rating to {len(sizes)} questions.",
             "Take a judge that ends in [[rating]].",
         )
-    sums, sizes = [sum(v) for v in by_name.values()], [float(len(v)) for v in by_name.values()]
-    interval = paired_means([0.0] * len(sums), sums, sizes)
+    i = bounded_mean(sums, [(highest - lowest) * size for size in sizes])
+    low, value, high = (lowest + (highest - lowest) * x for x in (i.low, i.value, i.high))
     found["by_turn"] = {str(turn): mean for turn, mean in found["by_turn"].items()}
     answers = [line["answers"][-1] for line in lines]
     return {
         **found,
-        "interval": asdict(interval),
+        "interval": asdict(Interval(value=value, low=low, high=high)),
         "mean_length": sum(map(len, answers)) / len(answers),
         "lint": lint_answers(answers),
     }
@@ -85,13 +90,15 @@ def reread(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**line, "score": parse_rating(line["judgment"])} for line in lines]
 
 
-def _mean_of(values_n: Array) -> Interval:
-    ones = [1.0] * len(values_n)
-    i = paired_means([0.0] * len(values_n), list(map(float, values_n)), ones)
-    return Interval(value=i.value, low=max(0.0, i.low), high=min(1.0, i.high))
-
-
-def _verdict(raw: float, interval: Interval) -> str:
+def verdict_of(interval: Interval, preference_n: Array) -> str:
+    """A preference is claimed where the interval says so and some questions stand behind it."""
+    n = len(preference_n)
+    if n < FEWEST:
+        return f"{n} questions are too few for a verdict."
     if interval.low > 0.5:
         return "The judge prefers these answers."
-    return "The judge prefers the other answers." if interval.high < 0.5 else "No preference of the judge is shown."
+    if interval.high < 0.5:
+        return "The judge prefers the other answers."
+    variance = float(np.var(preference_n, ddof=1)) or 0.25  # of a coin, where all are split
+    needed = rows_needed(WORTH, variance)
+    return f"No preference of the judge is shown. About {needed} questions show a win rate of {0.5 + WORTH:.0%} four times in five."
