@@ -20,6 +20,7 @@ from educe.model.device import Device
 from educe.model.load import CausalLM
 from educe.model.source import Say
 from educe.recipes.both import Both
+from educe.recipes.naming import row_names
 from educe.recipes.prepare import Prepared
 from educe.sample.draw import Chooser, chooser_of, likeliest
 from educe.sample.local import LocalSampler
@@ -65,14 +66,14 @@ def questions_of(
     if not rows:
         fix = f"Give data.{split} a file, or a larger share, and train again."
         raise EvalError(1, "data", f"has no {split} rows.", fix)
-    asked = []
+    asked, names = [], row_names([c.source for c in rows])
     num = recipe.evaluation.max_rows if most is None else min(most, recipe.evaluation.max_rows)
     for i in sorted(permute(len(rows), derive(recipe.train.seed, split))[:num].tolist()):
         c = rows[i]
         k = max(j for j, m in enumerate(c.messages) if m.role == "assistant")
         row = replace(c, messages=c.messages[: k + 1])
         question = Question(
-            row=f"{Path(c.source.file).name}:{c.source.line}",
+            row=names[i],
             prompt=tuple({"role": m.role, "content": m.content} for m in c.messages[:k]),
             expected=expected_answer(row, prepared.tokenizer),
             calls=row.messages[-1].tool_calls,

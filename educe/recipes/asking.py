@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from educe.chat.prompt import expected_answer, render_prompt
 from educe.files.journal import Journal
 from educe.model.device import release_free_memory
 from educe.model.together import Together
 from educe.recipes.job import TrainJob
+from educe.recipes.naming import row_names
 from educe.sample.local import LocalSampler
 from educe.training.state import State
 
@@ -21,8 +21,12 @@ class Questions:
 
     def __init__(self, job: TrainJob, state: State, samples: Journal) -> None:
         self._job, self._state, self._samples = job, state, samples
-        rows = (job.prepared.conversations("dev") or job.prepared.conversations("test"))[:NUM_SAMPLES]
-        self._asked = [(c, max(i for i, m in enumerate(c.messages) if m.role == "assistant")) for c in rows]
+        rows = job.prepared.conversations("dev") or job.prepared.conversations("test")
+        names = row_names([c.source for c in rows])[:NUM_SAMPLES]
+        self._asked = [
+            (name, c, max(i for i, m in enumerate(c.messages) if m.role == "assistant"))
+            for name, c in zip(names, rows, strict=False)
+        ]
 
     def answer(self) -> None:
         """By the model as it is."""
@@ -30,20 +34,20 @@ class Questions:
             return
         step, model, dog, tokenizer = self._state.step, self._state.model, self._job.dog, self._job.prepared.tokenizer
         dog.beat(f"sample answers after step {step}")
-        prompts = [render_prompt(c.messages[:i], tokenizer, c.tools) for c, i in self._asked]
+        prompts = [render_prompt(c.messages[:i], tokenizer, c.tools) for _, c, i in self._asked]
         sampler = LocalSampler(model if model.sharded is None else Together(model, model.sharded), tokenizer)
         answers = sampler.answer(prompts, self._job.recipe.evaluation.max_new_tokens, alive=dog.alive)
         release_free_memory()
         lines = [
             {
                 "step": step,
-                "row": f"{Path(c.source.file).name}:{c.source.line}",
+                "row": name,
                 "prompt": [{"role": m.role, "content": m.content} for m in c.messages[:i]],
                 "expected": expected_answer(replace(c, messages=c.messages[: i + 1]), tokenizer),
                 "answer": a.text,
                 "stopped": a.stopped,
             }
-            for (c, i), a in zip(self._asked, answers, strict=True)
+            for (name, c, i), a in zip(self._asked, answers, strict=True)
         ]
         for line in lines if self._job.world.leads else ():
             self._samples.append(line)

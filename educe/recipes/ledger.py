@@ -36,7 +36,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which rows are asked for; an empty choice takes all. `row` is LINE or FILE:LINE."""
+    """Which rows are asked for; an empty choice takes all. `row` is LINE or FILE:LINE, with [ITEM] for one of several in a line."""
 
     statuses: Sequence[str] = ()
     codes: Sequence[str] = ()
@@ -54,8 +54,13 @@ class Wanted:
             (not self.statuses or line["status"] in self.statuses)
             and (not self.codes or line["code"] in self.codes)
             and (not self.tasks or line["task"] in self.tasks)
-            and (not self.row or (str(line["line"]) == number and line["file"].endswith(name)))
+            and (not self.row or (number in _numbers(line) and line["file"].endswith(name)))
         )
+
+
+def _numbers(line: dict[str, Any]) -> tuple[str, str]:
+    """LINE, and LINE[ITEM] as answers name the rows of a line that holds several."""
+    return str(line["line"]), f"{line['line']}[{line['item']}]"
 
 
 def write_ledger(path: Path, prepared: Prepared, mixed: Mixed) -> None:
