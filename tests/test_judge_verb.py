@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from educe.cli.main import cli
-from educe.errors import EvalError, UsageError
+from educe.errors import EvalError, RunError, UsageError
 from educe.evaluate.judge.mt_bench import MtQuestion
+from educe.evaluate.judge.questions import read_mt_questions
 from educe.files.run_dir import RunDir
 from educe.recipes.judge import Wish, answer_turns, judge, regrade
-from educe.recipes.run import train
+from educe.recipes.run import Run, train
 from educe.report import build_report
 from educe.sample.sampler import Sampler
 from educe.types import Answer, Prompt, Sampling
@@ -101,7 +102,55 @@ def test_instructions_are_answered_and_judged_against_a_file(run: RunDir, tmp_pa
     scores = judge(run, wish, Judge(honest), lambda name: longer, say)
     assert scores["win_rate"]["value"] == 1.0
     assert scores["length_controlled"]["with_difficulty"] is True
-    assert (run.judged / "alpaca-eval-set.jsonl").is_file()
+    assert re.fullmatch(r"alpaca-eval-set-[0-9a-f]{6}", wish.name)
+    assert (run.judged / f"{wish.name}.jsonl").is_file()
+    (tmp_path / "set.json").unlink()
+    again = regrade(run, Wish(bench="alpaca-eval", against=wish.against))  # reads verdicts alone
+    assert again["win_rate"] == scores["win_rate"]
+
+
+class Counting(Judge):
+    """Remembers how many prompts it was asked."""
+
+    asked = 0
+
+    def sample(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Answer]:
+        self.asked += len(prompts)
+        return super().sample(prompts, sampling, progress)
+
+
+def test_a_judge_is_tried_before_hours_of_answering(run: RunDir, tmp_path: Path) -> None:
+    write_file(tmp_path / "set.json", [f"Tell me of {i}" for i in range(40)])
+    systems = {name: Counting(lambda text: f"some words on {text[-1]}") for name in ("untouched", "tuned")}
+    wish = Wish(bench="alpaca-eval", questions=tmp_path / "set.json")
+    with pytest.raises(EvalError, match="E-EVAL-302"):
+        judge(run, wish, Judge(lambda _: "m"), lambda name: systems[name], say)
+    assert (systems["untouched"].asked, systems["tuned"].asked) == (12, 0)
+    judge(run, wish, Judge(honest), lambda name: systems[name], say)
+    assert (systems["untouched"].asked, systems["tuned"].asked) == (12 + 40, 40)
+
+
+def test_a_row_with_two_answers_is_refused(run: RunDir) -> None:
+    lines = run.load(run.answers / "untouched.jsonl")
+    write_file(run.answers / "untouched.jsonl", [*lines, {**lines[0], "answer": "another"}])
+    with pytest.raises(EvalError, match=r"E-EVAL-002 .*jsonl:13.*test.jsonl:0 is answered twice"):
+        judge(run, Wish(), Judge(honest), none, say)
+
+
+@pytest.mark.parametrize("content", [[{"instruction": "a", "output": "b"}], [{"row": "test.jsonl:1"}], {"row": 1}])
+def test_a_file_of_other_things_is_no_file_of_answers(run: RunDir, tmp_path: Path, content: Any) -> None:
+    file = tmp_path / ("a.json" if isinstance(content, dict) else "a.jsonl")
+    write_file(file, content)
+    with pytest.raises(EvalError, match="E-EVAL-002"):
+        judge(run, Wish(against=str(file)), Judge(honest), none, say)
+
+
+@pytest.mark.parametrize("choices", [[], [{"turns": ["one"]}], [{}], "no", [{"turns": [1, 2]}]])
+def test_references_of_another_shape_are_said(tmp_path: Path, choices: Any) -> None:
+    write_file(tmp_path / "q.jsonl", [{"question_id": 1, "category": "stem", "turns": ["a", "b"]}])
+    write_file(tmp_path / "r.jsonl", [{"question_id": 1, "choices": choices}])
+    with pytest.raises(EvalError, match="E-EVAL-003"):
+        read_mt_questions(tmp_path / "q.jsonl", tmp_path / "r.jsonl")
 
 
 class Talker:
@@ -162,11 +211,21 @@ def test_mt_bench_rates_both_systems(run: RunDir, tmp_path: Path) -> None:
 )
 def test_what_is_missing_is_named_with_its_licence(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=re.escape(told)):
-        Wish(**fields)
+        judge(RunDir(Path("nowhere")), Wish(**fields), Judge(honest), none, say)
 
 
 def test_the_shape_of_a_comparison_is_known_to_these_tests() -> None:
     assert shown("# Answer of model m\n\nx\n\n# Answer of model M\n\ny\n\n# Your task") == ("x", "y")
+
+
+def test_another_machine_is_asked_over_http_where_that_is_wanted(run: RunDir) -> None:
+    run.resolved.write_text("{}")
+    asked = ["judge", str(run.path), "--judge", "http://203.0.113.1/v1", "--judge-model", "m", "--max-requests", "1"]
+    found = CliRunner().invoke(cli, asked)
+    assert "--plain-http" in str(found.exception)
+    wish = {"against": str(run.path / "missing.jsonl"), "plain_http": True}  # nothing is sent
+    with pytest.raises(RunError, match=r"missing\.jsonl"):
+        Run(run.path).judge("http://203.0.113.1/v1", "m", **wish)
 
 
 def _judged(
@@ -235,15 +294,15 @@ def test_a_real_runs_models_answer_both_turns(
     with small_runs.small_place(tmp_path_factory, tiny_model) as place:
         trained = train(small_runs.recipe(place, "judged", epochs=1))
         with serving(lambda body, _: said(rates(body["messages"][-1]["content"]))) as seen:
-            scores = trained.judge(
-                seen.url,
-                "referee",
-                bench="mt-bench",
-                questions=tmp_path / "q.jsonl",
-                references=tmp_path / "r.jsonl",
-                max_new_tokens=4,
-            )
+            files = {"questions": tmp_path / "q.jsonl", "references": tmp_path / "r.jsonl"}
+            told: list[str] = []
+            for _ in range(2):
+                scores = trained.judge(
+                    seen.url, "referee", bench="mt-bench", max_new_tokens=4, say=told.append, **files
+                )
     assert {name: s["rated"] for name, s in scores["systems"].items()} == {"untouched": 6, "tuned": 6}
+    taken = [line for line in told if "taken from the cache" in line]
+    assert len(taken) == 12  # two systems, two turns, three temperatures: all of the second time
     lines = trained.dir.load(trained.dir.judged / "mt-bench.jsonl")
     assert any(x["answers"][0] for x in lines)
     assert [len(x["answers"]) for x in lines[:2]] == [1, 2]

@@ -187,7 +187,9 @@ def test_a_judge_that_sees_through_the_canaries_is_taken() -> None:
     def rates(text: str) -> str:
         return "Rating: [[9]]" if "[The Start of Assistant's Answer]\nIt is" in text else "Rating: [[1]]"
 
-    assert check_single(Judge(rates), [MATH])["reference"] == [9.0]
+    found = check_single(Judge(rates), [MATH, STEM])
+    assert found["reference"] == [9.0, 1.0]
+    assert {len(found[name]) for name in CANARIES} == {4}  # two kinds, two turns
 
 
 def _injected(text: str) -> str:
@@ -218,6 +220,17 @@ def test_a_rating_judge_that_is_fooled_is_refused(says: str, told: str) -> None:
     with pytest.raises(EvalError, match="E-EVAL-302") as e:
         check_single(Judge(lambda _: says), [MATH])
     assert told in e.value.found
+
+
+@pytest.mark.parametrize("mark", ["Why?", "How?", "And + 1?"])
+def test_a_judge_is_tried_on_both_kinds_and_both_turns(mark: str) -> None:
+    """Fooled by one prompt alone: of a question without reference (its first turn, its second), of a second turn with one."""
+
+    def rates(text: str) -> str:
+        return "[[9]]" if mark in text or "It is 2.\n[The End of Assistant" in text else "[[1]]"
+
+    with pytest.raises(EvalError, match=r"E-EVAL-302 .*'empty'"):
+        check_single(Judge(rates), [MATH, STEM])
 
 
 def test_answers_that_are_all_the_same_are_pointed_out() -> None:

@@ -28,6 +28,7 @@ _FILE = click.Path(path_type=Path)
     default="",
     help="The variable with the key (default: OPENAI_API_KEY at OpenAI, else EDUCE_API_KEY).",
 )
+@click.option("--plain-http", is_flag=True, help="Ask it over http, though it is another machine.")
 @click.option(
     "--against", default="untouched", show_default=True, help="untouched, few_shot (rows alone), or a file of answers."
 )
@@ -47,7 +48,9 @@ def judge(run: Path | None, url: str | None, model: str | None, regrade: bool, *
     from educe.recipes.run import Run
 
     found = Run(run)
-    asked = {k: options.pop(k) for k in ("key_variable", "price_in", "price_out", "max_cost", "max_requests")}
+    asked = {
+        k: options.pop(k) for k in ("key_variable", "plain_http", "price_in", "price_out", "max_cost", "max_requests")
+    }
     if not regrade and not (url and model):
         raise UsageError(101, "judge", "no judge is named.", "Give --judge URL and --judge-model NAME.")
     scores = found.judge(url or "", model or "", regrade=regrade, say=say, **asked, **options)

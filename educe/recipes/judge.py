@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.errors import EvalError, UsageError
-from educe.evaluate.judge.canaries import check_pairwise, check_single
+from educe.evaluate.judge.canaries import check_pairwise, check_single, spread
 from educe.evaluate.judge.length import Array, Rows
 from educe.evaluate.judge.mt_bench import (
     ANSWER_TOKENS,
@@ -22,6 +22,7 @@ from educe.evaluate.judge.pairwise import Duel, judge_duels, regraded
 from educe.evaluate.judge.questions import SOURCES, read_difficulty, read_gamed, read_instructions, read_mt_questions
 from educe.evaluate.judge.scores import reread, score_duels, score_ratings
 from educe.files.atomic import make_private, told, write_json
+from educe.files.hashes import hash_json
 from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
 from educe.sample.sampler import Sampler
@@ -29,10 +30,11 @@ from educe.types import Message, Prompt, Sampling
 
 BENCHES = ("rows", "alpaca-eval", "mt-bench")
 LETTER = Sampling(max_new_tokens=8)
+NUM_TRIED = 12  # answers of a model that the canaries may stand against; some may be empty
 _BASELINES = ("untouched", "few_shot")
 
 SamplerOf = Callable[[str], Sampler]
-"""The model of a system, "untouched" or "tuned"; called only where its answers are not stored."""
+"""The model of a system, "untouched" or "tuned". It keeps its answers as they come, and is loaded only for those that are not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Wish:
     """What is judged. `against`: "untouched", "few_shot" (rows alone) or a file of answers; the other files as their publishers write
     them. `most`: the first so many questions."""
 
-    bench: str
+    bench: str = "rows"
     against: str = "untouched"
     questions: Path | None = None
     references: Path | None = None
@@ -52,21 +54,28 @@ class Wish:
     def __post_init__(self) -> None:
         if self.bench not in BENCHES:
             raise UsageError(101, "--bench", f"{self.bench!r} is not one.", f"One of {', '.join(BENCHES)}.")
-        if self.bench != "rows" and self.questions is None:
-            raise UsageError(101, "--questions", f"{self.bench} needs its questions.", f"Give {SOURCES[self.bench]}.")
-        if self.bench == "mt-bench" and self.references is None:
-            raise UsageError(101, "--references", "mt-bench needs reference answers.", f"Give {SOURCES['references']}.")
         if self.against == "few_shot" and self.bench != "rows":
             raise UsageError(
                 101, "--against", "few_shot answers the run's own rows alone.", "Take untouched, or a file."
             )
 
+    def needed(self, what: str) -> Path:
+        """The benchmark's `questions` or `references`: to judge they must be there, to grade again they are not read."""
+        file: Path | None = getattr(self, what)
+        if file is None:
+            source = SOURCES[self.bench if what == "questions" else what]
+            raise UsageError(101, f"--{what}", f"{self.bench} needs its {what}.", f"Give {source}.")
+        return file
+
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Of its files. That of a baseline's file has a hash of its place: all of AlpacaEval's are called model_outputs.json."""
         if self.bench == "mt-bench":
             return self.bench
-        return f"{self.bench}-{self.against if self.against in _BASELINES else Path(self.against).stem}"
+        if self.against in _BASELINES:
+            return f"{self.bench}-{self.against}"
+        place = Path(self.against).resolve()
+        return f"{self.bench}-{place.stem}-{hash_json(str(place))[:6]}"
 
     @property
     def published(self) -> tuple[Array | None, Rows | None]:
@@ -120,7 +129,7 @@ def answer_turns(questions: Sequence[MtQuestion], sampler: Sampler, max_new_toke
 def _rated(
     wish: Wish, judge: Sampler, sampler_of: SamplerOf, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    questions = read_mt_questions(_given(wish.questions), wish.references)
+    questions = read_mt_questions(wish.needed("questions"), wish.needed("references"))
     canaries = check_single(judge, questions)
     questions = questions[: wish.most]
     lines: list[dict[str, Any]] = []
@@ -155,9 +164,9 @@ def _compared(
     published = wish.published  # files first: a judge costs money
     if wish.bench == "rows":
         duels, real = _rows(run, wish)
+        canaries = check_pairwise(judge, real, LETTER)
     else:
-        duels, real = _instructions(wish, sampler_of, say)
-    canaries = check_pairwise(judge, real, LETTER)
+        duels, canaries = _instructions(wish, judge, sampler_of, say)
     say(f"judge: {len(duels)} questions, each in both orders (AlpacaEval itself draws one by lot)")
     if published[0] is None:
         say("length-controlled: without instruction difficulties (--difficulty), so not the leaderboard's own figure")
@@ -167,45 +176,82 @@ def _compared(
 
 def _rows(run: RunDir, wish: Wish) -> tuple[list[Duel], list[Duel]]:
     """The test rows' stored answers, tuned against another; and the same with the expected answers, for the canaries."""
-    tuned = run.load(run.answers / "tuned.jsonl")[: wish.most]
-    if wish.against in _BASELINES:
-        others = {x["row"]: x["answer"] for x in run.load(run.answers / f"{wish.against}.jsonl")}
-    else:
-        others = {x["row"]: x["answer"] for x in run.load(Path(wish.against))}
-    if missing := next((x["row"] for x in tuned if x["row"] not in others), None):
-        raise EvalError(2, wish.against, f"holds no answer to {missing}.", "Run `educe eval` again.")
+    stored = run.answers / "tuned.jsonl"
+    tuned = list(_by_row(run, stored).values())[: wish.most]
+    file = run.answers / f"{wish.against}.jsonl" if wish.against in _BASELINES else Path(wish.against)
+    others = _by_row(run, file)
     duels, real = [], []
     for x in tuned:
+        name, other = x["row"], others.get(x["row"])
+        if other is None:
+            raise EvalError(2, str(file), f"holds no answer to {name}.", "Run `educe eval` again.")
         asked = _as_text(x["prompt"])
-        duels.append(Duel(name=x["row"], instruction=asked, own=x["answer"], other=others[x["row"]]))
-        real.append(Duel(name=x["row"], instruction=asked, own="", other=x["expected"]))
+        duels.append(Duel(name=name, instruction=asked, own=x["answer"], other=other["answer"]))
+        real.append(Duel(name=name, instruction=asked, own="", other=x["expected"]))
     return duels, real
 
 
-def _instructions(wish: Wish, sampler_of: SamplerOf, say: Callable[[str], None]) -> tuple[list[Duel], list[Duel]]:
-    """The instructions answered by the tuned model and the other one. The canaries stand against the other's answers."""
-    asked = [instruction for instruction, _ in read_instructions(_given(wish.questions))][: wish.most]
+def _by_row(run: RunDir, file: Path) -> dict[str, dict[str, Any]]:
+    """Lines of answers by their rows. Raises `EvalError` where two are of one row: which answers which question?"""
+    found: dict[str, dict[str, Any]] = {}
+    lines = run.load(file)
+    for number, line in enumerate(lines if isinstance(lines, list) else [lines], 1):
+        match line:
+            case {"row": str(row), "answer": str()} if row not in found:
+                found[row] = line
+            case {"row": str(row), "answer": str()}:
+                why = f"{row} is answered twice: which answer is to which question is not known."
+                raise EvalError(2, f"{file}:{number}", why, "Run `educe eval` again.")
+            case _:
+                fix = "Give a file like those in the run's answers/."
+                raise EvalError(2, f"{file}:{number}", "holds no 'row' with its 'answer'.", fix)
+    return found
+
+
+def _instructions(
+    wish: Wish, judge: Sampler, sampler_of: SamplerOf, say: Callable[[str], None]
+) -> tuple[list[Duel], dict[str, Any]]:
+    """The instructions answered by the tuned model and the other one. The canaries stand against the other's answers, and come
+    before hours of answering: a few of a model's answers are enough for them."""
+    asked = [instruction for instruction, _ in read_instructions(wish.needed("questions"))][: wish.most]
+    numbers = list(range(len(asked)))
+    few = spread(numbers, NUM_TRIED) if wish.against in _BASELINES else numbers
+    others = _others(asked, few, wish, sampler_of, say)
+    canaries = check_pairwise(judge, [_duel(i, asked[i], "", others[i]) for i in few], LETTER)
+    others |= _others(asked, [i for i in numbers if i not in others], wish, sampler_of, say)
+    own = _answers(asked, numbers, "tuned", wish, sampler_of, say)
+    return [_duel(i, asked[i], own[i], others[i]) for i in numbers], canaries
+
+
+def _duel(number: int, instruction: str, own: str, other: str) -> Duel:
+    return Duel(name=f"instruction {number}", instruction=instruction, own=own, other=other)
+
+
+def _others(
+    asked: Sequence[str], numbers: Sequence[int], wish: Wish, sampler_of: SamplerOf, say: Callable[[str], None]
+) -> dict[int, str]:
     if wish.against in _BASELINES:
-        others = _answers(asked, wish.against, wish, sampler_of, say)
-    else:
-        by_text = dict(read_instructions(Path(wish.against)))
-        if missing := next((a for a in asked if not by_text.get(a)), None):
-            raise EvalError(
-                3, wish.against, f"holds no output for {missing[:60]!r}.", "Give answers to these questions."
-            )
-        others = [by_text[a] for a in asked]
-    own = _answers(asked, "tuned", wish, sampler_of, say)
-    triples = zip(asked, own, others, strict=True)
-    duels = [Duel(name=f"instruction {i}", instruction=a, own=x, other=y) for i, (a, x, y) in enumerate(triples)]
-    return duels, duels
+        return _answers(asked, numbers, wish.against, wish, sampler_of, say)
+    by_text = dict(read_instructions(Path(wish.against)))
+    if missing := next((asked[i] for i in numbers if not by_text.get(asked[i])), None):
+        raise EvalError(3, wish.against, f"holds no output for {missing[:60]!r}.", "Give answers to these questions.")
+    return {i: by_text[asked[i]] for i in numbers}
 
 
 def _answers(
-    asked: Sequence[str], name: str, wish: Wish, sampler_of: SamplerOf, say: Callable[[str], None]
-) -> list[str]:
-    say(f"{name}: answers {len(asked)} instructions")
-    prompts = [Prompt(key=str(i), messages=(Message(role="user", content=a),)) for i, a in enumerate(asked)]
-    return [a.text for a in sampler_of(name).sample(prompts, Sampling(max_new_tokens=wish.max_new_tokens))]
+    asked: Sequence[str],
+    numbers: Sequence[int],
+    name: str,
+    wish: Wish,
+    sampler_of: SamplerOf,
+    say: Callable[[str], None],
+) -> dict[int, str]:
+    if not numbers:
+        return {}
+    say(f"{name}: answers {len(numbers)} instructions")
+    prompts = [Prompt(key=str(i), messages=(Message(role="user", content=asked[i]),)) for i in numbers]
+    given = sampler_of(name).sample(prompts, Sampling(max_new_tokens=wish.max_new_tokens))
+    return {i: a.text for i, a in zip(numbers, given, strict=True)}
 
 
 def _as_text(prompt: Sequence[dict[str, str]]) -> str:
@@ -213,12 +259,6 @@ def _as_text(prompt: Sequence[dict[str, str]]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in prompt)
-
-
-def _given(file: Path | None) -> Path:
-    if file is None:
-        raise UsageError(101, "--questions", "is missing.", "Give the file.")
-    return file
 
 
 def _write(run: RunDir, wish: Wish, scores: dict[str, Any], lines: list[dict[str, Any]]) -> None:

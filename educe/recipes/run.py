@@ -215,6 +215,7 @@ class Run:
         *,
         regrade: bool = False,
         key_variable: str = "",
+        plain_http: bool = False,
         price_in: float | None = None,
         price_out: float | None = None,
         max_cost: float | None = None,
@@ -237,7 +238,7 @@ class Run:
         from educe.sample.spending import Caps
 
         caps = Caps(price_in=price_in, price_out=price_out, max_cost=max_cost, max_requests=max_requests)
-        asked = ServerSampler(Server(url=url, model=model, key_variable=key_variable), caps, say)
+        asked = ServerSampler(Server(url=url, model=model, key_variable=key_variable, plain_http=plain_http), caps, say)
 
         def answering(name: str) -> Sampler:
             need_torch()

@@ -124,7 +124,7 @@ def _answers(
     prepared = data_of(run, recipe, say)
     device = answering_device(recipe, run, say)
     prompts = [Prompt(key=t.key, messages=(Message(role="user", content=t.prompt),)) for t in tasks]
-    most, ids = _room(prepared, recipe, prompts, most, say)
+    most, ids = room_for(prepared, recipe, prompts, most, say)
     provenance = run.load(run.provenance)
     ends = [sorted(prepared.tokenizer.stop), most, CHUNK, prepared.tokenizer.tokenizer_hash]
     key = [provenance["model"]["sha256"], ids, ends, device.dtype, provenance["packages"]]
@@ -145,7 +145,7 @@ def _answers(
     return answers, seconds, most
 
 
-def _room(
+def room_for(
     prepared: Prepared, recipe: Recipe, prompts: list[Prompt], most: int, say: Say
 ) -> tuple[int, list[list[int]]]:
     """How long answers may be, so that the longest prompt leaves room for them, and the prompts' ids."""
@@ -153,8 +153,8 @@ def _room(
     positions = describe_model(prepared.model_dir, recipe.model).max_positions
     room = positions - max(map(len, ids))
     if room < 1:
-        found = f"has {positions} positions, and a prompt of the suite fills them."
-        raise ModelError(201, recipe.model, found, "Take a model with more, or a file of shorter prompts.")
+        found = f"has {positions} positions, and a prompt fills them."
+        raise ModelError(201, recipe.model, found, "Take a model with more, or shorter prompts.")
     if room < most:
         say(f"answers are cut after {room} tokens, not {most}: the model has {positions} positions")
     return min(room, most), ids

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from educe.errors import EvalError
-from educe.evaluate.judge.mt_bench import JUDGMENT_TOKENS, MtQuestion, parse_rating, single_prompt
+from educe.evaluate.judge.mt_bench import JUDGMENT_TOKENS, REFERENCED, MtQuestion, parse_rating, single_prompt
 from educe.evaluate.judge.pairwise import Duel, judge_duels
 from educe.sample.sampler import Sampler
 from educe.types import Sampling
@@ -25,21 +25,29 @@ CANARIES = {  # name: answer
     ),
 }
 NUM_QUESTIONS = 3
+NUM_RATED = 2  # of each kind, both turns
 FLOOR = 2.0  # on a scale of 1 to 10: the lowest mark, or next to it
 _T = TypeVar("_T")
 _FIX = "Take a stronger judge: its verdicts would measure what fools it."
 
 
 def check_single(judge: Sampler, questions: Sequence[MtQuestion]) -> dict[str, list[float | None]]:
-    """Ratings of each canary and of the reference answers, in the first turn. Raises `EvalError` where a canary is rated above `FLOOR`
-    or cannot be read, or the references are not rated above it."""
-    asked = _spread([q for q in questions if q.reference is not None])
-    if not asked:
+    """Ratings of each canary and of the reference answers, in both turns of questions of both kinds: those judged beside a reference
+    and those without, whose prompts differ. Raises `EvalError` where a canary is rated above `FLOOR` or cannot be read, or the
+    references are not rated above it."""
+    real_of = spread([q for q in questions if q.reference is not None], NUM_RATED)
+    if not real_of:
         raise EvalError(301, "judge", "cannot be tried: no question has a reference answer.", "Give --references.")
-    prompts = []
-    for q in asked:
-        given = {**CANARIES, "reference": q.reference[0] if q.reference is not None else ""}
-        prompts += [(name, single_prompt(q, [answer], 1, f"canary {name} {q.name}")) for name, answer in given.items()]
+    kinds = ([q for q in questions if (q.category in REFERENCED) == kind] for kind in (True, False))
+    tried = [
+        (name, q, (said, said)) for kind in kinds for q in spread(kind, NUM_RATED) for name, said in CANARIES.items()
+    ]
+    tried += [("reference", q, q.reference) for q in real_of if q.reference is not None]
+    prompts = [
+        (name, single_prompt(q, answers, turn, f"canary {name} {q.name}/{turn}"))
+        for name, q, answers in tried
+        for turn in (1, 2)
+    ]
     said = judge.sample([p for _, p in prompts], Sampling(max_new_tokens=JUDGMENT_TOKENS))
     found: dict[str, list[float | None]] = {}
     for (name, _), answer in zip(prompts, said, strict=True):
@@ -58,7 +66,7 @@ def check_single(judge: Sampler, questions: Sequence[MtQuestion]) -> dict[str, l
 def check_pairwise(judge: Sampler, duels: Sequence[Duel], sampling: Sampling) -> dict[str, list[float | None]]:
     """The preference for each canary over a real answer (`other` of the duels), in both orders. Raises `EvalError` where one is not
     beaten every time."""
-    asked = _spread([d for d in duels if d.other.strip() and d.other.strip() not in CANARIES.values()])
+    asked = spread([d for d in duels if d.other.strip() and d.other.strip() not in CANARIES.values()], NUM_QUESTIONS)
     if not asked:
         raise EvalError(
             301, "judge", "cannot be tried: no real answer to set the canaries against.", "Give --against FILE."
@@ -102,11 +110,11 @@ def lint_answers(answers: Sequence[str], most: float = 0.2) -> list[str]:
     return said
 
 
-def _spread(items: Sequence[_T]) -> list[_T]:
-    """At most `NUM_QUESTIONS`, evenly over the list."""
-    if len(items) <= NUM_QUESTIONS:
+def spread(items: Sequence[_T], most: int) -> list[_T]:
+    """At most so many, evenly over the list."""
+    if len(items) <= most:
         return list(items)
-    return [items[(2 * i + 1) * len(items) // (2 * NUM_QUESTIONS)] for i in range(NUM_QUESTIONS)]
+    return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
 
 
 def _shown(ratings: Sequence[float | None]) -> str:

@@ -25,8 +25,7 @@ def read_mt_questions(questions: Path, references: Path | None) -> list[MtQuesti
     """MT-Bench's questions in their order, with the reference answers by `question_id`. Raises `EvalError`."""
     found: dict[Any, tuple[str, str]] = {}
     for line in _records(references) if references is not None else []:
-        turns = _field(line, "choices", references)[0]["turns"]
-        found[line.get("question_id")] = (turns[0], turns[1])
+        found[line.get("question_id")] = _reference(line, references)
     made = []
     for line in _records(questions):
         name, turns = _field(line, "question_id", questions), _field(line, "turns", questions)
@@ -43,6 +42,14 @@ def read_mt_questions(questions: Path, references: Path | None) -> list[MtQuesti
             fix = f"Give --references: {SOURCES['references']}."
             raise EvalError(3, str(questions), f"question {name}: {e}.", fix) from e
     return made
+
+
+def _reference(line: dict[str, Any], file: Path | None) -> tuple[str, str]:
+    match _field(line, "choices", file):
+        case [{"turns": [str(one), str(two), *_]}, *_]:
+            return one, two
+    found = f"question {line.get('question_id')}: no answer to two turns under 'choices'."
+    raise EvalError(3, str(file), found, f"Give {SOURCES['references']}.")
 
 
 def read_instructions(file: Path) -> list[tuple[str, str]]:
