@@ -52,3 +52,8 @@ def signs(n: int, seed: int, num_draws: int = 10_000) -> Iterator[Float64[np.nda
         rows = min(step, num_draws - first)
         raw = np.asarray(stream.random_raw(rows * words), dtype="<u8").reshape(rows, words)
         yield 1.0 - 2.0 * np.unpackbits(raw.view(np.uint8), axis=1, count=n)
+
+
+def exchanges(n: int) -> Iterator[Float64[np.ndarray, "b n"]]:
+    """The signs of every paired randomisation test over n rows: the same test gives the same p wherever it is made."""
+    return signs(n, derive(0, "exchange"))

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 from educe.evaluate.compare import score
-from educe.evaluate.numbers import Graded, compare, linearised, measure, ratio_interval
+from educe.evaluate.numbers import Graded, compare, measure
 from educe.seeds import signs
-from educe.stats import flip_signs, wilson
+from educe.stats import flip_signs, linearised, ratio_interval, wilson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

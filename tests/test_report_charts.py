@@ -85,7 +85,7 @@ def test_bars_at_the_ends_of_the_scale() -> None:
     from educe.report.charts import Bar
 
     ends = (Interval(value=0, low=0, high=0.02), Interval(value=1, low=0.98, high=1))
-    svg = str(draw_bars([Bar(label="<b>", kind="tuned", score=i, text="t") for i in ends]))
+    svg = str(draw_bars([Bar(label="<b>", kind="tuned", score=i, text="t") for i in ends], title="Share"))
     assert 'width="0.0"' in svg
     assert "&lt;b&gt;" in svg
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from educe.seeds import derive, signs
-from educe.stats import clustered_mean, flip_signs, mcnemar, paired_difference, wilson
-from educe.types import Interval
+from educe.seeds import exchanges
+from educe.stats import mcnemar, paired_difference, paired_ratios, ratio_interval, wilson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,37 +71,6 @@ def compare(before: Graded, after: Graded, *, plain: bool) -> dict[str, Any]:
     else:
         won = sum(b < a for b, a in zip(before.score_R, after.score_R, strict=True))
         lost = sum(b > a for b, a in zip(before.score_R, after.score_R, strict=True))
-        z_before, z_after = (linearised(g.sums, g.weight_R) for g in (before, after))
-        apart = [a - b for b, a in zip(z_before, z_after, strict=True)]
-        p = flip_signs(apart, signs(len(apart), derive(0, "exchange")))
-        difference = _within(_over_rows(apart, [1.0] * len(apart)), -1)
+        of_before, of_after = ((g.sums, g.weight_R) for g in (before, after))
+        p, difference = paired_ratios(of_before, of_after, exchanges(len(before.score_R)))
     return {"won": won, "lost": lost, "p": p, "difference": asdict(difference)}
-
-
-def ratio_interval(of_R: Sequence[float], out_of_R: Sequence[float]) -> Interval:
-    """Σ of / Σ out of, with a 95 % interval over rows.
-
-    Where all rows agree on 0 or on 1 their spread says nothing, and the interval is Wilson's for as many rows.
-    """
-    there = [(a, b) for a, b in zip(of_R, out_of_R, strict=True) if b > 0]
-    if all(a == 0 for a, _ in there) or all(a == b for a, b in there):
-        return wilson(len(there) if there[0][0] > 0 else 0, len(there))
-    return _within(_over_rows(of_R, out_of_R), 0)
-
-
-def linearised(of_R: Sequence[float], out_of_R: Sequence[float]) -> list[float]:
-    """A value for each row whose plain mean is the ratio Σ of / Σ out of and whose spread is the ratio's (Cochran 1977, Sampling
-    Techniques, 6.4), so that ratios of two systems with other weights can be paired by row."""
-    total = math.fsum(out_of_R)
-    ratio, n = math.fsum(of_R) / total, len(of_R)
-    return [ratio + (a - ratio * b) * n / total for a, b in zip(of_R, out_of_R, strict=True)]
-
-
-def _over_rows(of_R: Sequence[float], out_of_R: Sequence[float]) -> Interval:
-    if len(of_R) < 2:
-        return Interval(value=of_R[0] / out_of_R[0], low=-1.0, high=1.0)  # one row says nothing of others
-    return clustered_mean(of_R, out_of_R)
-
-
-def _within(i: Interval, lowest: float) -> Interval:
-    return Interval(value=i.value, low=max(lowest, i.low), high=min(1.0, i.high))

@@ -160,10 +160,7 @@ def _bar(bar: Bar, x: Scale, y: float, thick: float) -> list[Markup]:
     return parts
 
 
-RIGHT = "Share of right answers with 95 % intervals"
-
-
-def draw_bars(bars: Sequence[Bar], narrow: bool = False, *, name: str = "bars", title: str = RIGHT) -> Markup:
+def draw_bars(bars: Sequence[Bar], narrow: bool = False, *, title: str, name: str = "bars") -> Markup:
     """Horizontal bars from 0 to 100 % with their 95 % intervals. `name` is the drawing's own on its page."""
     width, thick = (343.0, 18.0) if narrow else (832.0, 22.0)
     row = 54.0 if narrow else 44.0

@@ -27,6 +27,8 @@ def build_comparison(runs: Sequence[RunDir], *, hourly: Price | None = None) -> 
         names=[r.name for r in found],
         headline=headline([r.name for r in found], paired),
         paired=paired,
+        measure=_measure(found),
+        tests={p.measure: wording.measure(p.measure == "mean") for p in paired if not p.why},
         runs=comparison_of(found, hourly)["runs"],
         bars=_bars(found),
         training=_curves(found, "training"),
@@ -39,16 +41,27 @@ def headline(names: Sequence[str], paired: Sequence[Paired]) -> str:
     """What the paired tests show, corrected for their number."""
     first, tested = names[0], [p for p in paired if p.p_holm is not None]
     sure = [p for p in tested if p.p_holm is not None and p.p_holm < _SURE]
-    better = [p for p in sure if p.won > p.lost]
+    better = [p for p in sure if _gain(p) > 0]
     if better:
-        best = max(better, key=lambda p: (p.won - p.lost) / p.rows)
-        gain = wording.number(100 * (best.won - best.lost) / best.rows)
-        return f"{best.after} beats {first}: {gain} percentage points more right answers on {best.rows:,} shared test rows."
+        best = max(better, key=_gain)
+        gain, rows = wording.number(100 * _gain(best)), f"on {best.rows:,} shared test rows"
+        if best.measure == "mean":
+            return f"{best.after} beats {first}: its mean score is {gain} percentage points higher {rows}."
+        return f"{best.after} beats {first}: {gain} percentage points more right answers {rows}."
     if sure:
         return f"{first} beats {', '.join(p.after for p in sure)}."
     if tested:
         return f"No run is shown to differ from {first}."
     return f"{len(names)} runs side by side; no two share graded test rows."
+
+
+def _gain(p: Paired) -> float:
+    return p.difference.value if p.difference is not None else 0.0
+
+
+def _measure(runs: Sequence[Named]) -> wording.Measure:
+    """Of all of them: a share is the mean of its rows too."""
+    return wording.measure(any(r.files.scores is not None and r.files.scores.mean for r in runs))
 
 
 def _bars(runs: Sequence[Named]) -> Drawn | None:
@@ -58,7 +71,8 @@ def _bars(runs: Sequence[Named]) -> Drawn | None:
         if tuned is not None:
             text = f"{wording.percent(tuned.score.value)} ({wording.span(tuned.score.low, tuned.score.high)})"
             bars.append(Bar(label=cut(r.name, 14), kind="tuned", score=tuned.score, text=text))
-    return Drawn(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True)) if bars else None
+    wide, narrow = (draw_bars(bars, narrow=n, title=_measure(runs).chart) for n in (False, True))
+    return Drawn(wide=wide, narrow=narrow) if bars else None
 
 
 def _curves(runs: Sequence[Named], what: str) -> Drawn | None:

@@ -91,17 +91,21 @@ def _values(one: Line, x: Scale, y: Scale, plan: LinesPlan) -> list[Markup]:
     return made
 
 
-def draw_graded(graded: Sequence[Graded]) -> Drawn:
-    """Share of right answers to dev rows over steps, with Wilson intervals."""
+def draw_graded(graded: Sequence[Graded], right: str) -> Drawn:
+    """Share of dev rows answered `right` (or fully right) over steps, with Wilson intervals."""
     dots = []
     for g in graded:
         i = wilson(g.right, g.rows)
-        said = f"Step {g.step:,}: {g.right} of {g.rows} right, {percent(i.value)} ({span(i.low, i.high)})"
+        said = f"Step {g.step:,}: {g.right} of {g.rows} {right}, {percent(i.value)} ({span(i.low, i.high)})"
         dots.append(Dot(step=g.step, value=i.value, low=i.low, high=i.high, said=said))
     plan = LinesPlan(
-        name="graded", title="Right answers to dev rows during training", what="right answers", top=1.0, word=_share
+        name="graded",
+        title=f"Dev rows answered {right} during training",
+        what=f"answered {right}",
+        top=1.0,
+        word=_share,
     )
-    return draw_lines([Line(name="Right answers", number=0, dots=tuple(dots), marked=True)], plan)
+    return draw_lines([Line(name=f"Answered {right}", number=0, dots=tuple(dots), marked=True)], plan)
 
 
 def _share(value: float) -> str:

@@ -44,16 +44,18 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
     yield " · ".join(a for a in about if a) or "no settings are recorded"
     yield f"**{plain(run['verdict'], 600)}**" if run["verdict"] else "Not evaluated yet: run `educe eval`."
     if run["systems"]:
+        words = wording.measure(run["measure"] == "mean")
         labels = {s["name"]: s["label"] for s in run["systems"]}
         yield table(
-            ("System", "Right", "Share", "95 % interval", "Tokens per answer", "Time"),
+            ("System", words.right, words.column, "95 % interval", "Tokens per answer", "Time"),
             [_system(s) for s in run["systems"]],
         )
-        yield "\n".join(f"- {_comparison(c, labels)}" for c in run["comparisons"]) or "No comparison."
+        yield "\n".join(f"- {_comparison(c, labels, words)}" for c in run["comparisons"]) or "No comparison."
     steps = _losses(run)
     if steps:
         yield "## Training"
-        yield table(("Step", "Held-out loss", "Dev rows right"), steps)
+        right = "Dev rows fully right" if run["measure"] == "mean" else "Dev rows right"
+        yield table(("Step", "Held-out loss", right), steps)
     if run["data"]:
         yield "## Data"
         yield table(
@@ -82,10 +84,10 @@ def _system(s: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _comparison(c: dict[str, Any], labels: dict[str, str]) -> str:
+def _comparison(c: dict[str, Any], labels: dict[str, str], words: wording.Measure) -> str:
     d = Interval(**c["difference"])
     names = f"{plain(labels.get(c['after'], c['after']))} against {plain(labels.get(c['before'], c['before']))}"
-    changed = f"{c['won']:,} rows won, {c['lost']:,} lost, McNemar {wording.p_value(c['p'])}"
+    changed = f"{c['won']:,} rows won, {c['lost']:,} lost, {words.test} {wording.p_value(c['p'])}"
     return f"{names}: {wording.points(d)} (95 %: {wording.points_span(d)}); {changed}"
 
 
@@ -121,7 +123,8 @@ def comparison_markdown(found: dict[str, Any]) -> str:
     paired = [_paired(p) for p in found["paired"]]
     parts = [f"# {len(runs)} runs compared", f"**{plain(headline([r['name'] for r in runs], paired), 400)}**"]
     rows = [(n, *_system(s)[:4]) for n, r in zip(names, runs, strict=True) for s in r["systems"]]
-    parts += [table(("Run", "System", "Right", "Share", "95 % interval"), rows)] if rows else []
+    words = wording.measure(any(r["measure"] == "mean" for r in runs))
+    parts += [table(("Run", "System", words.right, words.column, "95 % interval"), rows)] if rows else []
     parts.append("\n".join(f"- {_pair(p)}" for p in paired))
     differing = [
         (plain(d["setting"]), *(plain(v, 60) or "–" for v in d["values"])) for d in found["settings_that_differ"]
@@ -150,5 +153,5 @@ def _pair(p: Paired) -> str:
         return f"{names}: not tested, {p.why}"
     d = p.difference
     rows = f"{p.won:,} rows won, {p.lost:,} lost of {p.rows:,} shared"
-    tests = f"{rows}, McNemar {wording.p_value(p.p)}, by Holm {wording.p_value(p.p_holm)}"
+    tests = f"{rows}, {wording.measure(p.measure == 'mean').test} {wording.p_value(p.p)}, by Holm {wording.p_value(p.p_holm)}"
     return f"{names}: {wording.points(d)} (95 %: {wording.points_span(d)}); {tests}"

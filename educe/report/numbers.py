@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from educe.files.run_dir import RunDir
@@ -12,7 +12,8 @@ from educe.report.charts import LARGEST, MOST_POINTS, thin
 from educe.report.reading import read_run
 from educe.report.records import Answered, Point, RunFiles, System
 from educe.report.sections import Price
-from educe.stats import holm, mcnemar, paired_difference, wilson
+from educe.seeds import exchanges
+from educe.stats import holm, mcnemar, paired_difference, paired_ratios, wilson
 from educe.types import Interval
 
 MOST_RUNS = 8  # as many lines as one plot can tell apart
@@ -50,6 +51,7 @@ def numbers_of(one: Named, hourly: Price | None = None) -> dict[str, Any]:
         "tuning": settings.tuning if settings else None,
         "verdict": scores.verdict if scores else None,
         "metric": scores.metric if scores else None,
+        "measure": ("mean" if scores.mean else "share") if scores and scores.graded else None,
         "test_rows": scores.num_rows if scores else None,
         "systems": [_system(s, names) for s in scores.systems] if scores and scores.graded else [],
         "comparisons": [asdict(c) for c in scores.comparisons] if scores and scores.graded else [],
@@ -97,11 +99,12 @@ def cost_of(f: RunFiles, hourly: Price | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """The tuned models of two runs on the test rows that both answered; `why` says where there is no test. `p_holm`: corrected for
-    the number of runs compared."""
+    """The tuned models of two runs on the test rows that both answered; `why` says where there is no test. `measure`: share (exact
+    McNemar, Newcombe) or mean (paired randomisation, as evaluate does). `p_holm`: corrected for the number of runs compared."""
 
     before: str
     after: str
+    measure: str
     rows: int
     won: int
     lost: int
@@ -113,39 +116,57 @@ class Paired:
 
 def pair(runs: Sequence[Named]) -> list[Paired]:
     """Each run against the first."""
-    first, tests = runs[0], []
-    for other in runs[1:]:
-        why, before, after = _shared(first.files, other.files)
-        tests.append((other, why, before, after))
-    found = [mcnemar(b, a) if not why else None for _, why, b, a in tests]
-    corrected = iter(holm([f[2] for f in found if f is not None]))
-    made = []
-    for (other, why, before, after), test in zip(tests, found, strict=True):
-        difference = paired_difference(before, after) if test else None
-        made.append(
-            Paired(
-                before=first.name,
-                after=other.name,
-                rows=len(before),
-                won=test[0] if test else 0,
-                lost=test[1] if test else 0,
-                p=test[2] if test else None,
-                p_holm=next(corrected) if test else None,
-                difference=difference,
-                why=why,
-            )
-        )
-    return made
+    found = [_pair(runs[0], other) for other in runs[1:]]
+    corrected = iter(holm([f.p for f in found if f.p is not None]))
+    return [f if f.p is None else replace(f, p_holm=next(corrected)) for f in found]
 
 
-def _shared(a: RunFiles, b: RunFiles) -> tuple[str, list[bool], list[bool]]:
-    """Why two runs cannot be paired (empty: they can), and their verdicts on the rows that both answered."""
+def _pair(first: Named, other: Named) -> Paired:
+    """Without the correction for others."""
+    why, before, after = _shared(first.files, other.files)
+    mean = any(r.files.scores is not None and r.files.scores.mean for r in (first, other))
+    if not why and mean and not all(sum(x.weight for x in rows) > 0 for rows in (before, after)):
+        why = "the rows they share have no weight"
+    tested = None if why else _by_mean(before, after) if mean else _by_share(before, after)
+    won, lost, p, difference = tested or (0, 0, None, None)
+    return Paired(
+        before=first.name,
+        after=other.name,
+        measure="mean" if mean else "share",
+        rows=len(before),
+        won=won,
+        lost=lost,
+        p=p,
+        p_holm=None,
+        difference=difference,
+        why=why,
+    )
+
+
+Tested = tuple[int, int, float, Interval]
+"""Rows won, rows lost, p, the difference."""
+
+
+def _by_share(before: Sequence[Answered], after: Sequence[Answered]) -> Tested:
+    right_before, right_after = [x.correct for x in before], [x.correct for x in after]
+    return *mcnemar(right_before, right_after), paired_difference(right_before, right_after)
+
+
+def _by_mean(before: Sequence[Answered], after: Sequence[Answered]) -> Tested:
+    of_before, of_after = (([x.score * x.weight for x in rows], [x.weight for x in rows]) for rows in (before, after))
+    p, difference = paired_ratios(of_before, of_after, exchanges(len(before)))
+    both = list(zip(before, after, strict=True))
+    return sum(b.score < a.score for b, a in both), sum(b.score > a.score for b, a in both), p, difference
+
+
+def _shared(a: RunFiles, b: RunFiles) -> tuple[str, list[Answered], list[Answered]]:
+    """Why two runs cannot be paired (empty: they can), and what each said to the rows that both answered."""
     if not (a.scores and b.scores and a.answers.get("tuned") and b.answers.get("tuned")):
         return "one of them is not evaluated", [], []
     if not (a.scores.graded and b.scores.graded) or a.scores.metric != b.scores.metric:
         return "they are not graded by the same metric", [], []
-    of_b = {_asked(x): x.correct for x in b.answers["tuned"]}
-    rows = [(x.correct, of_b[_asked(x)]) for x in a.answers["tuned"] if _asked(x) in of_b]
+    of_b = {_asked(x): x for x in b.answers["tuned"]}
+    rows = [(x, of_b[_asked(x)]) for x in a.answers["tuned"] if _asked(x) in of_b]
     return ("" if rows else "they share no test row"), [x for x, _ in rows], [y for _, y in rows]
 
 

@@ -117,8 +117,8 @@ def _loss(files: RunFiles) -> LossView | None:
 def _bars(files: RunFiles, names: dict[str, str]) -> Drawn | None:
     if not files.scores or not files.scores.systems or not files.scores.graded:
         return None
-    bars = sections.score_bars(files.scores, names)
-    return Drawn(wide=draw_bars(bars), narrow=draw_bars(bars, narrow=True))
+    bars, title = sections.score_bars(files.scores, names), wording.measure(files.scores.mean).chart
+    return Drawn(wide=draw_bars(bars, title=title), narrow=draw_bars(bars, narrow=True, title=title))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ def _graded(files: RunFiles) -> GradedView | None:
     if not files.graded:
         return None
     chosen = sections.spread(files.graded, MOST_MEASURED)
-    drawn = draw_graded(chosen)
+    drawn = draw_graded(chosen, "fully right" if files.scores is not None and files.scores.mean else "right")
     return GradedView(wide=drawn.wide, narrow=drawn.narrow, rows=files.graded[-1].rows)
 
 
@@ -156,6 +156,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         made=files.provenance,
         scores=files.scores,
         names=names,
+        measure=wording.measure(files.scores is not None and files.scores.mean),
         verdict=verdict,
         verdict_rest=verdict_rest,
         progress=sections.progress(files),

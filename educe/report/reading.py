@@ -219,6 +219,8 @@ def _answered(row: Row) -> Answered:
         stopped=bool(row.get("stopped")),
         correct=bool(row.get("correct")),
         reason=_text(row, "reason"),
+        score=float(bool(row.get("correct"))) if (score := _real(row, "score")) is None else min(1.0, max(0.0, score)),
+        weight=1.0 if (weight := _real(row, "weight")) is None else min(1e9, max(0.0, weight)),
     )
 
 

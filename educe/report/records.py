@@ -126,7 +126,7 @@ class MaskRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """A stored, graded answer to a test row."""
+    """A stored, graded answer to a test row. `score` is 0 or 1 where it is right or wrong; rows count by their `weight`."""
 
     row: str
     asked: str
@@ -135,6 +135,8 @@ class Answered:
     stopped: bool
     correct: bool
     reason: str
+    score: float
+    weight: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +180,11 @@ class Scores:
     def graded(self) -> bool:
         """Free text is shown, not graded right or wrong."""
         return self.metric != "text"
+
+    @property
+    def mean(self) -> bool:
+        """Answers have scores between right and wrong: what a system got is a mean, and no share of right answers."""
+        return self.measure == "mean"
 
     @property
     def priced(self) -> bool:

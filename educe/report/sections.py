@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,11 +27,18 @@ _METRIC = {
 }
 _KINDS = {"untouched": "untouched", "few_shot": "few-shot", "tuned": "tuned"}
 _BAR_LABEL = 14  # characters
-_GROUPS = (  # heading, right before, right after, rows shown at most
-    ("Won: wrong before tuning, right after", False, True, 3),
-    ("Lost: right before tuning, wrong after", True, False, 3),
-    ("Still wrong", False, False, 3),
-    ("Right before and after", True, True, 1),
+Fate = tuple[str, Callable[[Answered, Answered], bool], int]
+"""Its heading, whether a row's answers before and after have it, rows shown at most."""
+_FATES: tuple[Fate, ...] = (
+    ("Won: wrong before tuning, right after", lambda b, a: not b.correct and a.correct, 3),
+    ("Lost: right before tuning, wrong after", lambda b, a: b.correct and not a.correct, 3),
+    ("Still wrong", lambda b, a: not b.correct and not a.correct, 3),
+    ("Right before and after", lambda b, a: b.correct and a.correct, 1),
+)
+_MOVES: tuple[Fate, ...] = (  # of scores between
+    ("Won: a higher score after tuning", lambda b, a: a.score > b.score, 3),
+    ("Lost: a lower score after tuning", lambda b, a: a.score < b.score, 3),
+    ("The same score", lambda b, a: a.score == b.score, 3),
 )
 
 
@@ -146,11 +153,11 @@ def group_answers(files: RunFiles, names: dict[str, str]) -> tuple[Group, ...]:
             for a in tuned
         ]
         return (Group(heading="Not graded", num_rows=len(cases), cases=spread(cases, 8)),) if cases else ()
-    for heading, before, after, most in _GROUPS:
+    for heading, belongs, most in _MOVES if files.scores and files.scores.mean else _FATES:
         cases = []
         for a in tuned:
             first = by_row["untouched"].get(a.row)
-            if first is None or (first.correct, a.correct) != (before, after):
+            if first is None or not belongs(first, a):
                 continue
             said = tuple(Said(who=names[n], answer=by_row[n][a.row]) for n in by_row if a.row in by_row[n])
             cases.append(Case(row=a.row, asked=a.asked, expected=a.expected, said=said))

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from educe.types import Interval
 
 ABSENT = "–"
 _THIN = "\u202f"  # narrow no-break space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What a page calls scores, their columns and their paired test."""
+
+    score: str
+    right: str
+    column: str
+    test: str
+    note: str
+
+    @property
+    def chart(self) -> str:
+        return f"{self.score} with 95 % intervals"
+
+
+SHARE = Measure(
+    score="Share of right answers",
+    right="Right",
+    column="Share",
+    test="McNemar",
+    note="McNemar’s test looks only at rows whose verdict changed: p is how often a fair coin would split them at least this "
+    "unevenly.",
+)
+MEAN = Measure(
+    score="Mean score",
+    right="Fully right",
+    column="Mean score",
+    test="paired randomisation",
+    note="The paired randomisation test exchanges the two systems’ scores of a row at random: p is how often the means then differ "
+    "at least this much. Won and lost are rows whose score rose and fell.",
+)
+
+
+def measure(mean: bool) -> Measure:
+    """`mean`: rows have scores between right and wrong."""
+    return MEAN if mean else SHARE
 
 
 def number(value: float | None) -> str:

@@ -11,6 +11,7 @@ from educe.stats.means import (
 )
 from educe.stats.planning import changed_variance, holm, rows_needed, smallest_difference
 from educe.stats.rates import mcnemar, paired_difference, wilson
+from educe.stats.ratios import linearised, paired_ratios, ratio_interval
 from educe.stats.resampling import bootstrap, flip_signs, ratio
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "bootstrap",
     "flip_signs",
     "ratio",
+    "linearised",
+    "paired_ratios",
+    "ratio_interval",
     "holm",
     "rows_needed",
     "smallest_difference",
