@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from educe.data.reading import Expression
 from educe.errors import EvalError
 from educe.evaluate.compare import regrade, score, unjudged
+from educe.evaluate.jail import outside
 from educe.evaluate.jail.outside import Limits, Ran, run_program, what_stays_open
 from educe.evaluate.metrics import Question
 from educe.evaluate.metrics.code import grade_code, pass_at_k, program_of
@@ -100,6 +102,10 @@ LOCKED = {
     ),
     "the network": ("import socket; socket.create_connection(('127.0.0.1', 9))", "not permitted"),
     "kill the parent": ("import os; os.kill(os.getppid(), 9)", "not permitted"),
+    "empty a file outside": ("import os; os.truncate('KEPT', 0)", "not permitted"),
+    "slow the parent": ("import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)", "not permitted"),
+    "pin the parent": ("import os; os.sched_setaffinity(os.getppid(), {0})", "not permitted"),
+    "the parent's turns": ("import os; os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))", "not permitted"),
     "limits raised": ("import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))", "not "),
 }
 
@@ -114,8 +120,19 @@ def test_attacks_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
+@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("name", LOCKED)
-def test_what_is_locked_on_linux(name: str, tmp_path: Path) -> None:
+def test_what_is_locked_on_linux(
+    name: str, old: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this kernel, and as before Linux 6.2, whose Landlock is of the second version."""
+    if old:
+        newest = "libc.syscall(_RULES, None, 0, 1)"
+        before, made, after = outside._INSIDE.read_text().partition(newest)
+        assert made
+        inside = tmp_path_factory.mktemp("old") / "inside.py"
+        inside.write_text(f"{before}min(2, {newest}){after}")
+        monkeypatch.setattr(outside, "_INSIDE", inside)
     if what_stays_open():
         pytest.skip(f"this kernel locks less: {what_stays_open()}")
     kept = tmp_path / "kept"
@@ -163,6 +180,19 @@ def test_nothing_runs_without_consent() -> None:
     grading = grading_of(metric_named("pass_at_k"), said.append, allow_code=True)
     assert len(said) == len(what_stays_open())
     check_fit(grading, [asked()])
+
+
+def test_a_test_that_tests_nothing_is_refused_and_humanevals_are_read_with_their_call() -> None:
+    """Rows of HumanEval define `check` and leave the call to whoever runs them."""
+    grading = grading_of(metric_named("pass_at_k"), print, allow_code=True)
+    row = {"prompt": PROMPT, "entry_point": "add_one", "test": TEST.replace("\ncheck(add_one)\n", "")}
+    with pytest.raises(EvalError, match=r"E-EVAL-201 t\.jsonl:1 .*passes without any program.*check\(add_one\)"):
+        check_fit(grading, [asked(), asked(expected=row["test"])])
+    written = Path(__file__).parents[1].joinpath("README.md").read_text().partition("response: \"join")[2].partition('"')[0]
+    test = Expression("join" + written.replace("\\n", "\n"), "response").of(row)
+    check_fit(grading, [asked(expected=test)])
+    assert grading.grader("return x + 1", asked(expected=test)).correct
+    assert not grading.grader("return x", asked(expected=test)).correct
 
 
 def test_several_answers_to_a_row_are_one_score() -> None:

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from educe.config.recipe import CustomMetric, Metric
 from educe.errors import EvalError, UsageError
-from educe.evaluate.jail.outside import what_stays_open
+from educe.evaluate.jail.outside import run_program, what_stays_open
 from educe.evaluate.metrics import METRICS, Grader, Question
 from educe.evaluate.metrics.code import grade_code
 from educe.evaluate.metrics.custom import load_custom
@@ -51,9 +51,17 @@ def grading_of(metric: Metric, say: Say, *, allow_code: bool) -> Grading:
 
 
 def check_fit(grading: Grading, questions: Sequence[Question]) -> None:
-    """Before minutes are spent: an expected answer that is not right by its own metric can never be reached. Raises `EvalError`."""
+    """Before minutes are spent: an expected answer that is not right by its own metric can never be reached, and a test that no program
+    at all passes too says nothing of one. Raises `EvalError`."""
     if grading.kind == "pass_at_k":
-        return  # what is expected there is a test
+        passed: set[str] = set()
+        for q in questions:
+            if q.expected not in passed and not run_program("", q.expected).failed:
+                found = "its test passes without any program, so that every program is right."
+                fix = "End it with the call of what it tests, such as check(add_one); README's `columns` has HumanEval's."
+                raise EvalError(201, q.row, found, fix)
+            passed.add(q.expected)
+        return
     for q in questions:
         verdict = grading.grader(q.expected, q)
         if not verdict.correct and grading.kind != "custom":
