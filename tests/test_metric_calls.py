@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from fitting import template_files
 from test_chat_templates import _own_tokenizer
 
-F = ToolCall(name="get_time", arguments={"city": 'Köln "X"', "days": 3, "deep": {"a": [1, None, True]}}, id="abcdefghi")
+F = ToolCall(
+    name="get_time",
+    arguments={
+        "city": 'Köln "X"',
+        "days": 3,
+        "round": True,
+        "back": None,
+        "share": 0.5,
+        "deep": {"a": [1, None, True]},
+    },
+    id="abcdefghi",
+)
 G = ToolCall(name="book", arguments={"city": "5"}, id="abcdefghj")
 TOOLS = tuple(
     {"type": "function", "function": {"name": n, "description": "Does it.", "parameters": {"type": "object", "properties": {}}}}
@@ -60,6 +71,10 @@ CASES = [
     ('[book(city="5")]', (G,), True, "same calls"),
     ("[book(city=5)]", (G,), False, "city is other"),
     ("[book(city={5})]", (G,), False, "city is other"),
+    ("[foo(x)](https://example.org) has it.", (), True, "no call"),
+    ("[foo(x)](y)", (), True, "no call"),
+    ("[foo(x), see below", (), True, "no call"),
+    ("[foo(x)](https://example.org) has it.", (G,), False, "book is not called"),
     ("[book('5')]", (G,), False, "f(name=value)"),
     ("[book(city=__import__('os').getcwd())]", (G,), False, "f(name=value)"),
 ]
@@ -106,6 +121,11 @@ def test_bare_texts_are_what_the_row_has() -> None:
     assert read_calls(text)[0].arguments == {"a": Written("3")}
     for value, right in ((3, True), ("3", True), ("3 ", False), ([3], False), (4, False)):
         assert METRICS["tool_calls"](text, wanted(ToolCall(name="f", arguments={"a": value}))).correct is right
+    python: list[tuple[str, object, bool]] = [("True", True, True), ("None", None, True), ("true", True, True), ("None", "None", True),
+        ("True", False, False), ("True", 1, False), ("1", True, False), ("[True]", [True], False), ("0.5", 0.5, True)]  # fmt: skip
+    for said, value, right in python:
+        v = METRICS["tool_calls"](text.replace("3", said), wanted(ToolCall(name="f", arguments={"a": value})))
+        assert v.correct is right, (said, value)
 
 
 QUICK = {"models/mistralai-Mistral-Nemo-Instruct-2407": 2, "axolotl/gemma4": 2}

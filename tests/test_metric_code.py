@@ -105,7 +105,10 @@ LOCKED = {
     "empty a file outside": ("import os; os.truncate('KEPT', 0)", "not permitted"),
     "slow the parent": ("import os; os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)", "not permitted"),
     "pin the parent": ("import os; os.sched_setaffinity(os.getppid(), {0})", "not permitted"),
-    "the parent's turns": ("import os; os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))", "not permitted"),
+    "the parent's turns": (
+        "import os; os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+        "not permitted",
+    ),
     "limits raised": ("import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))", "not "),
 }
 
@@ -188,7 +191,9 @@ def test_a_test_that_tests_nothing_is_refused_and_humanevals_are_read_with_their
     row = {"prompt": PROMPT, "entry_point": "add_one", "test": TEST.replace("\ncheck(add_one)\n", "")}
     with pytest.raises(EvalError, match=r"E-EVAL-201 t\.jsonl:1 .*passes without any program.*check\(add_one\)"):
         check_fit(grading, [asked(), asked(expected=row["test"])])
-    written = Path(__file__).parents[1].joinpath("README.md").read_text().partition("response: \"join")[2].partition('"')[0]
+    written = (
+        Path(__file__).parents[1].joinpath("README.md").read_text().partition('response: "join')[2].partition('"')[0]
+    )
     test = Expression("join" + written.replace("\\n", "\n"), "response").of(row)
     check_fit(grading, [asked(expected=test)])
     assert grading.grader("return x + 1", asked(expected=test)).correct

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 from educe.errors import SampleError
+from educe.evaluate.metrics.calls import grade_tool_calls
+from educe.evaluate.metrics.question import Question
 from educe.sample.asking import How
 from educe.sample.sampler import Sampler
 from educe.sample.server import Server, ServerSampler
 from educe.sample.spending import Caps
+from educe.sample.wire import request_body
 from educe.types import Message, Prompt, Sampling, ToolCall
 
 from servers import Seen, Sent, said, serving, upper
@@ -116,6 +119,7 @@ def test_what_is_sent(tmp_path: Path) -> None:
         (said("", "tool_calls", tool_calls=[{"function": {"name": "f"}}]), '{"name": "f"}', True),
         (said("no", "content_filter"), "no", False),
         (said("", refusal="I will not"), "I will not", True),
+        (said("cut", None), "cut", False),  # type: ignore[arg-type]
     ],
 )
 def test_how_an_answer_ends(tmp_path: Path, sent: Sent, text: str, stopped: bool) -> None:
@@ -124,13 +128,72 @@ def test_how_an_answer_ends(tmp_path: Path, sent: Sent, text: str, stopped: bool
     assert (answer.text, answer.stopped) == (text, stopped)
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+def test_calls_beside_a_text_are_calls(tmp_path: Path) -> None:
+    wanted = Question(row="r", prompt=(), expected="", calls=(ToolCall(name="f", arguments={"x": 1}),))
+    for text in ("Let me look.", "", "\n", None):
+        place = tmp_path / repr(text)
+        place.mkdir()
+        sent = said(text, "tool_calls", tool_calls=[CALL])  # type: ignore[arg-type]
+        with serving(lambda body, times, sent=sent: sent) as seen:
+            (answer,) = sampler(seen, place).sample(asked(1), SHORT)
+        assert grade_tool_calls(answer.text, wanted).correct, answer.text
+        assert answer.text.startswith((text or "").strip())
+
+
+def test_results_without_ids_belong_to_the_last_calls_in_their_order() -> None:
+    f = ToolCall(name="f", arguments={})
+    messages = (
+        Message(role="user", content="u"),
+        Message(role="assistant", content="", tool_calls=(f, f, replace(f, id="own"))),
+        *(Message(role="tool", content=str(k)) for k in range(3)),
+        Message(role="assistant", content="", tool_calls=(f,)),
+        Message(role="tool", content="3"),
+    )
+    body = request_body("m", Prompt(key="k", messages=messages), SHORT)
+    assert [m["tool_call_id"] for m in body["messages"] if m["role"] == "tool"] == ["call_0", "call_1", "own", "call_0"]
+
+
+@pytest.mark.parametrize(
+    "usage", [b"", b', "usage": null', b', "usage": {"prompt_tokens": 3, "completion_tokens": null}']
+)
+def test_a_server_that_counts_no_tokens_is_asked_once_and_counted_at_the_most(tmp_path: Path, usage: bytes) -> None:
+    sent = Sent(body=b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]' + usage + b"}")
+    told: list[str] = []
+    with serving(lambda body, times: sent) as seen:
+        speaker = sampler(seen, tmp_path, caps=PRICED, say=told.append)
+        assert [a.text for a in speaker.sample(asked(3), SHORT)] == ["x"] * 3
+        assert seen.times.total() == 3
+    most = [line for line in lines(tmp_path) if line["kind"] == "asked"]
+    assert speaker.spent is not None
+    assert speaker.spent.cost == pytest.approx(sum(PRICED.cost(x["most_in"], x["most_out"]) for x in most))
+    assert sum("counts no tokens" in line for line in told) == 1
+
+
+def test_a_server_that_does_not_say_why_it_ends(tmp_path: Path) -> None:
+    told: list[str] = []
+    with serving(lambda body, times: said("x", None)) as seen:  # type: ignore[arg-type]
+        answers = sampler(seen, tmp_path, say=told.append).sample(asked(3), SHORT)
+        assert sampler(seen, tmp_path).sample(asked(3), SHORT) == answers
+        assert seen.times.total() == 3
+    assert not any(a.stopped for a in answers)
+    assert sum("taken as cut" in line for line in told) == 1
+
+
 PASSING = {
+    "408": Sent(status=408, body=b"late"),
     "500": Sent(status=500, body=b"oops"),
+    "502": Sent(status=502, body=b"bad gateway"),
+    "504": Sent(status=504, body=b"gateway timeout"),
     "503 html": Sent(status=503, body=b"<html>"),
     "garbage": Sent(body=b"{nonsense"),
     "html": Sent(body=b"<html>welcome</html>"),
     "no choices": Sent(body=b'{"usage": {}}'),
-    "no usage": Sent(body=b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]}'),
+    "no text and no end": Sent(
+        body=b'{"choices": [{"message": {"content": null}, "finish_reason": null}], "usage": {}}'
+    ),
     "deep": Sent(body=b"[" * 100_000),
     "not text": said(7),  # type: ignore[arg-type]
     "closed": Sent(close=True),
@@ -146,10 +209,10 @@ def test_what_passes_is_asked_again(tmp_path: Path, name: str) -> None:
         assert set(seen.times.values()) == {3}
     assert kinds(tmp_path) == {"asked": 6, "failed": 4, "answered": 2}
     paid = {line["maybe_paid"] for line in lines(tmp_path) if line["kind"] == "failed"}
-    assert paid == {not name.startswith("50")}
+    assert paid == {not name.startswith("503")}
 
 
-@pytest.mark.parametrize("name,code", [("500", "004"), ("garbage", "102"), ("no usage", "102"), ("closed", "001")])
+@pytest.mark.parametrize("name,code", [("500", "004"), ("garbage", "102"), ("no choices", "102"), ("closed", "001")])
 def test_what_does_not_pass_is_told(tmp_path: Path, name: str, code: str) -> None:
     with serving(lambda body, times: PASSING[name]) as seen:
         e = refused(seen, tmp_path, how=replace(QUICK, tries=3))

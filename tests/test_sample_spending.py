@@ -174,6 +174,34 @@ def test_a_torn_line_is_of_a_request_that_never_counted(tmp_path: Path) -> None:
         assert any("1 requests were sent before" in line for line in told)
 
 
+@pytest.mark.parametrize("line", [
+    {"kind": "asked"}, {"kind": "answered"}, {"kind": "failed"}, {"kind": "asked", "most_in": "3", "most_out": 4},
+    {"kind": "other"}, {"kind": []},
+    {"kind": "answered", "text": 3, "finish": "stop", "tokens_in": 1, "tokens_out": 1}, {"kind": "failed", "maybe_paid": None},
+])  # fmt: skip
+def test_a_line_that_lacks_something_is_left_out_and_said(tmp_path: Path, line: dict[str, Any]) -> None:
+    with serving() as seen:
+        before = sampler(seen, tmp_path).sample(asked(2), SHORT)
+        file = tmp_path / "j.jsonl"
+        whole = file.read_text()
+        file.write_text(json.dumps({"id": lines(tmp_path)[0]["id"], **line}) + "\n" + whole + "[" * 9999 + "\n")
+        told: list[str] = []
+        assert sampler(seen, tmp_path, say=told.append).sample(asked(2), SHORT) == before
+        assert file.read_text() == whole
+        assert seen.times.total() == 2
+    assert any("1 lines lack what they should hold" in x for x in told)
+
+
+def test_a_gateway_that_gives_up_after_the_model_wrote_counts_as_paid(tmp_path: Path) -> None:
+    """A reply that may be billed counts in full, so that the cap holds though no answer comes."""
+    caps = Caps(price_in=1.0, price_out=10.0, max_cost=0.001)
+    with serving(lambda body, times: Sent(status=504, body=b"gateway timeout")) as seen:
+        e = stopped_at(seen, tmp_path, caps, 1)
+        assert e.code == "E-SAMPLE-202"
+        most = next(caps.cost(x["most_in"], x["most_out"]) for x in lines(tmp_path) if x["kind"] == "asked")
+        assert len(seen.bodies) == int(0.001 / most)
+
+
 def test_no_answer_counts_that_cannot_be_kept(tmp_path: Path) -> None:
     from educe.errors import MachineError
     from educe.files.journal import Journal

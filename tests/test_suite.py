@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from educe.evaluate.ifeval.examples import EXAMPLES  # noqa: E402
 from educe.evaluate.ifeval.prompts import Instruction, Task  # noqa: E402
 from educe.evaluate.ifeval.scores import line_of, score  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
+from educe.files.locks import one_at_a_time  # noqa: E402
 from educe.recipes import suite  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
-from educe.types import Answer  # noqa: E402
+from educe.types import Answer, Message, Prompt  # noqa: E402
 
 from small_runs import recipe, small_place  # noqa: E402
 
@@ -91,6 +94,31 @@ def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run) -> None:
     scores = run.suite(file=place / "prompts.jsonl", max_new_tokens=5, say=told.append)
     assert "untouched: 32 of 40 answered before on this machine; taken from the cache" in told
     assert scores["num_prompts"] == 40
+
+
+def test_two_processes_that_ask_the_same_take_turns(place: Path, tmp_path: Path) -> None:
+    """Whoever opens a journal writes it anew: a line that another one appends meanwhile would be lost."""
+    kept, said = tmp_path / "answers.jsonl", list[str]()
+    prompts = [Prompt(key=str(k), messages=(Message(role="user", content=str(k)),)) for k in range(3)]
+    answer = {"text": "x", "num_tokens": 1, "stopped": True}
+    lines = [json.dumps({"key": p.key, "seconds": 1.0, "answer": answer}) + "\n" for p in prompts]
+    kept.write_text("".join(lines[:2]))
+
+    def never() -> Any:
+        raise AssertionError("a model was loaded")
+
+    prepared: Any = None  # is looked at where there is something to ask
+    with ThreadPoolExecutor(1) as pool:
+        with one_at_a_time(kept.with_suffix(".lock"), never):
+            asked = pool.submit(suite._asked, kept, never, prepared, prompts, 5, "tuned", said.append, print)
+            while not said:
+                time.sleep(0.01)
+            assert not asked.done()
+            with kept.open("a") as f:
+                f.write(lines[2])
+        assert [a.text for a in asked.result(30)[0]] == ["x"] * 3
+    assert "another process" in said[0]
+    assert kept.read_text() == "".join(lines)
 
 
 def test_the_command_shows_it_and_the_report_has_it(place: Path, run: Run) -> None:

@@ -85,7 +85,7 @@ def _readable(file: Path, keys: Set[str]) -> tuple[list[dict[str, Any]], int]:
     for raw in whole:
         try:
             line = json.loads(raw.decode("utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and keys <= line.keys():
             lines.append(line)

@@ -51,14 +51,14 @@ def grading_of(metric: Metric, say: Say, *, allow_code: bool) -> Grading:
 
 
 def check_fit(grading: Grading, questions: Sequence[Question]) -> None:
-    """Before minutes are spent: an expected answer that is not right by its own metric can never be reached, and a test that no program
-    at all passes too says nothing of one. Raises `EvalError`."""
+    """Before minutes are spent: an expected answer that is not right by its own metric can never be reached, and a test that passes
+    without a program says nothing of one. Raises `EvalError`."""
     if grading.kind == "pass_at_k":
         passed: set[str] = set()
         for q in questions:
             if q.expected not in passed and not run_program("", q.expected).failed:
                 found = "its test passes without any program, so that every program is right."
-                fix = "End it with the call of what it tests, such as check(add_one); README's `columns` has HumanEval's."
+                fix = "End it with a call of what it tests, such as check(add_one); README's `columns` has HumanEval's."
                 raise EvalError(201, q.row, found, fix)
             passed.add(q.expected)
         return

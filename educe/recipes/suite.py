@@ -20,6 +20,7 @@ from educe.files.atomic import make_private, told, write_json
 from educe.files.hashes import cache_dir, hash_file, hash_json
 from educe.files.journal import Journal
 from educe.files.jsonl import read_jsonl, write_jsonl
+from educe.files.locks import one_at_a_time
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.device import CLOSE_OTHERS, told_of_memory
@@ -170,8 +171,26 @@ def _asked(
     say: Say,
     on_answers: OnAnswers,
 ) -> tuple[list[Answer], float]:
-    """One model's answers, kept in the cache as they come: a process that is killed goes on where it was."""
-    make_private(kept.parent)
+    """One model's answers, kept in the cache as they come: a process that is killed goes on where it was, and another one that asks
+    the same waits and takes them."""
+
+    def waits() -> None:
+        say(f"{name}: another process asks the same; waiting for that to end")
+
+    with one_at_a_time(kept.with_suffix(".lock"), waits):
+        return _asked_alone(kept, load, prepared, prompts, most, name, say, on_answers)
+
+
+def _asked_alone(
+    kept: Path,
+    load: Callable[[], CausalLM],
+    prepared: Prepared,
+    prompts: list[Prompt],
+    most: int,
+    name: str,
+    say: Say,
+    on_answers: OnAnswers,
+) -> tuple[list[Answer], float]:
     fields = {"key", "seconds", "answer"}
     journal = Journal(kept, say)
     journal.begin(lambda line: True, keys=fields)

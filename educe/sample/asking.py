@@ -23,6 +23,8 @@ MAX_REPLY_BYTES = 16 * 2**20
 _LONGEST_WAIT_S = 30.0
 _PASSING = (408, 409, 425, 429)  # and all from 500 on
 _NEWER = "max_completion_tokens"  # what some models of OpenAI want instead of `max_tokens`
+_NO_COUNTS = "counts no tokens: each answer is counted as the longest that it may be"
+_NO_ENDS = "does not say why answers end: they are taken as cut"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class Asking:
         self._record, self._till = record, till
         self._error: EduceError | None = None
         self._length = "max_tokens"
+        self._told: set[str] = set()
         self._not_before = 0.0  # what a server asked one request to wait, all of them do
         self._ends_at = time.monotonic() + how.deadline_s
         self._settled = asyncio.Condition()
@@ -160,7 +163,7 @@ class Asking:
             async with asyncio.timeout(self._how.request_s):
                 status, headers, raw = await self._send(client, body)
             if status == 200:
-                return read_reply(raw)
+                return self._heard(read_reply(raw, q.most_in, q.most_out))
         except TimeoutError:
             late = f"it gave no answer in {self._how.request_s:g} s."
             return Again(error=SampleError(2, at, late, fix), maybe_paid=True)
@@ -173,7 +176,7 @@ class Asking:
         said = shown(raw, self._key)
         if status in _PASSING or status >= 500:
             error = SampleError(4, at, f"it says {status}: {said}.", "Wait, or lower the load.")
-            return Again(error=error, maybe_paid=False, wait_s=_seconds(headers.get("retry-after", "")))
+            return Again(error=error, maybe_paid=_maybe_paid(status), wait_s=_seconds(headers.get("retry-after", "")))
         refused = self._refused(q, status, said)
         if length != _NEWER and _NEWER in said:
             self._say(f"{at}: takes {_NEWER} in place of max_tokens")
@@ -181,6 +184,14 @@ class Asking:
             return Again(error=refused, maybe_paid=False)
         self._record.failed(q, refused.found, maybe_paid=False)
         raise refused
+
+    def _heard(self, reply: Reply) -> Reply:
+        """What the server leaves out of its replies is said once: every one lacks it, and to ask again would mend none."""
+        for lacks, words in ((not reply.counted, _NO_COUNTS), (not reply.finish, _NO_ENDS)):
+            if lacks and words not in self._told:
+                self._told.add(words)
+                self._say(f"warning: {self._endpoint}: {words}")
+        return reply
 
     async def _send(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[int, httpx2.Headers, bytes]:
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
@@ -200,6 +211,11 @@ class Asking:
         }
         leads = "Give the address that it leads to." if 300 <= status < 400 else "Change what the server names."
         return SampleError(3, self._endpoint, f"it says {status} to {q.key}: {said}.", fixes.get(status, leads))
+
+
+def _maybe_paid(status: int) -> bool:
+    """Whoever gave up late (408, a gateway's 502 and 504) may have let the model write to its end; 503, busy, is said before."""
+    return status == 408 or (status >= 500 and status != 503)
 
 
 def _words(e: Exception) -> str:

@@ -18,6 +18,12 @@ from educe.sample.wire import Reply
 
 _BYTES_PER_TOKEN = 4  # of English in common vocabularies: for estimates alone
 _MESSAGE_TOKENS = 16  # what a template writes around a message, at most
+# What a journal's line must hold, by its kind.
+_LINES: dict[str, dict[str, type]] = {
+    "asked": {"id": str, "most_in": int, "most_out": int},
+    "answered": {"id": str, "text": str, "finish": str, "tokens_in": int, "tokens_out": int},
+    "failed": {"id": str, "maybe_paid": bool},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +94,16 @@ class Record:
         self._requests = self._tokens_in = self._tokens_out = 0
         self._lost: Counter[tuple[str, int, int]] = Counter()  # asked, and neither answered nor known to be free
         self._last: dict[str, tuple[str, int, int]] = {}
+        self._unfit = 0
         self._journal.begin(self._read, keys={"kind", "id"})
+        if self._unfit:
+            what = "lines lack what they should hold and are left out: what those requests cost is not counted"
+            say(f"warning: {file}: {self._unfit} {what}")
 
     def _read(self, line: dict[str, Any]) -> bool:
+        if not _fits(line):
+            self._unfit += 1
+            return False
         if line["id"] not in self._ids:
             return True
         kind, id = line["kind"], line["id"]
@@ -141,6 +154,11 @@ class Record:
             maybe_twice=self._lost.total(),
             maybe_cost=sum(self._caps.cost(*m) for m in most),
         )
+
+
+def _fits(line: dict[str, Any]) -> bool:
+    fields = _LINES.get(line["kind"]) if isinstance(line["kind"], str) else None
+    return fields is not None and all(type(line.get(k)) is t for k, t in fields.items())
 
 
 class Till:

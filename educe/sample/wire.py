@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 from educe.errors import SampleError
 from educe.secrets import redacted
 from educe.seeds import derive
-from educe.types import Message, Prompt, Sampling
+from educe.types import Message, Prompt, Sampling, ToolCall
 
 PATH = "/chat/completions"
 _HOST = re.compile(r"[\w.:%-]+")
@@ -25,12 +26,14 @@ class Garbled(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a server said. `finish` is its own word for why the text ends there; tokens are as it counts (and bills) them."""
+    """What a server said. `finish` is its own word for why the text ends there, "" where it has none: then it is taken as cut.
+    Tokens are as it counts (and bills) them; where it does not (`counted` is False), the most that they may be."""
 
     text: str
     finish: str
     tokens_in: int
     tokens_out: int
+    counted: bool = True
 
     @property
     def stopped(self) -> bool:
@@ -67,7 +70,7 @@ def is_loopback(host: str) -> bool:
 
 def request_body(model: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
     """The same question, the same body. The seed of a draw is sent as one that belongs to the prompt's key."""
-    body: dict[str, Any] = {"model": model, "messages": [_message(m) for m in prompt.messages]}
+    body: dict[str, Any] = {"model": model, "messages": _messages(prompt.messages)}
     if prompt.tools:
         body["tools"] = [t if "function" in t else {"type": "function", "function": t} for t in prompt.tools]
     body |= {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
@@ -76,49 +79,60 @@ def request_body(model: str, prompt: Prompt, sampling: Sampling) -> dict[str, An
     return body
 
 
-def _message(m: Message) -> dict[str, Any]:
-    made: dict[str, Any] = {"role": m.role, "content": m.content}
-    if m.tool_calls:
-        made["tool_calls"] = [
-            {
-                "id": c.id or f"call_{k}",
-                "type": "function",
-                "function": {"name": c.name, "arguments": json.dumps(c.arguments, ensure_ascii=False)},
-            }
-            for k, c in enumerate(m.tool_calls)
-        ]
-    if m.role == "tool":
-        made["tool_call_id"] = m.call_id or "call_0"
+def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Results that do not say whose they are belong to the last calls, in their order."""
+    made: list[dict[str, Any]] = []
+    ids, num_results = list[str](), 0
+    for m in messages:
+        one: dict[str, Any] = {"role": m.role, "content": m.content}
+        if m.tool_calls:
+            ids, num_results = [c.id or f"call_{k}" for k, c in enumerate(m.tool_calls)], 0
+            one["tool_calls"] = [_call(c, id) for c, id in zip(m.tool_calls, ids, strict=True)]
+        if m.role == "tool":
+            one["tool_call_id"] = m.call_id or (ids[num_results] if num_results < len(ids) else f"call_{num_results}")
+            num_results += 1
+        made.append(one)
     return made
 
 
-def read_reply(raw: bytes) -> Reply:
-    """Raises `Garbled`. A reply without counts of tokens is none: what it cost could not be told."""
+def _call(c: ToolCall, id: str) -> dict[str, Any]:
+    arguments = json.dumps(c.arguments, ensure_ascii=False)
+    return {"id": id, "type": "function", "function": {"name": c.name, "arguments": arguments}}
+
+
+def read_reply(raw: bytes, most_in: int, most_out: int) -> Reply:
+    """Raises `Garbled`. Of a server that counts no tokens (some never do) each reply is counted as the most that it may have."""
     try:
         reply = json.loads(raw)
-        choice, usage = reply["choices"][0], reply["usage"]
-        message, finish = choice["message"], choice["finish_reason"]
-        tokens_in, tokens_out = usage["prompt_tokens"], usage["completion_tokens"]
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        message, finish = choice["message"], choice.get("finish_reason") or ""
+        tokens: list[Any] = [usage.get(k) for k in ("prompt_tokens", "completion_tokens")]
     except (ValueError, RecursionError) as e:
         raise Garbled(f"is not JSON: {shown(raw)!r}") from e
-    except (KeyError, IndexError, TypeError) as e:
+    except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise Garbled(f"lacks {e.args[0] if isinstance(e, KeyError) else 'what a chat completion has'}") from e
     if not (isinstance(finish, str) and isinstance(message, dict)):
-        raise Garbled("says not why the text ends")
-    if not all(type(n) is int and n >= 0 for n in (tokens_in, tokens_out)):
-        raise Garbled("counts no tokens")
-    return Reply(text=_text(message), finish=finish, tokens_in=tokens_in, tokens_out=tokens_out)
+        raise Garbled("is not what a chat completion is")
+    text = _text(message)
+    if not (text or finish):
+        raise Garbled("holds no text, nor why there is none")
+    counted = all(type(n) is int and n >= 0 for n in tokens)
+    tokens_in, tokens_out = tokens if counted else (most_in, most_out)
+    return Reply(text=text, finish=finish, tokens_in=tokens_in, tokens_out=tokens_out, counted=counted)
 
 
 def _text(message: dict[str, Any]) -> str:
-    """Content; where there is none a refusal, or the calls, one JSON object a line."""
+    """Content, and the calls behind it in tags, as `read_calls` finds them; the calls alone one JSON object a line; or a refusal."""
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
-    calls = message.get("tool_calls")
-    if not content and isinstance(calls, list):
-        content = "\n".join(json.dumps(c.get("function"), ensure_ascii=False) for c in calls if isinstance(c, dict))
+    given = message.get("tool_calls")
+    made = [c for c in given if isinstance(c, dict)] if isinstance(given, list) else []
+    calls = [json.dumps(c.get("function"), ensure_ascii=False) for c in made]
     text = content or message.get("refusal") or ""
+    if calls and isinstance(text, str):
+        tagged = (f"<tool_call>\n{c}\n</tool_call>" for c in calls)
+        text = "\n".join([text, *tagged] if text.strip() else calls)
     if not isinstance(text, str):
         raise Garbled("has a content that is no text")
     return text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be kept in a file

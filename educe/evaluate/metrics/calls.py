@@ -50,7 +50,11 @@ def _differing(said: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
 
 def _equal(said: Any, right: Any) -> bool:
     if isinstance(said, Written):
-        return said.text == right if isinstance(right, str) else _equal(parse_json(said.text, "argument"), right)
+        if isinstance(right, str):
+            return said.text == right
+        # Qwen3-Coder's template writes scalars as Python does: True, None.
+        python = not isinstance(right, (dict, list)) and said.text == str(right)
+        return python or _equal(parse_json(said.text, "argument"), right)
     try:
         return canonical(said) == canonical(right)
     except (TypeError, ValueError):  # Python's literals hold more than JSON's: a set, bytes, a key that is a tuple

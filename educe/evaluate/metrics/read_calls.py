@@ -71,7 +71,7 @@ def _list(value: Any) -> list[Called]:
 def _bare(text: str) -> list[Called]:
     """The whole answer is a call, or a list of them: JSON, one value after the other, or Python's `[f(a=1)]`."""
     text = re.sub(r"^(<\|python_(start|end|tag)\|>\s*)+", "", text)
-    if re.match(r"\[\s*[\w.]+\(", text):
+    if re.match(r"\[\s*[\w.]+\(", text) and _is_call_list(text):
         return _pythonic(text)
     try:
         return [call for value in _values(text) for call in _list(value)]
@@ -206,6 +206,15 @@ def _gemma(text: str) -> Iterator[Called]:
 def _behind_mark(text: str) -> Iterator[Called]:
     """Granite: a list behind a mark, to the end."""
     yield from _list(_json(text.partition("<|tool_call|>")[2]))
+
+
+def _is_call_list(text: str) -> bool:
+    """Whether all of it is Python's list of calls: a Markdown link, `[f(x)](https://…)`, only begins like one."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return isinstance(tree, ast.List) and all(isinstance(call, ast.Call) for call in tree.elts)
 
 
 def _pythonic(text: str) -> list[Called]:
