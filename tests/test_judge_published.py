@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from educe.errors import EvalError
-from educe.evaluate.judge.difficulty import Weights, estimate_difficulty, estimate_pull
 from educe.evaluate.judge.length import Judged, length_controlled, raw_win_rate, sigmoid
 from educe.evaluate.judge.mt_bench import MtQuestion, averages, parse_rating, single_prompt
 from educe.evaluate.judge.questions import read_difficulty, read_gamed, read_instructions, read_mt_questions
 from educe.evaluate.judge.scores import score_ratings
+
+from judge_difficulty import Weights, estimate_difficulty, estimate_pull
 
 EVAL = Path(__file__).parents[2] / "shared" / "data" / "eval"
 pytestmark = pytest.mark.skipif(not EVAL.is_dir(), reason="no public annotations beside the repository")

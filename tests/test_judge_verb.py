@@ -10,19 +10,23 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from educe.cli.judge import show_judged
 from educe.cli.main import cli
 from educe.errors import EvalError, RunError, UsageError
 from educe.evaluate.judge.mt_bench import MtQuestion
 from educe.evaluate.judge.questions import read_mt_questions
 from educe.files.run_dir import RunDir
-from educe.recipes.judge import Wish, answer_turns, judge, regrade
+from educe.recipes.judge import judge, regrade
+from educe.recipes.judge_mt import answer_turns
+from educe.recipes.judging import Wish
 from educe.recipes.run import Run, train
 from educe.report import build_report
 from educe.sample.sampler import Sampler
-from educe.types import Answer, Prompt, Sampling
+from educe.types import Answer, Message, Prompt, Sampling
 
 from run_directory import write_file
 from servers import said, serving
+from test_judge_pairs import better
 from test_judging import Judge, honest, shown
 
 NUM_ROWS = 12
@@ -200,6 +204,31 @@ def test_mt_bench_rates_both_systems(run: RunDir, tmp_path: Path) -> None:
     assert regrade(run, wish)["systems"] == scores["systems"]
 
 
+def test_mt_bench_compares_both_systems(run: RunDir, tmp_path: Path) -> None:
+    """The other models' answers are longer, and this judge likes that."""
+    kinds = ("math", "stem") * 4
+    questions = [{"question_id": i, "category": c, "turns": [f"{i}?", "And?"]} for i, c in enumerate(kinds)]
+    references = [{"question_id": i, "choices": [{"turns": ["It is so and so"] * 2}]} for i in range(0, 8, 2)]
+    write_file(tmp_path / "q.jsonl", questions)
+    write_file(tmp_path / "r.jsonl", references)
+    systems = {"tuned": Counting(lambda _: "well"), "untouched": Counting(lambda _: "well said by me")}
+    wish = Wish(
+        bench="mt-bench", pairwise=True, questions=tmp_path / "q.jsonl", references=tmp_path / "r.jsonl", most=7
+    )
+    with pytest.raises(EvalError, match="E-EVAL-302"):
+        judge(run, wish, Judge(lambda _: "[[A]]"), lambda name: systems[name], say)
+    assert (systems["untouched"].asked, systems["tuned"].asked) == (
+        4,
+        0,
+    )  # two turns of the two that no reference is to
+    scores = judge(run, wish, Judge(better), lambda name: systems[name], say)
+    assert scores["win_rate"]["value"] == 0
+    assert scores["verdict"] == "The judge prefers the other answers."
+    assert regrade(run, Wish(bench="mt-bench", pairwise=True)) == scores
+    assert "mt-bench: tuned against untouched" in build_report(run)
+    show_judged(scores)
+
+
 @pytest.mark.parametrize(
     "fields, told",
     [
@@ -207,6 +236,7 @@ def test_mt_bench_rates_both_systems(run: RunDir, tmp_path: Path) -> None:
         ({"bench": "mt-bench", "questions": Path("q")}, "--references"),
         ({"bench": "alpaca-eval"}, "CC BY-NC"),
         ({"bench": "other"}, "--bench"),
+        ({"pairwise": True}, "--pairwise"),
     ],
 )
 def test_what_is_missing_is_named_with_its_licence(fields: dict[str, Any], told: str) -> None:
@@ -281,6 +311,8 @@ def test_a_real_runs_models_answer_both_turns(
 ) -> None:
     """A trained run, its two models loaded one after the other, a judge on loopback, verdicts in the run."""
     small_runs = pytest.importorskip("small_runs")
+    from educe.recipes.judge_samplers import sampler_of  # torch
+
     questions = [
         {"question_id": i, "category": c, "turns": [f"order {i}", "and?"]}
         for i, c in enumerate(("math", "stem", "writing"))
@@ -300,8 +332,12 @@ def test_a_real_runs_models_answer_both_turns(
                 scores = trained.judge(
                     seen.url, "referee", bench="mt-bench", max_new_tokens=4, say=told.append, **files
                 )
+        taken = [line for line in told if "taken from the cache" in line]
+        prompt = Prompt(key="long", messages=(Message(role="user", content="order " * 300),))
+        told.clear()
+        sampler_of(trained.dir, "tuned", told.append).sample([prompt], Sampling(max_new_tokens=4000))
+        assert any("answers are cut after" in line for line in told), told
     assert {name: s["rated"] for name, s in scores["systems"].items()} == {"untouched": 6, "tuned": 6}
-    taken = [line for line in told if "taken from the cache" in line]
     assert len(taken) == 12  # two systems, two turns, three temperatures: all of the second time
     lines = trained.dir.load(trained.dir.judged / "mt-bench.jsonl")
     assert any(x["answers"][0] for x in lines)

@@ -17,9 +17,7 @@ from educe.evaluate.judge.mt_bench import (
     MtQuestion,
     averages,
     pair_prompt,
-    parse_choice,
     parse_rating,
-    settle,
     single_prompt,
 )
 from educe.evaluate.judge.pairwise import Duel, judge_duels, pair_prompts, parse_letter, regraded, settled
@@ -145,13 +143,10 @@ def test_ratings(text: str, rating: float | None) -> None:
     assert parse_rating(text) == rating
 
 
-def test_choices_and_their_settling() -> None:
-    assert [parse_choice(f"so [[{x}]]") for x in "ABC"] == [1.0, 0.0, 0.5]
-    assert parse_choice("A is better") is None
-    assert settle(1.0, 1.0) == 1.0
-    assert settle(0.0, 0.0) == 0.0
-    assert settle(1.0, 0.0) == settle(0.5, 1.0) == 0.5  # disagreement is a tie
-    assert settle(None, 1.0) is None
+def test_two_questions_of_one_name_are_refused() -> None:
+    lines = judge_duels(DUELS, Judge(honest), SHORT)
+    with pytest.raises(EvalError, match=r"E-EVAL-002 .*called 0"):
+        settled([*lines, *lines[:2]])
 
 
 def test_categories_are_judged_as_published() -> None:

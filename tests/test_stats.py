@@ -294,7 +294,7 @@ def test_coverage_of_the_clustered_mean(n: int, p: float) -> None:
 
 @pytest.mark.parametrize("n, chances", [(7, (0, 0.05, 0.95)), (12, (0.02, 0.06, 0.92)), (50, (0.25, 0.5, 0.25))])
 def test_coverage_of_the_bounded_mean(n: int, chances: tuple[float, float, float]) -> None:
-    """Values 0, a half and 1. The symmetric interval covers 29 %, 63 % and 96 % of them."""
+    """Values 0, a half and 1. The symmetric interval covers 29 %, 63 % and 96 % there."""
     drawn = np.random.default_rng(0).choice([0, 0.5, 1], p=chances, size=(1000, n))
     found = (bounded_mean(row, [1.0] * n) for row in drawn.tolist())
     assert covered(found, chances[1] / 2 + chances[2]) > 0.93

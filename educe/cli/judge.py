@@ -37,6 +37,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--difficulty", type=_FILE, help="AlpacaEval's instruction_difficulty.csv.")
 @click.option("--gamed", type=_FILE, help="AlpacaEval's df_gamed.csv.")
 @click.option("--most", type=click.IntRange(2), help="The first so many questions alone.")
+@click.option("--pairwise", is_flag=True, help="MT-Bench: compare tuned and untouched in both orders, do not rate.")
 @click.option("--price-in", type=float, help="USD for a million tokens the judge reads.")
 @click.option("--price-out", type=float, help="USD for a million tokens the judge writes.")
 @click.option("--max-cost", type=float, help="Stop before this many USD are spent.")
@@ -60,32 +61,43 @@ def judge(run: Path | None, url: str | None, model: str | None, regrade: bool, *
 def show_judged(scores: dict[str, Any]) -> None:
     """Raw, length-controlled and lengths side by side: none of them stands alone."""
     click.echo(f"Judged by {scores['judge']}; canaries at the floor.")
-    if scores["bench"] == "mt-bench":
-        for name, s in scores["systems"].items():
-            i, turns = s["interval"], ", ".join(f"turn {t} {_mark(m)}" for t, m in s["by_turn"].items())
-            click.echo(
-                f"{name:10} {i['value']:.2f} of 10 ({i['low']:.2f} to {i['high']:.2f}); {turns}; {_unread(s['unparsed'])}"
-            )
-            click.echo("           " + ", ".join(f"{c} {_mark(m)}" for c, m in s["by_category"].items()))
-            _warn(s["lint"])
-        return
-    i, controlled, lengths, counts = (scores[k] for k in ("win_rate", "length_controlled", "mean_length", "counts"))
+    for name, s in scores.get("systems", {}).items():
+        i, turns = s["interval"], ", ".join(f"turn {t} {_mark(m)}" for t, m in s["by_turn"].items())
+        click.echo(
+            f"{name:10} {i['value']:.2f} of 10 ({i['low']:.2f} to {i['high']:.2f}); {turns}; {_unread(s['unparsed'])}"
+        )
+        click.echo("           " + ", ".join(f"{c} {_mark(m)}" for c, m in s["by_category"].items()))
+        _warn(s["lint"])
+    if "systems" not in scores:
+        _show_compared(scores)
+
+
+def _show_compared(scores: dict[str, Any]) -> None:
+    i, lengths, counts = (scores[k] for k in ("win_rate", "mean_length", "counts"))
     click.echo(f"tuned against {scores['against']}: {scores['verdict']}")
-    click.echo(f"  win rate            {100 * i['value']:.1f} % ({100 * i['low']:.1f} to {100 * i['high']:.1f})")
-    how = (
-        ""
-        if controlled["with_difficulty"] and controlled["with_gamed_baselines"]
-        else ", own fit: not the leaderboard's figure"
-    )
-    j = controlled["interval"]
-    known = f"{100 * j['low']:.1f} to {100 * j['high']:.1f}" if j is not None else "interval not known"
-    click.echo(f"  length-controlled   {100 * controlled['win_rate']:.1f} % ({known}{how})")
+    click.echo(f"  win rate            {_share(i['value'])} ({_range(i)})")
+    if controlled := scores.get("length_controlled"):
+        published = controlled["with_difficulty"] and controlled["with_gamed_baselines"]
+        how = "" if published else ", own fit: not the leaderboard's figure"
+        click.echo(f"  length-controlled   {_share(controlled['win_rate'])} ({_range(controlled['interval'])}{how})")
+    for part in ("by_turn", "by_category"):
+        if means := scores.get(part):
+            said = ", ".join(f"{k} {_share(m)}" for k, m in means.items())
+            click.echo(f"  {part.replace('_', ' '):18}  {said}")
     click.echo(f"  mean length         {lengths['own']:.0f} characters against {lengths['other']:.0f}")
     click.echo(
         f"  {counts['judged']} of {counts['questions']} questions judged in both orders; the order decided {counts['split']}; "
         f"{_unread(counts['unparsed'])}"
     )
     _warn(scores["lint"])
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _range(i: dict[str, float] | None) -> str:
+    return f"{100 * i['low']:.1f} to {100 * i['high']:.1f}" if i is not None else "interval not known"
 
 
 def _mark(mean: float | None) -> str:

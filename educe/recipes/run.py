@@ -223,13 +223,13 @@ class Run:
         say: Say = quiet,
         **wish: Any,
     ) -> dict[str, Any]:
-        """Let the model of an OpenAI-compatible server judge; returns judged/NAME.json. `wish`: fields of `recipes.judge.Wish`.
+        """Let the model of an OpenAI-compatible server judge; returns judged/NAME.json. `wish`: fields of `recipes.judging.Wish`.
 
         `regrade` reads the stored verdicts again and asks nobody.
         """
-        from educe.recipes.judge import Wish
         from educe.recipes.judge import judge as run_judge
         from educe.recipes.judge import regrade as read_again
+        from educe.recipes.judging import Wish
 
         wanted = Wish(**wish)
         if regrade:

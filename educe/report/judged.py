@@ -36,13 +36,13 @@ def read_judged(run: RunDir) -> tuple[Judged, ...]:
 def _rows(found: dict[str, Any]) -> list[Judged]:
     if "systems" in found:
         return [_rating(name, s, found["judge"]) for name, s in found["systems"].items()]
-    i, controlled, lengths = found["win_rate"], found["length_controlled"], found["mean_length"]
+    i, controlled, lengths = found["win_rate"], found.get("length_controlled"), found["mean_length"]
     return [
         Judged(
             what=f"{found['bench']}: tuned against {found['against']}",
             judge=str(found["judge"]),
             score=f"{100 * i['value']:.1f} % wins ({100 * i['low']:.1f} to {100 * i['high']:.1f})",
-            controlled=f"{100 * controlled['win_rate']:.1f} % ({_range(controlled.get('interval'))})",
+            controlled=_controlled(controlled) if controlled is not None else "–",
             length=f"{lengths['own']:.0f} against {lengths['other']:.0f}",
             unread=int(found["counts"]["unparsed"]),
             warnings=tuple(map(str, found["lint"])),
@@ -50,8 +50,10 @@ def _rows(found: dict[str, Any]) -> list[Judged]:
     ]
 
 
-def _range(i: dict[str, float] | None) -> str:
-    return f"{100 * i['low']:.1f} to {100 * i['high']:.1f}" if i else "interval not known"
+def _controlled(found: dict[str, Any]) -> str:
+    i = found.get("interval")
+    known = f"{100 * i['low']:.1f} to {100 * i['high']:.1f}" if i else "interval not known"
+    return f"{100 * found['win_rate']:.1f} % ({known})"
 
 
 def _rating(name: str, s: dict[str, Any], judge: Any) -> Judged:

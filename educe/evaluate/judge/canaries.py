@@ -80,6 +80,12 @@ def check_pairwise(judge: Sampler, duels: Sequence[Duel], sampling: Sampling) ->
     found: dict[str, list[float | None]] = {}
     for i, (name, _) in enumerate(trials):
         found.setdefault(name, []).extend(line["preference"] for line in lines[2 * i : 2 * i + 2])
+    refuse_where_fooled(judge, found)
+    return found
+
+
+def refuse_where_fooled(judge: Sampler, found: dict[str, list[float | None]]) -> None:
+    """Raises `EvalError` where a canary is not beaten every time."""
     fooled = {n: p for n, p in found.items() if any(x != 0 for x in p)}
     if fooled:
         shown = "; ".join(
@@ -88,7 +94,6 @@ def check_pairwise(judge: Sampler, duels: Sequence[Duel], sampling: Sampling) ->
             for n, p in fooled.items()
         )
         raise EvalError(302, judge.name, f"prefers answers that deserve nothing to real ones: {shown}.", _FIX)
-    return found
 
 
 def lint_answers(answers: Sequence[str], most: float = 0.2) -> list[str]:

@@ -83,13 +83,6 @@ def parse_choice(judgment: str) -> float | None:
     return next((value for mark, value in (("[[A]]", 1.0), ("[[B]]", 0.0), ("[[C]]", 0.5)) if mark in judgment), None)
 
 
-def settle(first: float | None, swapped: float | None) -> float | None:
-    """The two games of a pair, each as the preference for the same side: what both say, and a tie where they disagree."""
-    if first is None or swapped is None:
-        return None
-    return first if first == swapped else 0.5
-
-
 def averages(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means of ratings: of all, by turn, by category; `unparsed` counts the rows without a rating, which are in no mean.
 

@@ -107,7 +107,11 @@ def settled(lines: Sequence[dict[str, Any]]) -> tuple[Array, list[dict[str, Any]
     """
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for line in lines:
-        by_name.setdefault(line["name"], {})[line["order"]] = line
+        mine = by_name.setdefault(line["name"], {})
+        if line["order"] in mine:
+            found = f"two questions are called {line['name']}: which answers stood against each other is not known."
+            raise EvalError(2, "judged", found, "Run `educe eval`, then `educe judge` again.")
+        mine[line["order"]] = line
     whole = [
         x for x in by_name.values() if set(x) == set(ORDERS) and all(v["preference"] is not None for v in x.values())
     ]

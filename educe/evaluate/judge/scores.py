@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from educe.errors import EvalError
 from educe.evaluate.judge.canaries import lint_answers
 from educe.evaluate.judge.length import Array, Rows, controlled_interval, length_controlled, raw_win_rate
 from educe.evaluate.judge.mt_bench import SCALE, averages, parse_rating
 from educe.evaluate.judge.pairwise import as_judged, settled
-from educe.stats import bounded_mean, rows_needed, sums_by_cluster
+from educe.evaluate.judge.verdicts import verdict_of
+from educe.stats import bounded_mean, sums_by_cluster
 from educe.types import Interval
-
-FEWEST = 7  # questions: six of one mind have p = 0.03, and one more verdict may change that
-WORTH = 0.05  # a win rate so far from a half is worth knowing
 
 
 def score_duels(
@@ -88,17 +84,3 @@ def score_ratings(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def reread(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stored ratings read again; no judge is asked."""
     return [{**line, "score": parse_rating(line["judgment"])} for line in lines]
-
-
-def verdict_of(interval: Interval, preference_n: Array) -> str:
-    """A preference is claimed where the interval says so and some questions stand behind it."""
-    n = len(preference_n)
-    if n < FEWEST:
-        return f"{n} questions are too few for a verdict."
-    if interval.low > 0.5:
-        return "The judge prefers these answers."
-    if interval.high < 0.5:
-        return "The judge prefers the other answers."
-    variance = float(np.var(preference_n, ddof=1)) or 0.25  # of a coin, where all are split
-    needed = rows_needed(WORTH, variance)
-    return f"No preference of the judge is shown. About {needed} questions show a win rate of {0.5 + WORTH:.0%} four times in five."

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
 from educe.evaluate.judge.length import Array, Judged, Pull, sigmoid
 
 Weights = tuple[float, float, float]
