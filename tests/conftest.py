@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: run by `make {command}`"))
 
 
+def some(cases: Iterable[Any], every: int) -> list[Any]:
+    """Parameters of a test: every so many of the cases in each run, the others in `make bench`."""
+    tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow if k % every else ()) for k, case in enumerate(tuples)]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data beside the repository; tests that need it skip where it is not."""
@@ -49,6 +57,13 @@ def shared() -> Path:
 def smollm2_tokenizer_dir(shared: Path) -> Path:
     """The quickstart model's tokenizer, template and config, without weights."""
     return shared / "tokenizers" / "smollm2"
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where fitting.py writes tokenizers that fit templates: one place for all processes of these tests, which only read it."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "fitted"
 
 
 @pytest.fixture(autouse=True)

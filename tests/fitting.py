@@ -7,6 +7,7 @@ tokenizer here fits gets GPT-2's and Qwen2.5's with its own control strings adde
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -166,14 +167,11 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _converted(model: Path, place: Path) -> Path:
+def _converted(model: Path, file: Path) -> None:
     """tokenizer.json of a SentencePiece BPE, as transformers converts it (`legacy=False`): a space is put before the first
     stretch of text only, never after a control token. Control pieces become special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    file = place / "tokenizer.json"
-    if file.is_file():
-        return file
     pieces = sentencepiece_pieces(model)
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
     merges = []
@@ -195,7 +193,6 @@ def _converted(model: Path, place: Path) -> Path:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, _, k in pieces if k in (2, 3)])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, _, k in pieces if k == 4])
     _write(file, tokenizer.to_str())
-    return file
 
 
 def _write(file: Path, text: str) -> None:
@@ -206,12 +203,27 @@ def _write(file: Path, text: str) -> None:
     part.replace(file)
 
 
+@contextlib.contextmanager
+def _made_once(file: Path) -> Iterator[bool]:
+    """Whether it is still to be made; other processes that want it wait."""
+    if file.is_file():
+        yield False
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(f"{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not file.is_file()
+
+
 def real_tokenizer(name: str, shared: Path, cache_dir: Path) -> tuple[Path, Json]:
     """(tokenizer.json, tokenizer_config.json without a template) of a real model family."""
-    home, made = shared / "tokenizers" / name, cache_dir / "converted" / name
+    home, made = shared / "tokenizers" / name, cache_dir / "converted" / name / "tokenizer.json"
     if not (home / "tokenizer.json").is_file():
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        return _converted(home / "tokenizer.model", made), {**special, "legacy": False, "add_bos_token": True}
+        with _made_once(made) as missing:
+            if missing:
+                _converted(home / "tokenizer.model", made)
+        return made, {**special, "legacy": False, "add_bos_token": True}
     config = json.loads((home / "tokenizer_config.json").read_text(encoding="utf-8"))
     file = _renamed(home / "tokenizer.json", made) if name == "llama3_1" else home / "tokenizer.json"
     return file, {k: v for k, v in config.items() if k not in ("chat_template", "added_tokens_decoder")}
@@ -221,12 +233,12 @@ def real_tokenizer(name: str, shared: Path, cache_dir: Path) -> tuple[Path, Json
 _LLAMA_3_1 = {128004: "<|finetune_right_pad_id|>", 128008: "<|eom_id|>", 128010: "<|python_tag|>"}
 
 
-def _renamed(base: Path, place: Path) -> Path:
-    file = place / "tokenizer.json"
-    if not file.is_file():
-        tree, _, model = _tree(base)
-        named = [{**t, "content": _LLAMA_3_1.get(t["id"], t["content"])} for t in tree["added_tokens"]]
-        _write(file, _joined({**tree, "added_tokens": named}, model))
+def _renamed(base: Path, file: Path) -> Path:
+    with _made_once(file) as missing:
+        if missing:
+            tree, _, model = _tree(base)
+            named = [{**t, "content": _LLAMA_3_1.get(t["id"], t["content"])} for t in tree["added_tokens"]]
+            _write(file, _joined({**tree, "added_tokens": named}, model))
     return file
 
 
@@ -254,9 +266,17 @@ def fitting_dirs(name: str, source: str, shared: Path, cache_dir: Path) -> dict[
     """One to three model directories for a template, by the tokenizer's name, the best fit first; written under `cache_dir`.
 
     "gpt2+marks" names the template's turn ends in its generation_config.json; "qwen2_5+marks" has none, so that they must be
-    learned from the template.
+    learned from the template. Which they are is written too: finding out takes seconds, and `cache_dir` serves many processes.
     """
-    home = cache_dir / "fitting" / name.replace("/", "--")
+    home = cache_dir / "fitting" / name.replace("/", "--") / hashlib.sha256(source.encode()).hexdigest()[:8]
+    with _made_once(home / "fits.json") as missing:
+        if missing:
+            made = _fitting_dirs(name, source, shared, cache_dir, home)
+            _write(home / "fits.json", json.dumps(list(made)))
+    return {tokenizer: home / tokenizer for tokenizer in json.loads((home / "fits.json").read_text(encoding="utf-8"))}
+
+
+def _fitting_dirs(name: str, source: str, shared: Path, cache_dir: Path, home: Path) -> dict[str, Path]:
     made = {}
     for tokenizer in _real_fits(name, source, shared, cache_dir):
         file, config = real_tokenizer(tokenizer, shared, cache_dir)
@@ -325,23 +345,23 @@ def _with_marks(base: Path, special: list[str], ordinary: list[str], place: Path
     known = added_tokens(base)
     marks = [m for m in (*special, *ordinary) if m not in known]
     file = place / hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12] / "tokenizer.json"
-    if not file.is_file():
-        free = itertools.count(max(len(vocabulary), *(i + 1 for i in known.values())))
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        ids = {m: vocabulary[m] if m in vocabulary else next(free) for m in marks}  # <s> is a word of Qwen's
-        more = [{"id": i, "content": m, **flags, "special": m in special} for m, i in ids.items()]
-        _write(file, _joined({**tree, "added_tokens": [*tree["added_tokens"], *more]}, model))
+    with _made_once(file) as missing:
+        if missing:
+            free = itertools.count(max(len(vocabulary), *(i + 1 for i in known.values())))
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            ids = {m: vocabulary[m] if m in vocabulary else next(free) for m in marks}  # <s> is a word of Qwen's
+            more = [{"id": i, "content": m, **flags, "special": m in special} for m, i in ids.items()]
+            _write(file, _joined({**tree, "added_tokens": [*tree["added_tokens"], *more]}, model))
     return file
 
 
 def _model_dir(place: Path, tokenizer: Path, config: Json, source: str, generation: Json | None) -> Path:
-    """A directory as a model's, without weights. Written once."""
+    """A directory as a model's, without weights."""
     place.mkdir(parents=True, exist_ok=True)
-    if not (place / "chat_template.jinja").is_file():
-        with contextlib.suppress(FileExistsError):
-            (place / "tokenizer.json").symlink_to(tokenizer.resolve())
-        _write(place / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
-        if generation is not None:
-            _write(place / "generation_config.json", json.dumps(generation, indent=1))
-        _write(place / "chat_template.jinja", source)
+    with contextlib.suppress(FileExistsError):  # of one who was ended before `fits.json` was written
+        (place / "tokenizer.json").symlink_to(tokenizer.resolve())
+    _write(place / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
+    if generation is not None:
+        _write(place / "generation_config.json", json.dumps(generation, indent=1))
+    _write(place / "chat_template.jinja", source)
     return place

@@ -128,23 +128,37 @@ def everything(state: State) -> dict[str, Tensor]:
     return whole({**{f"weight.{n}": t for n, t in state.optimizer.masters.items()}, **state.optimizer.state_tensors()})
 
 
-def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
-    """Gradients in many ways, then a run with a checkpoint in the middle, gone on with from the file."""
-    found: dict[str, Any] = {"each": world.each("né" * world.rank)}
-    cases: dict[str, tuple[Full | Lora, dict[str, Any]]] = {
-        "full": (FULL, {}),
-        "recomputed": (FULL, {"recomputed": 1}),
-        "lora": (LORA, {}),
-        "new": (LORA, {"new_ids": (509, 511), "recomputed": 2}),
-        "anchored": (LORA, {"recomputed": 1}),
-        "dora": (LORA.model_copy(update={"variant": "dora"}), {}),
-        **({"qlora": (LORA.model_copy(update={"base_bits": 4}), {})} if find_spec("bitsandbytes") else {}),
-    }
+CASES: dict[str, tuple[Full | Lora, dict[str, Any]]] = {
+    "full": (FULL, {}),
+    "lora": (LORA, {}),
+}
+MORE: dict[str, tuple[Full | Lora, dict[str, Any]]] = {
+    "recomputed": (FULL, {"recomputed": 1}),
+    "new": (LORA, {"new_ids": (509, 511), "recomputed": 2}),
+    "anchored": (LORA, {"recomputed": 1}),
+    "dora": (LORA.model_copy(update={"variant": "dora"}), {}),
+    **({"qlora": (LORA.model_copy(update={"base_bits": 4}), {})} if find_spec("bitsandbytes") else {}),
+}
+
+
+def gradients_of(cases: dict[str, tuple[Full | Lora, dict[str, Any]]], model_dir: Path, world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, (tuning, how) in cases.items():
         state = fresh(model_dir, tuning, world, **how)
         loss = SftLoss(beta=0.5) if name == "anchored" else sft_loss
         for size in (12, 4, 1) if name == "full" else (4,):
             found[f"{name} {size}"], found[f"{name} {size} reductions"] = gradients(state, world, size, loss)
+    return found
+
+
+def more(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """Gradients in more ways."""
+    return gradients_of(MORE, model_dir, world)
+
+
+def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """Gradients, then a run with a checkpoint in the middle, gone on with from the file."""
+    found: dict[str, Any] = {"each": world.each("né" * world.rank), **gradients_of(CASES, model_dir, world)}
     state = fresh(model_dir, FULL, world)
     dev = rank_step([[e] for e in examples(5, seed=9)], [1.0], world.rank, world.size)
     found["dev"] = held_out_loss(state.model, dev).over(world, 1).mean
@@ -268,6 +282,7 @@ JOBS = {
     "staged": staged,
     "spoilt": spoilt,
     "steps": steps,
+    "more": more,
     "resharded": resharded,
     "alone_sharded": alone_sharded,
 }

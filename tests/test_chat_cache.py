@@ -12,6 +12,7 @@ from educe.errors import Refusal
 from educe.types import Conversation, Message, Source, ToolCall
 
 from chat_proof import row_of, talk, with_template
+from conftest import some
 from fitting import fitting_dirs, template_files
 
 EACH = "{% for m in messages %}"
@@ -134,15 +135,10 @@ def _row(draw: random.Random) -> Conversation:
     return Conversation(messages=tuple(said), source=Source(file="f", line=1), tools=tools)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fitting")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_remembered_layout_gives_what_the_template_gives(name: str, shared: Path, place: Path) -> None:
+@pytest.mark.parametrize("name", some(NAMES, 3))
+def test_a_remembered_layout_gives_what_the_template_gives(name: str, shared: Path, fitted: Path) -> None:
     """Also for texts that look like the template's own, and for those that are nearly nothing."""
-    directory = next(iter(fitting_dirs(name, template_files(shared)[name], shared, place).values()))
+    directory = next(iter(fitting_dirs(name, template_files(shared)[name], shared, fitted).values()))
     renderer, draw, proved = Renderer(load_tokenizer(directory)), random.Random(name), 0
     for _ in range(60):
         row = _row(draw)
@@ -154,10 +150,10 @@ def test_a_remembered_layout_gives_what_the_template_gives(name: str, shared: Pa
     assert renderer.num_rendered < 180, "every row three times"
 
 
-def test_rows_of_one_shape_are_rendered_once(shared: Path, place: Path) -> None:
+def test_rows_of_one_shape_are_rendered_once(shared: Path, fitted: Path) -> None:
     """Qwen3's template asks much, and the answers are alike for all rows but odd ones."""
     name = "models/Qwen-Qwen3-0.6B"
-    directory = next(iter(fitting_dirs(name, template_files(shared)[name], shared, place).values()))
+    directory = next(iter(fitting_dirs(name, template_files(shared)[name], shared, fitted).values()))
     renderer = Renderer(load_tokenizer(directory))
     for k in range(20):
         assert not isinstance(renderer.render(row_of(*talk(f"u:question {k}", f"a:answer {k} "))), Refusal)

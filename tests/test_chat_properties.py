@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_proof import build, row_of, talk, with_template
+from conftest import some
 from fitting import fitting_dirs, template_files
 
 # Templates that look into texts, rewrite history, trim, or open reasoning, and one that does nothing of it.
@@ -56,10 +58,10 @@ answer = text.filter(str.strip)
 
 
 @pytest.fixture(scope="module")
-def family(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTokenizer]:
-    files, cache = template_files(shared), tmp_path_factory.mktemp("fitting")
+def family(shared: Path, fitted: Path) -> dict[str, ChatTokenizer]:
+    files = template_files(shared)
     return {
-        name: load_tokenizer(fitting_dirs(name, files[name], shared, cache)[tokenizer])
+        name: load_tokenizer(fitting_dirs(name, files[name], shared, fitted)[tokenizer])
         for name, tokenizer in FAMILIES.items()
     }
 
@@ -89,8 +91,7 @@ def test_a_remembered_layout_gives_what_the_template_gives(name: str, family: di
     assert renderer.num_rendered < 4 * 60
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name, policy", some(itertools.product(FAMILIES, POLICIES), 4))
 def test_weights_lie_where_the_policy_says(name: str, policy: str, family: dict[str, ChatTokenizer]) -> None:
     """Every turn that is to be trained is trained once, in some sequence, with its weight; template text and prompts never are."""
     tokenizer = family[name]

@@ -24,6 +24,7 @@ from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.errors import ChatError, Refusal
 from educe.types import Conversation
 
+from conftest import some
 from fitting import fitting_dirs, template_files
 from matrix import SHARED, rows
 from oracle import inline, texts_of
@@ -257,11 +258,11 @@ def _family(tokenizer: ChatTokenizer, training: str) -> Iterator[str]:
             yield f"   {reason}: {'; '.join(shapes)}"
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_trained_characters_are_trls_or_it_is_known_why(shared: Path, tmp_path: Path, every: int) -> None:
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_trained_characters_are_trls_or_it_is_known_why(shared: Path, fitted: Path, every: int) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("transformers")
-    now = [*HEAD.strip().splitlines(), *lines_of(shared, tmp_path, every)]
+    now = [*HEAD.strip().splitlines(), *lines_of(shared, fitted, every)]
     assert not [line for line in now if "unexplained" in line]
     about, legend, *sections = GOLDEN.read_text(encoding="utf-8").rstrip("\n").split("\n\n== ")
     by_name = {section.split(" (")[0]: section for section in sections}
@@ -285,12 +286,12 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_ids_are_those_of_transformers(shared: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", some(SERVED, 3))
+def test_ids_are_those_of_transformers(shared: Path, fitted: Path, name: str) -> None:
     """The prompt of every turn of every shape without control strings; what one refuses the other does too."""
     transformers = pytest.importorskip("transformers")
     source = template_files(shared)[SERVED[name]]
-    home = fitting_dirs(SERVED[name], source, shared, tmp_path)[name]
+    home = fitting_dirs(SERVED[name], source, shared, fitted)[name]
     tokenizer = load_tokenizer(home)
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(home)
     peer.chat_template = _dated(source)

@@ -61,7 +61,14 @@ def tokenizer(tiny_tokenizer_dir: Path) -> ChatTokenizer:
     return load_tokenizer(tiny_tokenizer_dir)
 
 
-tunings = pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+TUNINGS = {"full": FULL, "lora": LORA}
+# In each run every family in one of both ways.
+PAIRS = [
+    pytest.param(name, tuning, id=f"{name}-{how}", marks=pytest.mark.slow if (i + k) % 2 else ())
+    for i, name in enumerate(FAMILIES)
+    for k, (how, tuning) in enumerate(TUNINGS.items())
+]
+tunings = pytest.mark.parametrize("saved, tuning", PAIRS, indirect=["saved"])
 
 
 def rows() -> list[Example]:

@@ -220,7 +220,7 @@ def test_a_rate_alone_is_a_rate_among_others_and_a_probe_is_repeatable(
     assert again.start_loss == probe.start_loss
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_probe_as_long_as_the_run_is_the_run(place: Path, tiny_model: Path, dtype: str) -> None:
     """Same rows, same order, same schedule: the losses of every step, and the held-out loss before and after."""
     lora = "tuning: {kind: lora, rank: 4}\n"

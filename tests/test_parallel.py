@@ -39,22 +39,43 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     """What one, two and four processes found; `place` is where their checkpoints are."""
     place = tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
-    one, four = [ranks.steps(place, tiny_model, ALONE)], results("steps", place, tiny_model, 4)
-    return {0: place, 1: one, 2: results("steps, resharded, refused, staged, spoilt", place, tiny_model, 2), 4: four}
+    one = [ranks.steps(place, tiny_model, ALONE) | ranks.more(place, tiny_model, ALONE)]
+    four = results("steps", place, tiny_model, 4)
+    jobs = "steps, more, resharded, refused, staged, spoilt"
+    return {0: place, 1: one, 2: results(jobs, place, tiny_model, 2), 4: four}
+
+
+def same_gradients(found: list[dict[str, Any]], alone: dict[str, Any], case: str) -> None:
+    if case not in alone:
+        pytest.skip("needs bitsandbytes")
+    for one in found:
+        assert one[case].keys() == alone[case].keys()
+        assert max(apart(one[case][n], g) for n, g in alone[case].items() if g.norm() > 0) < EXACT
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(
-    "case", ["full 12", "full 4", "full 1", "recomputed 4", "lora 4", "new 4", "anchored 4", "dora 4", "qlora 4"]
-)
+@pytest.mark.parametrize("case", ["full 12", "full 4", "full 1", "lora 4"])
 def test_gradients_do_not_depend_on_the_number_of_ranks(found: dict[int, Any], size: int, case: str) -> None:
-    """A tied head, adapters, new tokens, a pull to the base; more packs than ranks, as many, fewer."""
-    if case not in found[1][0]:
-        pytest.skip("needs bitsandbytes")
-    alone = found[1][0][case]
-    for one in found[size]:
-        assert one[case].keys() == alone.keys()
-        assert max(apart(one[case][n], g) for n, g in alone.items() if g.norm() > 0) < EXACT
+    """A tied head, adapters; more packs than ranks, as many, fewer."""
+    same_gradients(found[size], found[1][0], case)
+
+
+MORE = ["recomputed 4", "new 4", "anchored 4", "dora 4", "qlora 4"]
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_gradients_of_every_kind_are_the_same_on_two_ranks(found: dict[int, Any], case: str) -> None:
+    """New tokens, a pull to the base, layers computed again, a base in 4 bits."""
+    same_gradients(found[2], found[1][0], case)
+
+
+@pytest.mark.slow
+def test_gradients_of_every_kind_are_the_same_on_four_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    alone, four = ranks.more(tmp_path, tiny_model, ALONE), results("more", tmp_path, tiny_model, 4)
+    for case in alone:
+        if not case.endswith("reductions"):
+            same_gradients(four, alone, case)
 
 
 def test_a_pull_to_the_base_pulls(found: dict[int, Any]) -> None:

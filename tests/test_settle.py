@@ -32,15 +32,15 @@ def shaped(name: str) -> Conversation:
 
 
 @pytest.fixture(scope="module")
-def load(shared: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def load(shared: Path, fitted: Path):  # type: ignore[no-untyped-def]
     """A template with the tokenizer that fits it best."""
-    files, cache = template_files(shared), tmp_path_factory.mktemp("fitting")
+    files = template_files(shared)
 
     @functools.cache
     def loaded(name: str) -> ChatTokenizer:
         if name not in files:
             pytest.skip("needs trl")
-        return load_tokenizer(next(iter(fitting_dirs(name, files[name], shared, cache).values())))
+        return load_tokenizer(next(iter(fitting_dirs(name, files[name], shared, fitted).values())))
 
     return loaded
 
