@@ -24,7 +24,10 @@ LONGEST = (
     "test_crash_some",
     "test_families",
     "test_parallel",
+    "test_memory",
     "test_keeping",
+    "test_resume",
+    "test_verbs",
 )
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from educe.cli.main import main
+from educe.data import opening
 from educe.data.sources import read_rows
 from educe.errors import DataError
 from educe.recipes import hands
 
-from bad_inputs.files import FILES, HANDLED, MADE, TABLE
+from bad_inputs.files import BOMB, FILES, HANDLED, MADE, TABLE
 from bad_inputs.rows import BAD_ROWS, WARNED, write_mixed
 from check_command import GOOD, ROWS, Checker, Outcome, row
 
@@ -38,11 +39,18 @@ def _refuses(outcome: Outcome, code: str, *words: str) -> None:
 
 
 @pytest.mark.parametrize("item", FILES)
-def test_files_that_are_no_data_are_refused(check: Checker, item: str) -> None:
+def test_files_that_are_no_data_are_refused(check: Checker, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "bomb" in item:
+        monkeypatch.setattr(opening, "BOMB_BYTES", 2 * 10**7)
     if "Parquet" in item:
         pytest.importorskip("pyarrow")
     data, code, hint = FILES[item]
     _refuses(check(data), code, "rows.jsonl", hint)
+
+
+@pytest.mark.slow
+def test_a_bomb_of_a_gigabyte_is_refused(check: Checker) -> None:
+    _refuses(check(BOMB * (opening.BOMB_BYTES // 10**7 + 5)), "E-DATA-009", "rows.jsonl", "200 times")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and sparse files are others there")
