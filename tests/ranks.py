@@ -152,8 +152,13 @@ def gradients_of(cases: dict[str, tuple[Full | Lora, dict[str, Any]]], model_dir
 
 
 def more(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
-    """Gradients in more ways."""
-    return gradients_of(MORE, model_dir, world)
+    """Gradients in more ways, and losses in low precision."""
+    found = gradients_of(MORE, model_dir, world)
+    for name, tuning in (("full", FULL), ("lora", LORA)):
+        state = fresh(model_dir, tuning, world, "bfloat16")
+        found[f"bf16 {name}"] = [r.loss for r in run(state, world, 3)]
+        assert all(m.dtype == torch.float32 for m in state.optimizer.masters.values())
+    return found
 
 
 def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
@@ -168,10 +173,6 @@ def steps(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     found["reports"] = [[r.step, r.loss, r.objective, r.grad_norm, r.tokens, r.trained_tokens] for r in reports]
     found["end"] = everything(state)
     again = going_on(place / f"of-{world.size}", model_dir, world)
-    for name, tuning in (("full", FULL), ("lora", LORA)):
-        state = fresh(model_dir, tuning, world, "bfloat16")
-        found[f"bf16 {name}"] = [r.loss for r in run(state, world, 3)]
-        assert all(m.dtype == torch.float32 for m in state.optimizer.masters.values())
     found["bits"] = [n for n, t in everything(again).items() if not torch.equal(t, found["end"][n])]
     return found
 

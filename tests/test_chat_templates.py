@@ -19,6 +19,7 @@ from educe.types import Message
 from tokenizers import Tokenizer
 
 from chat_proof import build, prove, talk, with_template
+from conftest import some
 
 # --- what transformers sends ---------------------------------------------------------------------------------------------
 
@@ -35,11 +36,12 @@ SHAPES = [
     talk("u:First", "u:second", "a:ok"),
     talk("a:I start.", "u:no", "a:yes"),
 ]
-SERVED = ["smollm2", "qwen2_5", "qwen3", "llama3_1", "gemma2", "deepseek_v3"]
+# In each run those that test_chat_trl.py leaves to `make bench`.
+SERVED = ["qwen3", "smollm2", "llama3_1", "gemma2", "deepseek_v3", "qwen2_5"]
 STOPS = {"gemma2": "<end_of_turn>"}
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", some(SERVED, 2))
 def test_ids_are_those_of_transformers(shared: Path, name: str) -> None:
     """Both render the model's own template; where transformers is refused by it, so are we, and with a code."""
     transformers = pytest.importorskip("transformers")
