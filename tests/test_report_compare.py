@@ -142,6 +142,37 @@ def test_the_command_writes_and_prints(runs: list[RunDir], tmp_path: Path, capsy
         price_of("much")
 
 
+@pytest.mark.parametrize("form, mine", [
+    ("md", "# My project\n"), ("json", '{"name": "package"}'), ("json", '{\n "name": 1}'),
+    ("html", "<!doctype html>\n<title>Mine</title>"), ("html", "<!doctype html><html></html>"),
+])  # fmt: skip
+def test_a_report_is_never_written_over_files_of_the_user(tmp_path: Path, form: str, mine: str) -> None:
+    run, out = make_run(tmp_path / "r", steps=9, rows=9), tmp_path / f"mine.{form}"
+    out.write_text(mine)
+    with pytest.raises(UsageError, match="nothing that this command wrote"):
+        write_report([run], out, form)
+    assert out.read_text() == mine
+    out.unlink()
+    write_report([run], out, form)
+    run.scores.unlink()
+    assert write_report([run], out, form).stat().st_size > 100  # over its own, though it says something else now
+    beside = tmp_path / "compare.html"
+    beside.write_text(mine)
+    with pytest.raises(UsageError, match="nothing that this command wrote"):
+        write_report([run, run], None, "html")
+
+
+@pytest.mark.parametrize("form", ["html", "md", "json"])
+def test_half_a_surrogate_pair_is_written(tmp_path: Path, form: str) -> None:
+    run = make_run(tmp_path / "r", steps=9, rows=9)
+    write_file(run.resolved, {"recipe": {**recipe_record(), "name": "half \ud83d"}})
+    for runs in ([run], [run, run]):
+        text = write_report(runs, tmp_path / f"{len(runs)}.{form}", form).read_text(encoding="utf-8")
+        assert "half" in text
+        if form == "json" and len(runs) == 1:
+            assert json.loads(text)["name"] == "half \ud83d"
+
+
 def test_a_page_stays_small_whatever_the_run_holds(tmp_path: Path) -> None:
     """Every list longer and every text dirtier than is shown: at most 2 MB."""
     run = make_run(tmp_path / "r", steps=1_500, rows=300)

@@ -44,7 +44,8 @@ td.text{white-space:pre-wrap;font-family:ui-monospace,monospace;unicode-bidi:iso
 @media(max-width:30rem){table{font-size:.75rem}th,td{padding-right:.2rem}}
 .bad{color:var(--ink);border-left:4px solid #b3261e;padding:.5rem .9rem;background:var(--panel)}
 """
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+_MARK = "<!doctype html><!-- educe inspect -->"
+_PAGE = """{mark}<html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title><style>{css}</style></head><body><main>
@@ -68,7 +69,7 @@ def write_inspection(found: Inspection, target: Path) -> None:
     """Write the row, or why it is refused, as one page."""
     title = _e(f"{Path(found.place).name}{f' · {found.form}' if found.form else ''}")
     body = _refused(found) if found.refusal is not None else _row(found)
-    write_new(target, _PAGE.format(title=title, policy=_POLICY, css=_CSS, body="\n".join(body)), over=_PAGE[:15])
+    write_new(target, _PAGE.format(mark=_MARK, title=title, policy=_POLICY, css=_CSS, body="\n".join(body)), over=_MARK)
 
 
 def _e(text: str) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 
 from educe.errors import RunError
 from educe.files.run_dir import find_run
 from educe.report.live import served
+
+_LEADS_ON = (
+    '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0;url={link}"><title>educe</title>\n'
+)
 
 
 def live(run: Path | None, port: int, say: Callable[[str], None], browse: bool = False) -> None:
@@ -16,9 +23,20 @@ def live(run: Path | None, port: int, say: Callable[[str], None], browse: bool =
     path = run if run is not None else find_run(None, Path("runs")).path
     if path.exists() and not path.is_dir():
         raise RunError(1, str(path), "is no directory.", "Give the directory of a run: RUNS/NAME of the recipe.")
-    with served(path, port) as (link, serve):
+    with served(path, port, lambda link: say(f"That link was used. For another browser: {link}")) as (link, serve):
         say(f"Watching {path}: {link}")
-        say("Only this machine, only with this link. Ctrl-C ends it; training goes on.")
-        if browse:
-            webbrowser.open(link)
-        serve()
+        say("Only this machine, and each link once. Ctrl-C ends it; training goes on.")
+        with leads_to(link) if browse else contextlib.nullcontext() as page:
+            if page is not None and not webbrowser.open(page.as_uri()):
+                say("No browser could be opened: open the link yourself.")
+            serve()
+
+
+@contextlib.contextmanager
+def leads_to(link: str) -> Iterator[Path]:
+    """A page that only its owner may read and that leads to the link: others see the browser's command line, with its name alone."""
+    with tempfile.TemporaryDirectory(prefix="educe-") as place:  # its owner's alone: 0700
+        page = Path(place) / "watch.html"
+        page.touch(0o600)
+        page.write_text(_LEADS_ON.format(link=escape(link)), encoding="utf-8")
+        yield page

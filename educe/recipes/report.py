@@ -16,7 +16,13 @@ from educe.report.markdown import comparison_markdown, run_markdown
 from educe.report.numbers import MOST_RUNS, comparison_of, named, numbers_of
 from educe.report.sections import Price
 
-_STARTS = {"html": "<!doctype html>", "md": "# ", "json": "{"}
+_MARKS = {
+    "html": "<!doctype html>\n<!-- educe page -->\n",
+    "md": "<!-- educe report -->\n",
+    "json": '{\n "educe_report": ',
+}
+"""What the files of this command begin with, and no others: only those are written over."""
+FORM_VERSION = 1  # of the JSON: raised where a key gets another meaning
 
 
 def report(run: RunDir, hourly: Price | None = None) -> Path:
@@ -34,20 +40,21 @@ def text_of(runs: Sequence[RunDir], form: str, hourly: Price | None = None) -> s
     found = named(runs)
     numbers = numbers_of(found[0], hourly) if len(found) == 1 else comparison_of(found, hourly)
     if form == "json":
-        return json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps({"educe_report": FORM_VERSION, **numbers}, indent=1, ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair, as JSON writes it
     return run_markdown(numbers) if len(found) == 1 else comparison_markdown(numbers)
 
 
 def write_report(runs: Sequence[RunDir], out: Path | None, form: str, hourly: Price | None = None) -> Path:
-    """Write to `out`, never over anything else; without it to report.html in the run, of several to compare.html beside them."""
+    """Write to `out`, or to report.html in the run, of several to compare.html beside them; never over what educe did not write."""
     text = text_of(runs, form, hourly)
     if out is None and form == "html":
         place = runs[0].report if len(runs) == 1 else runs[0].path.parent / "compare.html"
-        write_text(place, text)
+        write_text(place, text) if len(runs) == 1 else write_new(place, text, over=_MARKS["html"])
         return place
     if out is None:
         raise UsageError(101, "--out", "is needed to write another format.", "Without it the text is printed.")
-    write_new(out, text, over=_STARTS[form])
+    write_new(out, _MARKS["md"] + text if form == "md" else text, over=_MARKS[form])
     return out
 
 

@@ -3,16 +3,20 @@ let tag = `"${document.body.dataset.tag}"`;
 const look = async () => {
   const line = document.querySelector(".live");
   try {
-    const found = await fetch("/", { headers: { "If-None-Match": tag }, cache: "no-store", redirect: "error" });
+    const found = await fetch(location.pathname, { headers: { "If-None-Match": tag }, cache: "no-store", redirect: "error" });
     if (found.status === 403) throw new Error("this page was opened by another link");
     if (found.status === 200) {
       const fresh = new DOMParser().parseFromString(await found.text(), "text/html").querySelector("main");
       tag = found.headers.get("ETag") ?? "";
       if (fresh) replace(fresh);
     }
-    document.querySelector(".live")?.classList.remove("lost");
+    if (line?.isConnected && line.classList.contains("lost")) { line.textContent = line.dataset.said; line.classList.remove("lost"); }
   } catch {
-    if (line) { line.textContent = "Not updating: educe watch has ended, or this link is of another one."; line.classList.add("lost"); }
+    if (line && !line.classList.contains("lost")) {
+      line.dataset.said = line.textContent;
+      line.textContent = "Not updating: educe watch has ended, or this link is of another one.";
+      line.classList.add("lost");
+    }
   }
   setTimeout(look, 2000);
 };

@@ -1,30 +1,28 @@
 """The page of a run served on this machine alone, made again when the run's files have changed. It reads, and answers GET only.
 
-Who may read it: a browser that was opened by the link, which holds a random token once; the token becomes a cookie. Other names for
-this machine in `Host` (DNS rebinding), other sites in `Origin`, and no token are refused with 403.
+Who may read it: `entrance.py`. Everybody else gets 403.
 """
 
 from __future__ import annotations
 
-import hmac
-import http.cookies
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from educe.errors import MachineError
 from educe.files.run_dir import RunDir
+from educe.report.entrance import HERE, Entrance, refusal
 from educe.report.opening import Kept, mark
 from educe.report.page import build_report, render_page
 from educe.report.policy import PAGE_HEADERS
 from educe.report.reading import read_run
 
-HERE = "127.0.0.1"
 SHARE = 20  # the page is made again after so many times as long as it took: training is slowed by a twentieth of a core
 _SLOWEST_S = 10.0  # a client that sends nothing for so long is let go
 
@@ -83,38 +81,27 @@ class LivePage:
         )
 
 
-def refusal(host: str, origin: str, token: str, wanted: str, port: int) -> str:
-    """Why a request is refused; empty where it may pass. Pure, so that every combination can be tested."""
-    names = {f"{HERE}:{port}", f"localhost:{port}"}
-    if host not in names:
-        return "another name for this machine"
-    if origin and origin not in {f"http://{name}" for name in names}:
-        return "asked by another site"
-    if not hmac.compare_digest(token.encode(), wanted.encode()):
-        return "no token, or an old one: open the link that educe watch printed"
-    return ""
-
-
-def _handler(page: LivePage, token: str, port: Callable[[], int]) -> type[BaseHTTPRequestHandler]:
+def _handler(page: LivePage, entrance: Entrance) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version, protocol_version, timeout = "educe", "", "HTTP/1.1", _SLOWEST_S
 
         def do_GET(self) -> None:
-            url = urlsplit(self.path)
-            given = parse_qs(url.query).get("token", [""])[0]
-            name = f"educe-{port()}"  # cookies do not know ports
-            known = given or _cookie(self.headers.get("Cookie", ""), name)
-            why = refusal(self.headers.get("Host", ""), self.headers.get("Origin", ""), known, token, port())
+            path, _, query = self.path.partition("?")
+            given = parse_qs(query).get("token", [""])[0] if path == entrance.path else ""
+            why = refusal(self.headers.get("Host", ""), self.headers.get("Origin", ""), entrance.port)
+            known = not why and entrance.knows(self.headers.get("Cookie", ""))
+            if not why and not known and not (self.command == "GET" and given and entrance.takes(given)):
+                why = "no link, or one that was used: open the newest that educe watch printed"
             if why:
                 self._answer(403, f"403: {why}.\n", "text/plain")
             elif self.command != "GET":
                 self.close_connection = True  # what it may have sent is not read
                 self._answer(405, "405: it can only be read.\n", "text/plain", {"Allow": "GET", "Connection": "close"})
-            elif url.path != "/":
+            elif path != entrance.path:
                 self._answer(404, "404: there is one page here.\n", "text/plain")
             elif given:  # out of the address, so that it is in no history and no referrer
-                cookie = f"{name}={token}; HttpOnly; SameSite=Lax; Path=/"
-                self._answer(303, "", "text/plain", {"Location": "/", "Set-Cookie": cookie})
+                more = {} if known else {"Set-Cookie": entrance.cookie}
+                self._answer(303, "", "text/plain", {"Location": entrance.path, **more})
             else:
                 html, tag = page.get()
                 same = self.headers.get("If-None-Match") == tag
@@ -139,30 +126,31 @@ def _handler(page: LivePage, token: str, port: Callable[[], int]) -> type[BaseHT
     return Handler
 
 
-def _cookie(header: str, name: str) -> str:
-    try:
-        found = http.cookies.SimpleCookie(header).get(name)
-    except http.cookies.CookieError:
-        return ""
-    return found.value if found is not None else ""
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no error of ours."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 @contextmanager
-def served(run: Path, port: int = 0) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The link with its token, and a function that serves until the process is told to end. Port 0: any that is free.
+def served(
+    run: Path, port: int = 0, on_link: Callable[[str], None] = lambda link: None
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The link with its token, and a function that serves until the process is told to end. Port 0: any that is free. Each link works
+    once; `on_link` is told the next.
 
     Raises `MachineError` where the port is taken.
     """
-    token = secrets.token_urlsafe(24)
+    entrance = Entrance(on_link)
     try:
-        server = ThreadingHTTPServer((HERE, port), _handler(LivePage(RunDir(run)), token, lambda: server.server_port))
+        server = _Server((HERE, port), _handler(LivePage(RunDir(run)), entrance))
     except OSError as e:
         raise MachineError(
             8, f"{HERE}:{port}", f"cannot be used: {e.strerror}.", "Give another --port, or none."
         ) from e
-    server.daemon_threads = True
+    entrance.port = server.server_port
     with server:
-        yield (
-            f"http://{HERE}:{server.server_port}/?token={token}",
-            lambda: server.serve_forever(poll_interval=0.1),
-        )
+        yield entrance.link, lambda: server.serve_forever(poll_interval=0.1)
