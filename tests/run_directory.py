@@ -233,6 +233,16 @@ def suite_record() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def choices_record() -> dict[str, Any]:
+    share = {"value": 0.4, "low": 0.35, "high": 0.45}
+    by = ("sum", "per_token", "per_byte")
+    return {
+        "suite": "choices", "num_rows": 400, "chance": 0.25,
+        "systems": {"untouched": dict.fromkeys(by, share), "tuned": dict.fromkeys(by, share)},
+        "comparisons": [{"measure": m, "p": 0.5, "difference": {"value": 0.0, "low": -0.02, "high": 0.02}} for m in by],
+    }  # fmt: skip
+
+
 def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = True) -> RunDir:
     """A finished run as the other rooms write it."""
     run = RunDir(path)
@@ -270,6 +280,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
     write_file(run.shift, shift_record())
     write_file(run.judged / "mt_bench.json", judged_record())
     write_file(run.suites / "ifeval.json", suite_record())
+    write_file(run.suites / "choices-arc.json", choices_record())
     return run
 
 

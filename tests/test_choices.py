@@ -127,6 +127,17 @@ def test_accuracies_have_intervals_and_a_paired_test() -> None:
     assert [(c["measure"], c["won"], c["lost"]) for c in found["comparisons"]] == [(by, 10, 0) for by in BY]
 
 
+def test_lines_end_where_those_of_data_do(tmp_path: Path) -> None:
+    """A line separator in a string is text, a byte order mark is none."""
+    row = {"query": "q\u2028r\x85", "choices": ["a", "b"], "gold": 1}
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join([json.dumps(row, ensure_ascii=False)] * 2).encode())
+    assert [(i.row, i.texts[0]) for i in read_items(file)] == [(f"q.jsonl:{k}", (row["query"], "a")) for k in (1, 3)]
+    file.write_bytes(file.read_bytes() + b"\n\xff")
+    with pytest.raises(EvalError, match=r"E-EVAL-003 q\.jsonl:4"):
+        read_items(file)
+
+
 @pytest.mark.parametrize(
     "row",
     ["no json", "[]", '{"query": "q", "choices": ["a"], "gold": 0}', '{"query": "q", "choices": ["a", "b"], "gold": 2}',

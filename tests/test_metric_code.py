@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from educe.cli.screens import console, show_scores
 from educe.data.reading import Expression
 from educe.errors import EvalError
 from educe.evaluate.compare import regrade, score, unjudged
@@ -212,7 +213,11 @@ def test_several_answers_to_a_row_are_one_score() -> None:
     ]
     assert lines[0]["reason"].startswith("2 of 4 answers right")
     found = score({"untouched": lines, "tuned": lines}, "pass_at_k", {}, None)
-    assert found["systems"]["tuned"]["value"] == 0.25
+    assert (found["systems"]["tuned"]["value"], found["systems"]["tuned"]["correct"]) == (0.25, 0)
+    with console.capture() as screen:
+        show_scores(found)
+    assert "fully right" in screen.get()
+    assert "0/2" in screen.get()
     assert found["systems"]["tuned"]["parts"]["pass@2"]["value"] == pytest.approx(5 / 12)
     assert found["comparisons"][0]["difference"]["value"] == 0
 

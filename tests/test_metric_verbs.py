@@ -18,6 +18,7 @@ from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
 from educe.report import build_report  # noqa: E402
 
+from run_directory import Page  # noqa: E402
 from small_runs import recipe, small_place  # noqa: E402
 
 MINE = (
@@ -30,6 +31,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     """A small run whose recipe names a function, evaluated."""
     with small_place(tmp_path_factory, tiny_model) as place:
         (place / "mine.py").write_text(MINE)
+        rows = (place / "test.jsonl").read_text()  # as a program, true has no meaning: a test must not pass by itself
+        (place / "test.jsonl").write_text(rows.replace('\\"}"', '\\", \\"open\\": true}"'))
         file = recipe(place, "graded", metric="custom, function: 'mine:mark'", epochs=1)
         run = educe.train(file)
         said: list[str] = []
@@ -108,6 +111,29 @@ def test_choices_are_ranked_by_both_models(trained: Path, tmp_path: Path) -> Non
     lines = {n: read_jsonl(trained / "suites" / "choices-mine" / f"{n}.jsonl") for n in found["systems"]}
     assert lines["untouched"] != lines["tuned"]
     assert len(lines["tuned"]) == found["num_rows"] == 5
-    build_report(Run(trained).dir)  # which does not know this file yet, and does not fail on it
-    refused = eval_with(trained, "--choices", str(file), "--regrade")
-    assert isinstance(refused.exception, UsageError)
+    page = Page(build_report(Run(trained).dir)).text
+    assert "Multiple choice: mine" in page
+    assert "Its mean byte" in page
+    assert "By chance 33.3 % are right" in page
+
+
+SERVED = ("--also-model", "--also-key", "--plain-http", "--price-in", "--price-out", "--max-requests", "--max-cost")
+OTHERS = (*SERVED, "--general", "--also", "--metric", "--samples", "--allow-code")
+IGNORED = [("--suite", o) for o in OTHERS]
+IGNORED += [("--choices", o) for o in (*OTHERS, "--suite-file", "--suite-tokens", "--regrade")]
+
+
+@pytest.mark.parametrize("path,option", IGNORED)
+def test_what_would_be_ignored_is_refused(path: str, option: str) -> None:
+    """Before a run is looked for."""
+    value = () if option in ("--allow-code", "--regrade", "--plain-http") else ("1",)
+    out = eval_with(Path("nowhere"), path, "ifeval", option, *value)
+    assert isinstance(out.exception, UsageError), out
+    assert option in out.exception.found
+
+
+@pytest.mark.parametrize("more", [("--suite", "ifeval", "--suite-rows", "5"), ("--samples", "3")])
+def test_what_asks_a_model_is_refused_beside_regrade(more: tuple[str, ...]) -> None:
+    out = eval_with(Path("nowhere"), "--regrade", *more)
+    assert isinstance(out.exception, UsageError), out
+    assert more[-2] in out.exception.found

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from educe.errors import UsageError
 
@@ -68,22 +69,17 @@ def evaluate(
     from educe.recipes.run import Run
 
     if (choices := asked.pop("choices")) is not None:
-        if any((metric, also, general, regrade, allow_code, samples > 1, asked["suite"])):
-            raise UsageError(101, "--choices", "takes --suite-rows alone beside it.", "Leave the other options out.")
+        _alone("choices", "suite_rows")
         show_choices(Run(run).choices(choices, rows=asked["suite_rows"], say=say))
         return
     suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
     if any(value is not None for value in suite.values()):
-        if metric is not None or also is not None or allow_code or samples > 1 or general is not None:
-            why = "takes neither --metric, --allow-code, --samples, --general nor --also."
-            raise UsageError(101, "--suite", why, "Leave them out.")
+        _alone("suite", *(["regrade"] if regrade else ["suite_file", "suite_rows", "suite_tokens"]))
         _suite(Run(run), regrade, **suite)
         return
     other = _also(also, asked)
-    if other is not None and regrade:
-        raise UsageError(101, "--regrade", "asks no model, and --also does.", "Leave one of them out.")
-    if general is not None and regrade:
-        raise UsageError(101, "--regrade", "asks no model, and --general does.", "Leave one of them out.")
+    if regrade:
+        _alone("regrade", "metric", "allow_code")
     found = Run(run)
     with AnswerScreen() as screen:
         scores = found.eval(
@@ -98,6 +94,17 @@ def evaluate(
         )
     show_scores(scores)
     click.echo(f"Next: educe report {shown(found.path)}")
+
+
+def _alone(option: str, *beside: str) -> None:
+    """Refuses what would be ignored beside an option. Raises `UsageError`."""
+    context = click.get_current_context()
+    for p in context.command.params:
+        given = p.name and context.get_parameter_source(p.name) is ParameterSource.COMMANDLINE
+        if given and p.name not in ("run", option, *beside):
+            with_it = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+            found = f"takes no {p.opts[0]} beside it: only {with_it}."
+            raise UsageError(101, f"--{option.replace('_', '-')}", found, f"Leave {p.opts[0]} out.")
 
 
 def _suite(

@@ -173,10 +173,11 @@ def show_scores(scores: dict[str, Any]) -> None:
         console.print("Free text is not graded right or wrong: `educe report` shows the answers side by side.")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
+    mean = scores.get("measure") == "mean"
     for title, side in (
         ("system", "left"),
-        ("right", "right"),
-        ("%", "right"),
+        ("fully right" if mean else "right", "right"),
+        ("mean score" if mean else "%", "right"),
         ("95 % interval", "left"),
         ("time", "right"),
     ):
@@ -198,7 +199,7 @@ def show_scores(scores: dict[str, Any]) -> None:
         )
         if s.get("parts"):
             console.print(f"{escape(_called(name, s))}: {', '.join(told)}", soft_wrap=True)
-    test = "paired randomisation," if scores.get("measure") == "mean" else "McNemar"
+    test = "paired randomisation," if mean else "McNemar"
     for c in scores["comparisons"]:
         p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.2g}"
         d = c["difference"]

@@ -18,7 +18,7 @@ from educe.chat.tokenizer_file import adds_bos
 from educe.chat.tokens import ChatTokenizer
 from educe.errors import EvalError, Refusal
 from educe.evaluate.drift import pieces
-from educe.files.jsonl import parse_json
+from educe.files import jsonl
 from educe.loss.kernels import softmax_facts
 from educe.model.load import CausalLM
 from educe.pack.batch import build_batch
@@ -54,17 +54,17 @@ def read_items(file: Path) -> list[Item]:
     """Rows {query, choices, gold}, or {context_options, continuation, gold} where options differ before what is scored (Winograd
     schemas). Raises `EvalError`."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+        with file.open("rb") as stream:
+            items = [_item(line, f"{file.name}:{k}") for k, _, line in jsonl.lines_of(stream, file.name)]
+    except OSError as e:
         raise EvalError(3, str(file), f"cannot be read: {e}.", "Give a JSONL file.") from e
-    items = [_item(line, f"{file.name}:{k}") for k, line in enumerate(lines, 1) if line.strip()]
     if len(items) < 2:
         raise EvalError(3, str(file), "holds fewer than two questions.", "Give a file with more.")
     return items
 
 
-def _item(line: str, place: str) -> Item:
-    row = parse_json(line, place)
+def _item(line: str | Refusal, place: str) -> Item:
+    row = jsonl.parse_json(line, place) if isinstance(line, str) else line
     fix = "Give {query, choices: [...], gold: 0}, or {context_options: [...], continuation, gold: 0}."
     if isinstance(row, Refusal) or not isinstance(row, dict):
         raise EvalError(3, place, "is no JSON object.", fix)

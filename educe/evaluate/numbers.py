@@ -42,7 +42,8 @@ class Graded:
 
     @property
     def num_correct(self) -> int:
-        return sum(self.correct_R)
+        """Rows that are fully right: of several answers to a row, all of them."""
+        return sum(c and s == 1 for c, s in zip(self.correct_R, self.score_R, strict=True))
 
     @property
     def sums(self) -> list[float]:

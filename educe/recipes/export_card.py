@@ -107,10 +107,12 @@ def _scores(run: RunDir) -> list[str]:
     scores = run.load(run.scores)
     lines = ["", f"**{scores['verdict']}**"]
     if scores["metric"] != "text":
-        lines += ["", "| system | right | 95 % interval |", "|---|---|---|"]
+        mean = scores.get("measure") == "mean"  # the interval is of the mean, and no row need be fully right
+        lines += ["", f"| system | {'mean score' if mean else 'right'} | 95 % interval |", "|---|---|---|"]
         for system, s in scores["systems"].items():
             said = str(s.get("label", system)).replace("|", "\\|")
-            lines.append(f"| {said} | {s['correct']} of {scores['num_rows']} | {s['low']:.1%} to {s['high']:.1%} |")
+            value = f"{s['value']:.1%}" if mean else f"{s['correct']} of {scores['num_rows']}"
+            lines.append(f"| {said} | {value} | {s['low']:.1%} to {s['high']:.1%} |")
     return lines
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from educe.files.run_dir import RunDir
 
@@ -14,6 +15,9 @@ _MEASURES = {
     "instruction_strict": "Single instructions, strict",
     "instruction_loose": "Single instructions, loose",
 }
+_RULES = {"sum": "The whole option", "per_token": "Its mean token", "per_byte": "Its mean byte"}
+Made = TypeVar("Made")
+_CHOICES = "choices-"  # what the names of their files begin with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +44,51 @@ class Suite:
     kinds: tuple[Kind, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """Multiple-choice questions of a file: under each rule a cell for each system, one for the difference, and McNemar's p."""
+
+    name: str
+    num_rows: int
+    chance: float
+    systems: tuple[str, ...]
+    rules: tuple[tuple[str, tuple[str, ...], float], ...]
+
+
 def read_suites(run: RunDir) -> tuple[Suite, ...]:
     """All benchmarks that the run answered, by name."""
-    made = []
+    return tuple(_read(run, lambda name, found: None if name.startswith(_CHOICES) else _suite(found)))
+
+
+def read_choices(run: RunDir) -> tuple[Choices, ...]:
+    """All files of multiple-choice questions that the run ranked, by name."""
+    return tuple(_read(run, lambda name, found: _choices(name, found) if name.startswith(_CHOICES) else None))
+
+
+def _read(run: RunDir, make: Callable[[str, dict[str, Any]], Made | None]) -> Iterator[Made]:
     for file in sorted(run.suites.glob("*.json")):
         try:
-            made.append(_suite(json.loads(file.read_text(encoding="utf-8"))))
+            made = make(file.stem, json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-    return tuple(made)
+        if made is not None:
+            yield made
+
+
+def _choices(name: str, found: dict[str, Any]) -> Choices:
+    systems: dict[str, Any] = found["systems"]
+    rules = []
+    for c in found["comparisons"]:
+        by = str(c["measure"])
+        cells = (*(_span(s[by], "") for s in systems.values()), _span(c["difference"], "+"))
+        rules.append((_RULES.get(by, by), cells, float(c["p"])))
+    return Choices(
+        name=name.removeprefix(_CHOICES),
+        num_rows=int(found["num_rows"]),
+        chance=float(found["chance"]),
+        systems=tuple(systems),
+        rules=tuple(rules),
+    )
 
 
 def _suite(found: dict[str, Any]) -> Suite:
