@@ -23,7 +23,8 @@ def run_of(path: Path, name: str, tuned: list[float], weights: list[float] | Non
     run = make_run(path, rows=len(tuned))
     write_file(run.resolved, {"recipe": {**recipe_record(), "name": name}})
     (run.answers / "few_shot.jsonl").unlink()
-    (run.suites / "ifeval.json").unlink()  # prompts followed or not: McNemar's test
+    for file in run.suites.iterdir():  # followed or not, right or wrong: McNemar's test
+        file.unlink()
     graded: dict[str, list[dict[str, Any]]] = {}
     for system, scores in (("untouched", [0.1] * len(tuned)), ("tuned", tuned)):
         rows = zip(run.load(run.answers / f"{system}.jsonl"), scores, weights or [1.0] * len(tuned), strict=True)
