@@ -197,6 +197,7 @@ ASKED = "With examples in its prompt the untouched model reaches"
         (8, None, 13, "No difference shown: 40 % → 65 % of the test rows right.", "p = 0.062"),
         (8, None, 8, "No difference shown: 40 % → 40 % of the test rows right.", "p = 1"),
         (8, 2, 12, "No difference shown: 40 % → 60 %", "the tuned one is better (p = 0.002)"),
+        (8, 18, 8, "Do not tune: a prompt does better, 90 % against 40 %.", "the tuned one is worse (p = 0.002)"),
         (0, 0, 0, "No difference shown: 0 % → 0 % of the test rows right.", "More test rows"),
     ],
 )
@@ -225,9 +226,10 @@ def test_many_rows_can_say_that_a_prompt_does_as_well(
     assert scored(untouched, few_shot, tuned, total=400)["verdict"].startswith(headline)
 
 
-def general(*flags: str) -> dict[str, Any]:
+def general(*flags: str, most: float = 0.05, unfit: str = "") -> dict[str, Any]:
     text = {"before": 1.0, "change": {"value": 0.01}}
-    return {"flags": list(flags), "text": text, "prompts": {"right": (20, 21), "questions": 46}}
+    prompts = {"right": (20, 21), "questions": 46, "unfit": unfit}
+    return {"flags": list(flags), "text": text, "prompts": prompts, "most": most}
 
 
 def test_the_verdict_weighs_what_was_forgotten_and_the_price() -> None:
@@ -257,6 +259,18 @@ def test_the_verdict_weighs_what_was_forgotten_and_the_price() -> None:
         assert found["general"] == measured["general"]
 
 
+def test_what_is_hardly_forgotten_is_no_headline() -> None:
+    """Over 36 passages any change that all share is beyond its interval."""
+    graded = {"untouched": lines(2, 20), "tuned": lines(16, 20)}
+    little = general("general text costs 0.1% more", most=0.001)
+    found = score(graded, "exact", {}, None, measured={"general": little})["verdict"]
+    assert found.startswith("Tuning helped: 10 % → 80 % of the test rows right.")
+    assert "Forgotten, but little: general text costs 0.1% more." in found
+    thinks = general(unfit="general questions say little, so")
+    found = score(graded, "exact", {}, None, measured={"general": thinks})["verdict"]
+    assert "general text +1.0% bits per byte, general questions say little, so." in found
+
+
 def test_free_text_is_compared_by_the_loss_of_the_expected_answers() -> None:
     tokens = [10.0] * 30
     noise = [0.1 * (i % 3) for i in range(30)]
@@ -270,6 +284,10 @@ def test_free_text_is_compared_by_the_loss_of_the_expected_answers() -> None:
         nll = {"untouched": at["untouched"], "few_shot": at[prompt], "tuned": at["tuned"]}
         found = score(graded, "text", {}, (2.5, 1.2), measured={"loss": expected_loss(nll, tokens)})
         assert found["verdict"].startswith(headline)
+        assert "Paired test: over all 30 rows, -1.30 nats" in found["verdict"]
+    few = {name: rows[:10] for name, rows in at.items()}
+    found = score(graded, "text", {}, None, measured={"loss": expected_loss(few, tokens[:10])})
+    assert "over 10 of 30 rows, -1.30 nats" in found["verdict"]
     assert expected_loss({}, ()) is None
 
 
@@ -290,9 +308,12 @@ def test_scores_count_pair_and_keep_what_was_measured() -> None:
     json.dumps(found, allow_nan=False)
 
 
-@pytest.mark.parametrize("loss,says", [((2.5, 1.25), "fell from 2.50 to 1.25"), ((1.0, 1.5), "rose from 1.00 to 1.50")])
+@pytest.mark.parametrize("loss,says", [((2.5, 1.25), "fell from 2.50 to 1.25"), ((1.0, 1.5), "rose from 1.00 to 1.50"),
+                                       ((2.0, 2.001), "did not change, 2.00 → 2.00")])  # fmt: skip
 def test_free_text_goes_by_held_out_loss(loss: tuple[float, float], says: str) -> None:
-    assert says in scored(0, None, 20, metric="text", dev_loss=loss)["verdict"]
+    told = scored(0, None, 20, metric="text", dev_loss=loss)["verdict"]
+    assert says in told
+    assert "harm" not in told  # no interval, no harm
     assert "Tuning helped" in scored(0, None, 20, metric="exact", dev_loss=loss)["verdict"]
 
 

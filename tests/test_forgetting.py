@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from educe.chat.tokens import load_tokenizer  # noqa: E402
 from educe.evaluate.drift import Texts  # noqa: E402
-from educe.evaluate.forgetting import Said, flags, prompt_change, text_change  # noqa: E402
+from educe.evaluate.forgetting import Said, as_scores, flags, prompt_change, text_change  # noqa: E402
 from educe.evaluate.general import own_passages  # noqa: E402
 from educe.evaluate.general_prompts import CHECKS, GeneralPrompt, is_right, own_prompts  # noqa: E402
 from educe.evaluate.manner import manners  # noqa: E402
@@ -155,6 +155,18 @@ def test_a_flag_needs_more_than_the_interval() -> None:
     assert lost.kinds == {"a": (40, 30, 10)}
     better = prompt_change(kinds, said(10, ended=False), said(30), 0.1)
     assert flags(same, better) == []
+    slight = text_change(before, before * 1.001, np.ones(30), sizes, 900, None)
+    found = as_scores(slight, lost, None, 0)
+    assert len(found["flags"]) == 3
+    assert found["most"] == pytest.approx(1)  # no answer ends any more
+    assert as_scores(slight, steady, None, 0)["most"] == pytest.approx(0.001)
+
+
+def test_a_model_that_is_cut_before_it_answers_is_told() -> None:
+    kinds = ["a"] * 40
+    thinks = said(0, 36, ended=False) + said(0, 4)
+    assert "ends 4 of its 40 answers" in prompt_change(kinds, thinks, said(30), 0.1).unfit
+    assert prompt_change(kinds, said(0, 35, ended=False) + said(0, 5), said(30), 0.1).unfit == ""
 
 
 # The shift
@@ -255,3 +267,17 @@ def test_a_general_file_of_ones_own(run: Run, tmp_path: Path) -> None:
     (tmp_path / "ours.txt").write_text("the cat sat on the mat\n\nhello to the user\n", encoding="utf-8")
     text = run.eval(general=tmp_path / "ours.txt")["general"]["text"]
     assert (text["file"], text["passages"], text["bytes"]) == ("ours.txt", 2, 39)
+
+
+def test_a_run_on_raw_text_alone_has_no_examples_to_prompt_with(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
+) -> None:
+    with small_place(tmp_path_factory, tiny_model) as place:
+        texts = [json.dumps({"text": f"the cat said hello to user {i} and the item was ordered"}) for i in range(12)]
+        (place / "train.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        path = recipe(place, "raw", metric="exact", epochs=1)
+        path.write_text(path.read_text().replace("few_shot: 0", "few_shot: 2"), encoding="utf-8")
+        said: list[str] = []
+        scores = train(path).eval(say=said.append)
+    assert set(scores["systems"]) == {"untouched", "tuned"}
+    assert any("no examples" in line for line in said)

@@ -26,6 +26,8 @@ def test_the_instruction_says_what_answers_look_like() -> None:
     assert short == 'Answer in the form of these, with nothing else: "1000", "1001", "1002".'
     assert instruction_of([" ".join(["word"] * 80)] * 2) == "Answer in about 80 words."
     assert instruction_of([]) == ""
+    # Tool calls have no text: no form is told, which would forbid them.
+    assert instruction_of([""] * 9) == instruction_of(["", "yes", "no"] * 9) == ""
     # Other keys in one row, or text that is no JSON: no form of JSON is claimed.
     assert "JSON" not in instruction_of([*tickets, '{"other": 1}'])
     assert "JSON" not in instruction_of([*tickets, "sorry"])

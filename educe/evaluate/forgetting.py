@@ -14,6 +14,8 @@ from typing import Any
 from educe.stats import mcnemar, paired_difference, paired_means
 from educe.types import Interval
 
+FEW = 0.1  # of a model's answers end: the others are cut before they say much
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextChange:
@@ -54,6 +56,14 @@ class PromptChange:
     mean_tokens: tuple[float, float]
     kinds: dict[str, tuple[int, int, int]]
     kl: float
+
+    @property
+    def unfit(self) -> str:
+        """Why these questions say little of this model; "" where they do. One that thinks first is cut before it answers."""
+        ended = self.questions - self.endless[0]
+        if ended > FEW * self.questions:
+            return ""
+        return f"general questions say little, the untouched model ends {ended} of its {self.questions} answers in time"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,28 +122,38 @@ def prompt_change(kinds: Sequence[str], before: Sequence[Said], after: Sequence[
 
 def flags(text: TextChange, prompts: PromptChange) -> list[str]:
     """Each general metric that fell by more than its 95 % interval, in words."""
-    said = []
+    return [words for _, words in _fallen(text, prompts)]
+
+
+def _fallen(text: TextChange, prompts: PromptChange) -> list[tuple[float, str]]:
+    """And by what share: of the bits, of the questions. An interval over many passages leaves out 0 at a change of no weight."""
+    found = []
     if text.change.low > 0:
         share = text.change.value / text.before
-        said.append(f"general text costs {share:.1%} more bits per byte ({text.before:.3f} → {text.after:.3f})")
+        words = f"general text costs {share:.1%} more bits per byte ({text.before:.3f} → {text.after:.3f})"
+        found.append((share, words))
     if prompts.right_change.high < 0:
         b, a = prompts.right
-        said.append(f"{a} of {prompts.questions} general questions are answered right, {b} before")
-    if prompts.endless_change.low > 0:
-        b, a = prompts.endless
-        said.append(f"{a} of {prompts.questions} answers to general questions do not end, {b} before")
-    if prompts.empty_change.low > 0:
-        b, a = prompts.empty
-        said.append(f"{a} of {prompts.questions} answers to general questions are empty, {b} before")
-    return said
+        words = f"{a} of {prompts.questions} general questions are answered right, {b} before"
+        found.append((-prompts.right_change.value, words))
+    for what, change, pair in (
+        ("do not end", prompts.endless_change, prompts.endless),
+        ("are empty", prompts.empty_change, prompts.empty),
+    ):
+        if change.low > 0:
+            words = f"{pair[1]} of {prompts.questions} answers to general questions {what}, {pair[0]} before"
+            found.append((change.value, words))
+    return found
 
 
 def as_scores(text: TextChange, prompts: PromptChange, task: TaskChange | None, seconds: float) -> dict[str, Any]:
-    """`general` of scores.json."""
+    """`general` of scores.json; `most` is the largest share that a flag tells of."""
+    fallen = _fallen(text, prompts)
     return {
         "text": asdict(text),
-        "prompts": asdict(prompts),
+        "prompts": asdict(prompts) | {"unfit": prompts.unfit},
         "task": asdict(task) if task is not None else None,
-        "flags": flags(text, prompts),
+        "flags": [words for _, words in fallen],
+        "most": max((share for share, _ in fallen), default=0.0),
         "seconds": round(seconds, 3),
     }

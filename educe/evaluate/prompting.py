@@ -52,8 +52,8 @@ def candidates(instruction: str, most: int, nearest: int) -> list[Candidate]:
 
 def instruction_of(answers: Sequence[str]) -> str:
     """What these answers look like, as an instruction; "" where they have no form that a sentence can tell."""
-    if not answers:
-        return ""
+    if not answers or not all(answers):
+        return ""  # one that calls tools has no text: the form of the others would forbid the calls
     objects = [found for a in answers if isinstance(found := parse_json(a, "answer"), dict)]
     if len(objects) == len(answers) and len({tuple(sorted(o)) for o in objects}) == 1:
         return _of_objects(objects)

@@ -79,13 +79,15 @@ def _losses(found: Mapping[str, Any]) -> _Told:
     if not loss:
         return _Told(change="", tuned="", against={})
     values = {name: f"{nats:.2f}" for name, nats in loss["systems"].items()}
+    measured, rows = loss["rows"], found["num_rows"]
+    over = f"{measured} of {rows} rows" if measured < rows else f"all {rows} rows"
     against = {}
     for c in loss["comparisons"]:
         d = c["difference"]  # tuned - other, so that below 0 is better
         start = max(1e-9, loss["systems"][c["before"]])
         gain = {"value": -d["value"] / start, "low": -d["high"] / start, "high": -d["low"] / start}
         case = _case(gain, sure=not d["low"] <= 0 <= d["high"])
-        test = f"{d['value']:+.2f} nats, 95 % interval {d['low']:+.2f} to {d['high']:+.2f}"
+        test = f"over {over}, {d['value']:+.2f} nats, 95 % interval {d['low']:+.2f} to {d['high']:+.2f}"
         against[c["before"]] = Against(case=case, value=values[c["before"]], test=test)
     change = f"loss of the expected answers {values['untouched']} → {values['tuned']} nats per token"
     return _Told(change=change, tuned=values["tuned"], against=against)
@@ -98,10 +100,11 @@ def _case(gain: Mapping[str, float], *, sure: bool) -> Case:
 
 
 def _headline(told: _Told, plain: Against, prompt: Against | None, found: Mapping[str, Any]) -> str:
-    forgot = ", and the model forgot" if (found.get("general") or {}).get("flags") else ""
+    forgot = ", and the model forgot" if _lost_much(found) else ""
     if plain.case == "worse":
         return f"Do not tune: it did harm, {told.change}."
-    if prompt is not None and prompt.case in ("worse", "alike") and plain.case != "open":
+    # A prompt is as good as tuning only where tuning is known to be good for something, or for nothing.
+    if prompt is not None and (prompt.case == "worse" or (prompt.case == "alike" and plain.case != "open")):
         how = "better" if prompt.case == "worse" else "as well"
         return f"Do not tune: a prompt does {how}, {prompt.value} against {told.tuned}{forgot}."
     if plain.case == "alike":
@@ -131,15 +134,23 @@ def _other(name: str, told: _Told, found: Mapping[str, Any]) -> str:
     return f"{system.get('label', name)} reaches {against.value}{price}; the tuned one is {_than(against.case)} ({against.test})."
 
 
+def _lost_much(found: Mapping[str, Any]) -> bool:
+    """Whether a flag tells of a change that is worth a headline. Scores of before had flags alone."""
+    general = found.get("general") or {}
+    return bool(general.get("flags")) and general.get("most", 1.0) >= WORTH
+
+
 def _forgotten(found: Mapping[str, Any]) -> str:
     general = found.get("general")
     if not general:
         return ""
-    if general["flags"]:
-        return f"Forgotten: {'; '.join(general['flags'])}."
     text, prompts = general["text"], general["prompts"]
+    unfit = prompts.get("unfit", "")
+    if general["flags"]:
+        little = "" if _lost_much(found) else ", but little"
+        return f"Forgotten{little}: {'; '.join(filter(None, [*general['flags'], unfit]))}."
     change = text["change"]["value"] / text["before"]
-    right = f"{prompts['right'][0]} → {prompts['right'][1]} of {prompts['questions']} general questions right"
+    right = unfit or f"{prompts['right'][0]} → {prompts['right'][1]} of {prompts['questions']} general questions right"
     return f"Nothing is shown to be forgotten: general text {change:+.1%} bits per byte, {right}."
 
 
@@ -165,9 +176,12 @@ def _by_dev_loss(found: Mapping[str, Any]) -> str:
     if found["metric"] != "text" or found.get("dev_loss") is None:
         return ""
     before, after = found["dev_loss"]
-    change = "fell" if after < before else "rose"
-    advice = "Read the answers side by side." if after < before else "Tuning did harm, or went on too long."
-    return f"Held-out loss {change} from {before:.2f} to {after:.2f} nats per token; free text has no exact score. {advice}"
+    b, a = f"{before:.2f}", f"{after:.2f}"
+    change = f"did not change, {b} → {a}" if a == b else f"{'fell' if after < before else 'rose'} from {b} to {a}"
+    return (
+        f"Held-out loss {change} nats per token, with no interval to say whether that is chance; free text has no exact score. "
+        "Read the answers side by side."
+    )
 
 
 def chance(p: float) -> str:
