@@ -103,7 +103,7 @@ MARKS = re.compile(r"<[|｜][^<>|｜'\"{}\s]+[|｜]>|</?s>|<(?:start|end)_of_tur
 ENDS = "im_end eot_id end_of_turn> eot| eom endofturn END_OF_TURN end_of_text endoftext |end| </s> <eos> return call end▁of"
 
 
-def _own_tokenizer(source: str, base: Path, place: Path) -> ChatTokenizer:
+def own_tokenizer(source: str, base: Path, place: Path) -> ChatTokenizer:
     """The tiny tokenizer that also knows the template's own control tokens, written to files and read as a model's."""
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     marks = sorted({*MARKS.findall(source), "<s>", "</s>"})
@@ -132,7 +132,7 @@ def test_every_template_is_proved_or_refused(
         source = file.read_text(encoding="utf-8")
         place = tmp_path / str(number)
         place.mkdir()
-        own = _own_tokenizer(source, tiny_tokenizer_dir, place)
+        own = own_tokenizer(source, tiny_tokenizer_dir, place)
         if "strftime_now" not in source:  # our date is fixed
             _same_text(own.template)
         for kind, chat in (("foreign", replace(smollm2, template=own.template)), ("own", own)):

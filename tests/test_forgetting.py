@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from educe.chat.tokens import load_tokenizer  # noqa: E402
+from educe.chat.turns import Row, find_turn  # noqa: E402
 from educe.evaluate.drift import Texts  # noqa: E402
 from educe.evaluate.forgetting import Said, as_scores, flags, prompt_change, text_change  # noqa: E402
 from educe.evaluate.general import own_passages  # noqa: E402
@@ -22,14 +23,18 @@ from educe.evaluate.shift import MARGINAL, Asked, Place, base_ranks, by_position
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.blended import read_packed  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
+from educe.recipes.effect import rows_within  # noqa: E402
+from educe.recipes.forgetting import heard  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
 from educe.sample.local import LocalSampler  # noqa: E402
+from educe.types import Answer, Conversation, Message, Source  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from small_runs import recipe, small_place  # noqa: E402
 from test_adapters import cpu  # noqa: E402
 from test_blend import examples  # noqa: E402
+from test_chat_templates import own_tokenizer  # noqa: E402
 
 # General questions
 
@@ -49,6 +54,22 @@ ANSWERS = [
     ({"refuses": True}, "I'm sorry, I can’t help with that.", "Sure! First,", "First, take a can; not a cup"),
     ({"refuses": False}, "Spray the leaves with milk.", "I cannot help with killing.", "Sorry, no."),
 ]
+
+
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "GLM-4.6", "openai-gpt-oss-120b"])
+def test_what_the_template_opens_an_answer_with_is_not_graded(
+    shared: Path, tiny_tokenizer_dir: Path, tmp_path: Path, name: str
+) -> None:
+    source = (shared / "templates" / "models" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer = own_tokenizer(source, tiny_tokenizer_dir, tmp_path)
+    user = Message(role="user", content="9 * 7? Answer with the number alone.")
+    row = Conversation(messages=(user, Message(role="assistant", content="63")), source=Source(file="x", line=1))
+    opening = "".join(p.text for p in find_turn(Row(row, tokenizer), 1).completion).partition("63")[0]
+    assert opening.strip()
+    prompt = GeneralPrompt(key="x", kind="x", messages=(user,), checks={"is": ["63"]})
+    said = [Answer(text=t, num_tokens=9, stopped=True) for t in (f"{opening}63", f"{opening}64", "63")]
+    found = heard([prompt] * 3, said, tokenizer)
+    assert [is_right(prompt, a.text) for a in found] == [True, False, True]
 
 
 @pytest.mark.parametrize("checks,right,wrong,near", ANSWERS)
@@ -226,6 +247,22 @@ def test_every_place_is_counted_once(places: list[list[Place]]) -> None:
 # A run
 
 
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=20), st.integers(1, 400), st.integers(0, 9))
+def test_rows_whose_loss_is_measured_fit_their_room(sizes: list[int], room: int, seed: int) -> None:
+    rows = rows_within(sizes, room, seed)
+    assert rows == rows_within(sizes, room, seed)
+    assert 2 <= len(rows) == len(set(rows))
+    assert len(rows) == 2 or sum(sizes[i] for i in rows) <= room
+    assert len(rows) == len(sizes) or sum(sizes[i] for i in rows) + max(sizes) > room
+
+
+def test_rows_whose_loss_is_measured_are_not_the_first_of_the_file() -> None:
+    drawn = [rows_within([100] * 1000, 6000, seed) for seed in range(3)]
+    assert all(len(rows) == 60 and 350 < sum(rows) / 60 < 650 for rows in drawn)
+    assert drawn[0] != drawn[1]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Run]:
     with small_place(tmp_path_factory, tiny_model) as place:
@@ -252,6 +289,7 @@ def test_eval_says_what_was_forgotten_and_where_answers_shift(run: Run) -> None:
     shift = json.loads(run.dir.shift.read_text())
     assert shift["answers"] == 3
     assert shift["counts"] == scores["shift"]["counts"]
+    lines.clear()  # another test may have asked the same model the same
     again = run.eval(say=lines.append)
     assert sum("taken from the cache" in x for x in lines) == 2
     for s in (scores, again):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitting import template_files
-from test_chat_templates import _own_tokenizer
+from test_chat_templates import own_tokenizer
 
 F = ToolCall(
     name="get_time",
@@ -146,7 +146,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_what_a_template_writes_is_read_back(name: str, shared: Path, tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     """The expected answer, and the same text as a model's answer, hold the row's calls."""
-    tokenizer = _own_tokenizer(template_files(shared)[name], tiny_tokenizer_dir, tmp_path)
+    tokenizer = own_tokenizer(template_files(shared)[name], tiny_tokenizer_dir, tmp_path)
     calls = (F, G)[: (QUICK | OTHERS)[name]]
     row = Conversation(
         messages=(Message(role="user", content="hi"), Message(role="assistant", content="", tool_calls=calls)),

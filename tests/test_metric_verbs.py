@@ -15,12 +15,15 @@ from click.testing import CliRunner  # noqa: E402
 from educe.cli.main import cli  # noqa: E402
 from educe.errors import EvalError, UsageError  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
+from educe.recipes import eval as recipes_eval  # noqa: E402
+from educe.recipes.export_card import _scores  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
 from educe.report import build_report  # noqa: E402
 
 from run_directory import Page  # noqa: E402
 from small_runs import recipe, small_place  # noqa: E402
 
+CLOCKS = dict.fromkeys(("general", "shift", "systems"))  # they hold seconds
 MINE = (
     "def mark(answer, expected, row):\n    assert row['prompt'][-1]['role'] == 'user'\n    return len(answer) % 2 / 2\n"
 )
@@ -64,6 +67,37 @@ def test_a_users_function_grades_and_its_error_keeps_the_answers(trained: Path) 
     assert "KeyError: 'lost'" in str(out.exception)
     assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines
     mine.write_text(MINE)
+    assert eval_with(trained, "--regrade").exception is None
+
+
+def test_answers_that_no_grader_has_seen_are_called_so(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grader fails, or the process is killed between the answers and their scores: nothing is told of other answers."""
+    before, mine = scores_in(trained), trained.parents[1] / "mine.py"
+    mine.write_text("def mark(answer, expected, row):\n    return {expected: 1}[answer]\n")  # right of expected answers alone
+    assert isinstance(eval_with(trained).exception, EvalError)
+    mine.write_text(MINE)
+
+    def waits() -> None:
+        waiting = scores_in(trained)
+        assert (waiting["metric"], waiting["comparisons"]) == ("none", [])
+        assert waiting["general"]["text"] == before["general"]["text"]
+        page = build_report(Run(trained).dir)
+        assert "No grader has seen these answers yet" in page
+        assert "Still wrong" not in page
+        assert "Tuning helped" not in page
+        assert "Not graded" in "".join(_scores(Run(trained).dir))
+
+    waits()
+    assert eval_with(trained, "--regrade").exception is None
+    assert {**scores_in(trained), **CLOCKS} == {**before, **CLOCKS}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes_eval, "_keep", killed)
+        assert isinstance(eval_with(trained, "--regrade", "--metric", "label").exception, KeyboardInterrupt)
+    waits()
     assert eval_with(trained, "--regrade").exception is None
 
 

@@ -64,6 +64,15 @@ def answer_in(text: str, conversation: Conversation, tokenizer: ChatTokenizer) -
     return text.removeprefix("".join(p.text for p in opening))
 
 
+def answer_to(
+    text: str, messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The same of a text behind `messages`, where no answer is expected."""
+    # A plain answer in its place: `text` itself holds the control strings of its opening, and a row with those is refused.
+    row = (*messages, Message(role="assistant", content="."))
+    return answer_in(text, Conversation(messages=row, source=_NOWHERE, tools=tuple(tools)), tokenizer)
+
+
 def _last_turn(conversation: Conversation, tokenizer: ChatTokenizer) -> Turn | None:
     try:
         return find_turn(Row(conversation, tokenizer), len(conversation.messages) - 1)

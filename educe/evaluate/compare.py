@@ -130,6 +130,25 @@ def score(
     return {"verdict": verdict(made), **made}
 
 
+def ungraded(
+    graded: Mapping[str, Sequence[Any]],
+    seconds: Mapping[str, float | None],
+    about: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    """scores.json beside answers that no grader has seen yet: who answered, and what was `measured`."""
+    return {
+        "verdict": "Not graded: `educe eval --regrade` grades the stored answers.",
+        "metric": "none",
+        "measure": "share",
+        "num_rows": len(next(iter(graded.values()))),
+        "dev_loss": None,
+        "systems": {name: {"seconds": seconds.get(name), **about.get(name, {})} for name in graded},
+        "comparisons": [],
+        **measured,
+    }
+
+
 def expected_loss(nll: Mapping[str, Sequence[float]], tokens_R: Sequence[float]) -> dict[str, Any] | None:
     """`loss` of scores.json from the nll of each row's expected answer, in nats: per token, and the tuned model against the others."""
     if not nll:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from educe.recipes.expected import after_prompts
 from educe.recipes.forgetting import capacity, changed, remember
 from educe.recipes.prompting import Score, best_prompt
 from educe.recipes.shifting import shift_of
+from educe.seeds import derive, permute
 from educe.types import Answer
 
 LOSS_TOKENS = {"cpu": 6000}  # of prompts and expected answers, of each system
@@ -75,17 +77,26 @@ def effect_of(
 
 
 def _expected(both: Both, prompts: dict[str, list[list[int]]], asked: Sequence[Asked]) -> dict[str, Texts]:
-    """The first rows' expected answers behind each system's prompts, as many as all have room for."""
-    made = {name: after_prompts(both.prepared, ids, asked) for name, ids in prompts.items()}
-    room, num = LOSS_TOKENS.get(both.device.kind, _ELSEWHERE), len(asked)
-    for examples, _ in made.values():
-        total = 0
-        for k, e in enumerate(examples):
-            total += e.ids_T.size
-            if total > room and k >= 2:
-                num = min(num, k)
-                break
-        num = min(num, len(examples))
-    if num < 2:
+    """The expected answers of rows drawn by the seed behind each system's prompts: of as many rows as all systems have room for."""
+    room = LOSS_TOKENS.get(both.device.kind, _ELSEWHERE)
+    longest = [max(map(len, of)) for of in zip(*prompts.values(), strict=True)]
+    drawn = rows_within(longest, room, both.recipe.train.seed)
+    made = {
+        name: after_prompts(both.prepared, [ids[i] for i in drawn], [asked[i] for i in drawn])
+        for name, ids in prompts.items()
+    }
+    sizes = [max(e.ids_T.size for e in of) for of in zip(*(examples for examples, _ in made.values()), strict=True)]
+    if len(sizes) < 2:
         return {}
+    num = _num_within(sizes, room)  # answers take room too
     return {name: Texts(examples[:num], rows[:num], capacity(both)) for name, (examples, rows) in made.items()}
+
+
+def rows_within(sizes: Sequence[int], room: int, seed: int) -> list[int]:
+    """Rows drawn by the seed, as many as fit; two at least, for an interval."""
+    order: list[int] = permute(len(sizes), derive(seed, "expected")).tolist()
+    return order[: _num_within([sizes[i] for i in order], room)]
+
+
+def _num_within(sizes: Sequence[int], room: int) -> int:
+    return max(2, sum(total <= room for total in itertools.accumulate(sizes)))

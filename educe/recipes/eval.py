@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
-from educe.evaluate.compare import ABOUT, SYSTEMS, expected_loss, grade, regrade, score, unjudged
+from educe.evaluate.compare import ABOUT, SYSTEMS, expected_loss, grade, regrade, score, ungraded, unjudged
 from educe.evaluate.metrics.question import Question
 from educe.files.atomic import make_private, told, write_json
 from educe.files.hashes import hash_json
@@ -140,7 +140,7 @@ def evaluate(
         table, weights = _stored(run, old), old.get("weights")
     else:
         table, weights = _answered(run, recipe, grading, old, say, on_answers, also, general, samples)
-        _keep(run, table, say)  # a grader may fail, and then grades what is here when it is mended
+        _publish(run, table, None, weights, say)  # a grader may fail, and then grades what is here when it is mended
     table.graded = {n: regrade(lines, grading.grader) for n, lines in table.graded.items()}
     dev = {line["step"]: line["loss"] for line in run.load(run.metrics) if line["kind"] == "dev"}
     after = dev.get(
@@ -148,14 +148,22 @@ def evaluate(
     )  # of the weights that answer, which may be an earlier step's
     dev_loss = (dev[0], after) if after is not None else None
     measured = table.measured | {"training_s": run.load(run.provenance).get("training_s")}
-    scores = score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured) | {"weights": weights}
-    _keep(run, table, say)
-    write_json(run.scores, scores)
+    scores = score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured)
+    _publish(run, table, scores, weights, say)
     if not regrade_only:
         parts = [*table.seconds.values(), *(table.measured.get(k, {}).get("seconds") for k in ("general", "shift"))]
         took = sum(s for s in parts if s is not None)
         write_json(run.provenance, {**run.load(run.provenance), "evaluation_s": took})
     return scores
+
+
+def _publish(run: RunDir, table: Table, scores: dict[str, Any] | None, weights: str | None, say: Say) -> None:
+    """answers/ and scores.json; without `scores` they say that nothing is graded. Killed at any instant scores.json tells nothing of
+    other answers than stand beside it, and the answers are whose `weights` it says."""
+    waiting = ungraded(table.graded, table.seconds, table.about, table.measured)
+    write_json(run.scores, waiting)
+    _keep(run, table, say)
+    write_json(run.scores, {**(scores or waiting), "weights": weights})
 
 
 def _keep(run: RunDir, table: Table, say: Say) -> None:

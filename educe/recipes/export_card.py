@@ -106,7 +106,7 @@ def _scores(run: RunDir) -> list[str]:
         return []
     scores = run.load(run.scores)
     lines = ["", f"**{scores['verdict']}**"]
-    if scores["metric"] != "text":
+    if scores["metric"] not in ("none", "text"):
         mean = scores.get("measure") == "mean"  # the interval is of the mean, and no row need be fully right
         lines += ["", f"| system | {'mean score' if mean else 'right'} | 95 % interval |", "|---|---|---|"]
         for system, s in scores["systems"].items():

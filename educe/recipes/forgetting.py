@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from educe.chat.prompt import render_prompt
+from educe.chat.prompt import answer_to, render_prompt
+from educe.chat.tokens import ChatTokenizer
 from educe.config import Recipe
 from educe.errors import ChatError
 from educe.evaluate.drift import Texts
@@ -81,9 +82,8 @@ def changed(known: Known, both: Both, on_answers: OnAnswers) -> tuple[dict[str, 
     began, model = time.perf_counter(), both.tuned()
     after, _ = ask(model, both.prepared, known.ids, MOST_NEW_TOKENS, "tuned, general questions", on_answers)
     text, own = known.text.drift(model), known.own.drift(model)
-    before_said, after_said = (
-        [_judged(p, a) for p, a in zip(known.prompts, given, strict=True)] for given in (known.answers, after)
-    )
+    answers = [heard(known.prompts, given, both.prepared.tokenizer) for given in (known.answers, after)]
+    before_said, after_said = ([_judged(p, a) for p, a in zip(known.prompts, of, strict=True)] for of in answers)
     task = known.task
     found = as_scores(
         text_change(known.text.base_nll_R, text.nll_R, text.kl_R, known.bytes_R, sum(known.text.weights_R), known.file),
@@ -98,7 +98,7 @@ def changed(known: Known, both: Both, on_answers: OnAnswers) -> tuple[dict[str, 
             "before": {"answer": b.text, "stopped": b.stopped, "correct": before_said[k].right},
             "after": {"answer": a.text, "stopped": a.stopped, "correct": after_said[k].right},
         }
-        for k, (p, b, a) in enumerate(zip(known.prompts, known.answers, after, strict=True))
+        for k, (p, b, a) in enumerate(zip(known.prompts, *answers, strict=True))
     ]
     return found, lines
 
@@ -150,6 +150,11 @@ def _task(both: Both) -> Texts | None:
     examples = np.flatnonzero(np.isin(store.rows, chosen))
     numbers = np.searchsorted(chosen, store.rows[examples]).tolist()
     return Texts([store[int(i)] for i in examples], numbers, capacity(both))
+
+
+def heard(prompts: Sequence[GeneralPrompt], answers: Sequence[Answer], tokenizer: ChatTokenizer) -> list[Answer]:
+    """What is graded: without what the template makes each answer begin with."""
+    return [replace(a, text=answer_to(a.text, p.messages, tokenizer)) for p, a in zip(prompts, answers, strict=True)]
 
 
 def _judged(prompt: GeneralPrompt, a: Answer) -> Said:

@@ -178,8 +178,8 @@ class Scores:
 
     @property
     def graded(self) -> bool:
-        """Free text is shown, not graded right or wrong."""
-        return self.metric != "text"
+        """Free text is shown, not graded right or wrong, and so are answers that no grader has seen yet."""
+        return self.metric not in ("none", "text")
 
     @property
     def mean(self) -> bool:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from educe.chat.prompt import answer_in, render_prompt
+from educe.chat.prompt import answer_to, render_prompt
 from educe.chat.tokens import ChatTokenizer
 from educe.sample.draw import Chooser, chooser_of, likeliest
-from educe.types import Answer, Conversation, Message, Prompt, Sampling, Source
+from educe.types import Answer, Prompt, Sampling
 
 # Prompt tokens of one batch: bounds the memory of the cache.
 BATCH_TOKENS = 4096
@@ -50,12 +50,10 @@ class LocalSampler:
         ids = [render_prompt(p.messages, self._tokenizer, p.tools) for p in prompts]
         choose = chooser_of(sampling, [p.key for p in prompts])
         answers = self.answer(ids, sampling.max_new_tokens, progress, choose=choose)
-        return [replace(a, text=self._said(a.text, p)) for a, p in zip(answers, prompts, strict=True)]
-
-    def _said(self, text: str, prompt: Prompt) -> str:
-        said = (*prompt.messages, Message(role="assistant", content=text or "."))
-        row = Conversation(messages=said, source=Source(file="prompt", line=0), tools=prompt.tools)
-        return answer_in(text, row, self._tokenizer)
+        return [
+            replace(a, text=answer_to(a.text, p.messages, self._tokenizer, p.tools))
+            for a, p in zip(answers, prompts, strict=True)
+        ]
 
     def answer(
         self,
