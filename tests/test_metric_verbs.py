@@ -73,7 +73,9 @@ def test_a_users_function_grades_and_its_error_keeps_the_answers(trained: Path) 
 def test_answers_that_no_grader_has_seen_are_called_so(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grader fails, or the process is killed between the answers and their scores: nothing is told of other answers."""
     before, mine = scores_in(trained), trained.parents[1] / "mine.py"
-    mine.write_text("def mark(answer, expected, row):\n    return {expected: 1}[answer]\n")  # right of expected answers alone
+    mine.write_text(
+        "def mark(answer, expected, row):\n    return {expected: 1}[answer]\n"
+    )  # right of expected answers alone
     assert isinstance(eval_with(trained).exception, EvalError)
     mine.write_text(MINE)
 
@@ -96,7 +98,7 @@ def test_answers_that_no_grader_has_seen_are_called_so(trained: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(recipes_eval, "_keep", killed)
-        assert isinstance(eval_with(trained, "--regrade", "--metric", "label").exception, KeyboardInterrupt)
+        assert eval_with(trained, "--regrade", "--metric", "label").exception is not None
     waits()
     assert eval_with(trained, "--regrade").exception is None
 
@@ -106,6 +108,8 @@ def test_a_graded_metric_is_a_mean_on_the_terminal_and_the_page(trained: Path) -
     assert out.exception is None, out.output
     assert "valid" in out.output
     assert "recall" in out.output
+    assert "general text (36 passages): " in out.output
+    assert "46 general questions: " in out.output
     scores = scores_in(trained)
     assert scores["metric"] == "json_fields"
     assert set(scores["systems"]["tuned"]["parts"]) >= {"valid", "recall"}

@@ -167,8 +167,31 @@ def _called(name: str, system: dict[str, Any]) -> str:
 
 
 def show_scores(scores: dict[str, Any]) -> None:
-    """The verdict, each system with its interval, the paired tests."""
+    """The verdict, each system with its interval, the paired tests, what was forgotten."""
     console.print(f"[bold]{escape(scores['verdict'])}[/bold]\n", soft_wrap=True)
+    _show_systems(scores)
+    if scores.get("general"):
+        _show_general(scores["general"])
+
+
+def _show_general(general: dict[str, Any]) -> None:
+    text, asked = general["text"], general["prompts"]
+    d = text["change"]
+    console.print(
+        f"general text ({text['passages']} passages): {text['before']:.3f} → {text['after']:.3f} bits per byte; "
+        f"difference {d['value']:+.3f}, 95 % interval {d['low']:+.3f} to {d['high']:+.3f}",
+        soft_wrap=True,
+    )
+    right, endless, empty = (f"{asked[k][0]} → {asked[k][1]}" for k in ("right", "endless", "empty"))
+    d = asked["right_change"]
+    console.print(
+        f"{asked['questions']} general questions: {right} right (difference {d['value']:+.1%}, 95 % interval {d['low']:+.1%} to "
+        f"{d['high']:+.1%}), {endless} do not end, {empty} empty",
+        soft_wrap=True,
+    )
+
+
+def _show_systems(scores: dict[str, Any]) -> None:
     if scores["metric"] == "text":
         console.print("Free text is not graded right or wrong: `educe report` shows the answers side by side.")
         return
