@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,15 @@ def ledger_records() -> list[dict[str, Any]]:
     return rows + [row("test.jsonl", i + 1, "test") for i in range(240)]
 
 
+def graded_line(step: int, right: int) -> dict[str, Any]:
+    """What a line of dev rows that are right or wrong, 32 of them, says of the weights of a step."""
+    return {"weights_step": step, "right": right, "score": asdict(wilson(right, 32))}
+
+
 def metric_records(steps: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"kind": "dev", "step": 0, "loss": 1.62, "elapsed_s": 0.0, "tasks": {"orders": 1.6, "returns": 1.64}},
-        {"kind": "score", "step": 0, "metric": "json", "right": 1, "rows": 32, "took_s": 4.0},
+        {"kind": "score", "step": 0, "metric": "json", **graded_line(0, 1), "rows": 32, "took_s": 4.0},
     ]
     for i in range(1, steps + 1):
         x = i / steps
@@ -162,8 +168,9 @@ def metric_records(steps: int) -> list[dict[str, Any]]:
         if i in (steps // 3, 2 * steps // 3, steps):
             tasks = {"orders": 0.10 - 0.03 * x, "returns": 0.13 - 0.03 * x}
             rows.append({"kind": "dev", "step": i, "loss": 0.11 - 0.03 * x, "elapsed_s": 3.0 * i, "tasks": tasks})
+            right = round(32 * x * 0.8)
             rows.append(
-                {"kind": "score", "step": i, "metric": "json", "right": round(32 * x * 0.8), "rows": 32, "took_s": 2.5}
+                {"kind": "score", "step": i, "metric": "json", **graded_line(i, right), "rows": 32, "took_s": 2.5}
             )
     return rows
 

@@ -21,7 +21,7 @@ from educe.files.run_dir import RunDir  # noqa: E402
 from educe.recipes import tracking  # noqa: E402
 from educe.recipes.tracking import TRACKERS, missing, values_of  # noqa: E402
 
-from run_directory import metric_records  # noqa: E402
+from run_directory import graded_line, metric_records  # noqa: E402
 from small_runs import Dying, final, recipe, same, small_place  # noqa: E402
 from test_engine import _one_thread, cpu  # noqa: E402, F401
 
@@ -57,7 +57,8 @@ def test_lines_become_names_and_finite_numbers() -> None:
         {"kind": "step", "step": 3, "loss": float("inf"), "learning_rate": 1e-4, "tasks": {"a": 2}, "x": "y"}
     )
     assert found == {"train/learning_rate": 1e-4, "train/task_loss/a": 2.0}
-    assert values_of({"kind": "score", "step": 3, "right": 3, "rows": 4}) == {"dev/right": 0.75}
+    assert values_of({"kind": "score", "step": 3, **graded_line(3, 8), "rows": 32})["dev/right"] == 0.25
+    assert set(values_of({"kind": "score", "step": 9, **graded_line(3, 8), "rows": 32})) == {"kept/right", "kept/score"}
     assert values_of({"kind": "other", "step": 3}) == {}
 
 

@@ -73,6 +73,15 @@ def answer_to(
     return answer_in(text, Conversation(messages=row, source=_NOWHERE, tools=tuple(tools)), tokenizer)
 
 
+def completion_tokens(conversation: Conversation, tokenizer: ChatTokenizer) -> int | None:
+    """Tokens of the last message as it is trained, with its reasoning and what the template writes around it; None where that is not
+    known."""
+    turn = _last_turn(conversation, tokenizer)
+    if turn is None:
+        return None
+    return len(tokenizer.encode_plain("".join(p.text for p in turn.completion)))
+
+
 def _last_turn(conversation: Conversation, tokenizer: ChatTokenizer) -> Turn | None:
     try:
         return find_turn(Row(conversation, tokenizer), len(conversation.messages) - 1)

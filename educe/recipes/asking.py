@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from educe.chat.prompt import expected_answer, render_prompt
@@ -16,6 +17,17 @@ from educe.training.state import State
 NUM_SAMPLES = 3
 
 
+def said_of_room(job: TrainJob, prompts: Sequence[list[int]], most: int, what: str) -> None:
+    """A word where the model has no positions for answers of `most` tokens."""
+    places = job.facts.max_positions
+    short = sum(len(p) + most > places for p in prompts)
+    if short:
+        job.say(
+            f"{short} of {len(prompts)} {what} leave fewer than {most} of the model's {places} positions: "
+            "their answers are cut where those end"
+        )
+
+
 class Questions:
     """The first held-out rows, each up to its last answer. All ranks answer together; rank 0 writes."""
 
@@ -28,15 +40,18 @@ class Questions:
             for name, c in zip(names, rows, strict=False)
         ]
 
+        tokenizer = job.prepared.tokenizer
+        self._prompts = [render_prompt(c.messages[:i], tokenizer, c.tools) for _, c, i in self._asked]
+        said_of_room(job, self._prompts, job.recipe.evaluation.max_new_tokens, "sample prompts")
+
     def answer(self) -> None:
         """By the model as it is."""
         if not self._asked:
             return
         step, model, dog, tokenizer = self._state.step, self._state.model, self._job.dog, self._job.prepared.tokenizer
         dog.beat(f"sample answers after step {step}")
-        prompts = [render_prompt(c.messages[:i], tokenizer, c.tools) for _, c, i in self._asked]
         sampler = LocalSampler(model if model.sharded is None else Together(model, model.sharded), tokenizer)
-        answers = sampler.answer(prompts, self._job.recipe.evaluation.max_new_tokens, alive=dog.alive)
+        answers = sampler.answer(self._prompts, self._job.recipe.evaluation.max_new_tokens, alive=dog.alive)
         release_free_memory()
         lines = [
             {

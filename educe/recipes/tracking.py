@@ -129,7 +129,8 @@ def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     elif line["kind"] == "dev":
         made = {"dev/loss": line["loss"]} | {f"dev/task_loss/{t}": loss for t, loss in line.get("tasks", {}).items()}
     elif line["kind"] == "score":
-        made = {"dev/right": line["right"] / line["rows"]}
+        of = "dev" if line["weights_step"] == line["step"] else "kept"  # the best weights, measured after the last step
+        made = {f"{of}/right": line["right"] / line["rows"], f"{of}/score": line["score"]["value"]}
     return {k: float(v) for k, v in made.items() if isinstance(v, int | float) and math.isfinite(v)}
 
 

@@ -124,7 +124,7 @@ class Watch:
             self.save(done=True, must=True)
         self._held_out.measure()
         self._questions.answer()
-        self._scores.measure(0)
+        self._scores.measure(0, self.weights_step)
         self._settle(must=True)
 
     def save(self, *, done: bool = False, must: bool = False) -> None:

@@ -11,7 +11,6 @@ from markupsafe import Markup
 from educe.report.charts import Drawn, Scale, axes, label, line, spot, svg
 from educe.report.records import Graded
 from educe.report.wording import number, percent, span
-from educe.stats import wilson
 
 MOST_LINES = 8  # as many as can be told apart, by colour and by dashes
 
@@ -91,21 +90,22 @@ def _values(one: Line, x: Scale, y: Scale, plan: LinesPlan) -> list[Markup]:
     return made
 
 
-def draw_graded(graded: Sequence[Graded], right: str) -> Drawn:
-    """Share of dev rows answered `right` (or fully right) over steps, with Wilson intervals."""
+def draw_graded(graded: Sequence[Graded]) -> Drawn:
+    """The metric on dev rows over steps, with its intervals."""
     dots = []
     for g in graded:
-        i = wilson(g.right, g.rows)
-        said = f"Step {g.step:,}: {g.right} of {g.rows} {right}, {percent(i.value)} ({span(i.low, i.high)})"
-        dots.append(Dot(step=g.step, value=i.value, low=i.low, high=i.high, said=said))
+        said = f"Step {g.step:,}: {g.right} of {g.rows} right, {percent(g.value)} ({span(g.low, g.high)})"
+        dots.append(Dot(step=g.step, value=g.value, low=g.low, high=g.high, said=said))
+    name = "Right answers" if shares(graded) else "Mean score"
     plan = LinesPlan(
-        name="graded",
-        title=f"Dev rows answered {right} during training",
-        what=f"answered {right}",
-        top=1.0,
-        word=_share,
+        name="graded", title=f"{name} to dev rows during training", what=name.lower(), top=1.0, word=_share
     )
-    return draw_lines([Line(name=f"Answered {right}", number=0, dots=tuple(dots), marked=True)], plan)
+    return draw_lines([Line(name=name, number=0, dots=tuple(dots), marked=True)], plan)
+
+
+def shares(graded: Sequence[Graded]) -> bool:
+    """Whether the metric is the share of right answers at every step, not a mean of scores between."""
+    return all(math.isclose(g.value, g.right / g.rows) for g in graded)
 
 
 def _share(value: float) -> str:

@@ -58,7 +58,7 @@ def numbers_of(one: Named, hourly: Price | None = None) -> dict[str, Any]:
         "training_loss": [asdict(p) for p in thin(train, MOST_POINTS)[0]],
         "dev_loss": [asdict(p) for p in f.dev],
         "dev_loss_of_tasks": [asdict(t) for t in f.tasks],
-        "dev_right": [{**asdict(g), **_interval(g.right, g.rows)} for g in f.graded],
+        "dev_right": [asdict(g) for g in f.graded],
         "data": asdict(f.ledger) if f.ledger else None,
         "checks": [asdict(c) for c in checks.open] if checks else [],
         "checks_passed": len(checks.passed) if checks else 0,
@@ -67,11 +67,6 @@ def numbers_of(one: Named, hourly: Price | None = None) -> dict[str, Any]:
         "provenance": asdict(made) if made else None,
         "unreadable": list(f.unreadable),
     }
-
-
-def _interval(right: int, rows: int) -> dict[str, float]:
-    i = wilson(right, rows)
-    return {"value": i.value, "low": i.low, "high": i.high}
 
 
 def _system(s: System, names: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from educe.report import sections, wording
 from educe.report.charts import LARGEST, MOST_MEASURED, Curve, Drawn, draw_bars, draw_loss, plan_curve
 from educe.report.forgotten import read_forgotten, read_shift
 from educe.report.judged import read_judged
-from educe.report.lines import draw_graded
+from educe.report.lines import draw_graded, shares
 from educe.report.opening import Kept
 from educe.report.policy import policy
 from educe.report.reading import read_run
@@ -123,8 +123,10 @@ def _bars(files: RunFiles, names: dict[str, str]) -> Drawn | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradedView:
-    """Right answers to dev rows over steps."""
+    """The metric on dev rows over steps; `name`: what it measures."""
 
+    name: str
+    metric: str
     wide: Markup
     narrow: Markup
     rows: int
@@ -134,8 +136,15 @@ def _graded(files: RunFiles) -> GradedView | None:
     if not files.graded:
         return None
     chosen = sections.spread(files.graded, MOST_MEASURED)
-    drawn = draw_graded(chosen, "fully right" if files.scores is not None and files.scores.mean else "right")
-    return GradedView(wide=drawn.wide, narrow=drawn.narrow, rows=files.graded[-1].rows)
+    drawn = draw_graded(chosen)
+    last = files.graded[-1]
+    return GradedView(
+        name="Right answers to dev rows" if shares(chosen) else "Mean score of answers to dev rows",
+        metric=sections.graded_as(last.metric),
+        wide=drawn.wide,
+        narrow=drawn.narrow,
+        rows=last.rows,
+    )
 
 
 def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", kept: Kept | None = None) -> str:

@@ -175,12 +175,18 @@ def _dev(rows: list[Row]) -> tuple[Point, ...]:
 
 
 def _graded(rows: list[Row]) -> tuple[Graded, ...]:
-    """Counts that cannot be are left out."""
-    made = {}
-    for r in rows:
-        step, right, asked = (_whole(r, key) for key in ("step", "right", "rows"))
-        if r.get("kind") == "score" and step is not None and right is not None and asked and 0 <= right <= asked:
-            made[step] = Graded(step=step, right=right, rows=asked, seconds=_real(r, "took_s"))
+    """Counts that cannot be are left out; so is what came before another metric or other rows: it is no part of the same line."""
+    made: dict[int, Graded] = {}
+    for r in (r for r in rows if r.get("kind") == "score"):
+        step, right, asked = _whole(r, "weights_step"), _whole(r, "right"), _whole(r, "rows")
+        value, low, high = (_real(_dict(r.get("score")), key) for key in ("value", "low", "high"))
+        if step is None or right is None or not asked or not 0 <= right <= asked:
+            continue
+        if value is None or low is None or high is None or not 0 <= low <= value <= high <= 1:
+            continue
+        metric, seconds = _text(r, "metric"), _real(r, "took_s")
+        found = Graded(step=step, metric=metric, value=value, low=low, high=high, right=right, rows=asked, seconds=seconds)
+        made = {i: g for i, g in made.items() if (g.metric, g.rows) == (metric, asked)} | {step: found}
     return tuple(made[i] for i in sorted(made))
 
 

@@ -80,9 +80,14 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
-    """Dev rows answered and graded during training: `right` of `rows` after a step."""
+    """Dev rows answered and graded during training by the weights of a step: `right` of `rows`, and the metric's value, which is their
+    share or a mean of scores between, with its interval."""
 
     step: int
+    metric: str
+    value: float
+    low: float
+    high: float
     right: int
     rows: int
     seconds: float | None

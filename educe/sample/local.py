@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -35,7 +35,8 @@ class Answering(Protocol):
 
 
 class LocalSampler:
-    """An answer ends at a stop token (not part of its text) or after `max_new_tokens`. `name`: whose answers these are."""
+    """An answer ends at a stop token (not part of its text), after `max_new_tokens`, or where the model has no more positions, as on
+    a server. `name`: whose answers these are."""
 
     def __init__(self, model: Answering, tokenizer: ChatTokenizer, name: str = "local") -> None:
         self._model, self._tokenizer, self.name = model, tokenizer, name
@@ -64,18 +65,18 @@ class LocalSampler:
         choose: Chooser = likeliest,
     ) -> list[Answer]:
         """Of each prompt's ids. `progress` gets how many are done, after each batch; `alive` is called before each token."""
-        made: dict[int, list[int]] = {}
+        made: dict[int, list[int]] = {i: [] for i, p in enumerate(prompts) if not self._room(p, max_new_tokens)}
         shared = _shared_prefix(prompts) if self._holds_keys_alone() else 0
         with self._model.answering():
             if not self._caches():
                 for i, p in enumerate(prompts):
                     made[i] = []
-                    for token in self._uncached(p, max_new_tokens, i, choose):
+                    for token in self._uncached(p, self._room(p, max_new_tokens), i, choose):
                         made[i].append(token)
                         alive()
                 prompts = []
-            start = self._prefill(prompts[0][:shared]) if shared and prompts else None
-            for batch in _batches(prompts, shared, max_new_tokens):
+            start = self._prefill(prompts[0][:shared]) if shared and len(made) < len(prompts) else None
+            for batch in _batches(prompts, shared, max_new_tokens, without=made):
                 decoded = self._decode([prompts[i] for i in batch], batch, shared, start, max_new_tokens, alive, choose)
                 made |= dict(zip(batch, decoded, strict=True))
                 if progress is not None:
@@ -87,7 +88,7 @@ class LocalSampler:
         ids: list[int] = []
         shown = ""
         with self._model.answering():
-            for token in (self._cached if self._caches() else self._uncached)(prompt, max_new_tokens):
+            for token in (self._cached if self._caches() else self._uncached)(prompt, self._room(prompt, max_new_tokens)):
                 if token in self._tokenizer.stop:
                     break
                 ids.append(token)
@@ -121,6 +122,11 @@ class LocalSampler:
             yield ids[-1]
             if ids[-1] in self._tokenizer.stop:
                 return
+
+    def _room(self, prompt: Sequence[int], wanted: int) -> int:
+        """New tokens for which there are positions, at most `wanted`: a table of positions cannot be read past its end."""
+        positions = getattr(self._model.base.config.get_text_config(), "max_position_embeddings", None)
+        return max(0, min(wanted, positions - len(prompt))) if isinstance(positions, int) and positions > 0 else wanted
 
     def _caches(self) -> bool:
         """Whether the model takes the cache that it is given; pure Mamba classes leave `past_key_values` unread."""
@@ -158,6 +164,7 @@ class LocalSampler:
         cache = self._repeated(start, len(prompts))
         made: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
+        rooms = [self._room(p, max_new_tokens) for p in prompts]
         for place in range(max_new_tokens):
             alive()
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
@@ -173,7 +180,7 @@ class LocalSampler:
             going = []
             for k, (row, token) in enumerate(zip(active, tokens, strict=True)):
                 made[row].append(token)
-                if token not in self._tokenizer.stop:
+                if token not in self._tokenizer.stop and place + 1 < rooms[row]:
                     going.append(k)
             if not going:
                 break
@@ -210,10 +217,10 @@ def _shared_prefix(prompts: Sequence[list[int]]) -> int:
     return min(same, min(len(p) for p in prompts) - 1)
 
 
-def _batches(prompts: Sequence[list[int]], shared: int, new: int) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[list[int]], shared: int, new: int, without: Collection[int]) -> Iterator[list[int]]:
     """Prompts of like length together, each batch within the memory bound."""
     batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+    for i in sorted({*range(len(prompts))} - {*without}, key=lambda i: (-len(prompts[i]), i)):
         widest = len(prompts[batch[0]]) if batch else len(prompts[i])
         if batch and (len(batch) + 1) * (widest - shared + new) > BATCH_TOKENS:
             yield batch
