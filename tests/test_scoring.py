@@ -140,7 +140,15 @@ def test_the_best_weights_are_told_as_those_of_their_step(place: Path) -> None:
 def test_another_metric_begins_another_line(tmp_path: Path) -> None:
     def one(step: int, metric: str, rows: int) -> dict[str, Any]:
         score = {"value": 0.5, "low": 0.1, "high": 0.9}
-        return {"kind": "score", "step": step, "weights_step": step, "metric": metric, "score": score, "right": 1, "rows": rows}
+        return {
+            "kind": "score",
+            "step": step,
+            "weights_step": step,
+            "metric": metric,
+            "score": score,
+            "right": 1,
+            "rows": rows,
+        }
 
     lines = [one(0, "exact", 9), one(4, "exact", 9), one(8, "json", 9), one(12, "json", 9)]
     for more, steps in (([], [8, 12]), ([one(16, "json", 3)], [16])):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from educe.chat.prompt import answer_in, completion_tokens, render_prompt
+from educe.chat.prompt import completion_tokens, render_prompt
 from educe.chat.tokens import ChatTokenizer
 from educe.errors import EvalError
 from educe.evaluate.compare import grade
@@ -92,8 +92,8 @@ class DevScores:
 
 
 def longest_answer(metric: str, most: int, asked: Sequence[Asked], tokenizer: ChatTokenizer) -> int:
-    """Tokens after which an answer is cut: `most`, as in the test, or fewer where none so long can be right. A model that thinks first may
-    think longer than the row does."""
+    """Tokens after which an answer is cut: `most`, as in the test, or fewer where none so long can be right. A model that thinks
+    first may think longer than the row does."""
     if metric not in _TO_THE_LETTER or any(a.row.messages[-1].reasoning for a in asked):
         return most
     lengths = [completion_tokens(a.row, tokenizer) for a in asked]

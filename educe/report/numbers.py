@@ -13,7 +13,7 @@ from educe.report.reading import read_run
 from educe.report.records import Answered, Point, RunFiles, System
 from educe.report.sections import Price
 from educe.seeds import exchanges
-from educe.stats import holm, mcnemar, paired_difference, paired_ratios, wilson
+from educe.stats import holm, mcnemar, paired_difference, paired_ratios
 from educe.types import Interval
 
 MOST_RUNS = 8  # as many lines as one plot can tell apart

@@ -185,7 +185,9 @@ def _graded(rows: list[Row]) -> tuple[Graded, ...]:
         if value is None or low is None or high is None or not 0 <= low <= value <= high <= 1:
             continue
         metric, seconds = _text(r, "metric"), _real(r, "took_s")
-        found = Graded(step=step, metric=metric, value=value, low=low, high=high, right=right, rows=asked, seconds=seconds)
+        found = Graded(
+            step=step, metric=metric, value=value, low=low, high=high, right=right, rows=asked, seconds=seconds
+        )
         made = {i: g for i, g in made.items() if (g.metric, g.rows) == (metric, asked)} | {step: found}
     return tuple(made[i] for i in sorted(made))
 

@@ -88,7 +88,9 @@ class LocalSampler:
         ids: list[int] = []
         shown = ""
         with self._model.answering():
-            for token in (self._cached if self._caches() else self._uncached)(prompt, self._room(prompt, max_new_tokens)):
+            for token in (self._cached if self._caches() else self._uncached)(
+                prompt, self._room(prompt, max_new_tokens)
+            ):
                 if token in self._tokenizer.stop:
                     break
                 ids.append(token)
