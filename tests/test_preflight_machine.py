@@ -15,7 +15,7 @@ from educe.model.device import deterministic
 from educe.recipes import mixing, preflight_machine
 from educe.recipes.estimate import checkpoint_bytes
 from educe.recipes.memory import num_trained
-from educe.training.saver import _SPARE_BYTES
+from educe.training.saver import SPARE_BYTES
 
 from test_preflight import Bench, bench, found, lines  # noqa: F401
 
@@ -47,7 +47,7 @@ def test_p40_leaves_free_what_the_writer_leaves_free(bench: Bench, monkeypatch: 
     b = bench.before(bench.recipe(lines(12)))
     each = checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
     keep = b.recipe.train.keep_checkpoints
-    for more, verdict in ((_SPARE_BYTES - 1, "fail"), (_SPARE_BYTES, "warn"), (_SPARE_BYTES + each, "pass")):
+    for more, verdict in ((SPARE_BYTES - 1, "fail"), (SPARE_BYTES, "warn"), (SPARE_BYTES + each, "pass")):
         usage = shutil.disk_usage(bench.place)._replace(free=(keep + 1) * each + more)
         monkeypatch.setattr(preflight_machine.shutil, "disk_usage", lambda _, usage=usage: usage)
         assert found(b, "P40").verdict == verdict

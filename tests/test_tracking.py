@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib
 import json
+import posixpath
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
@@ -19,10 +24,11 @@ from educe.errors import MachineError, TrainError  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.files.run_dir import RunDir  # noqa: E402
 from educe.recipes import tracking  # noqa: E402
-from educe.recipes.tracking import TRACKERS, missing, values_of  # noqa: E402
+from educe.recipes.stopping import Interrupted  # noqa: E402
+from educe.recipes.tracking import TRACKERS, missing, mlflow_name, values_of  # noqa: E402
 
 from run_directory import graded_line, metric_records  # noqa: E402
-from small_runs import Dying, final, recipe, same, small_place  # noqa: E402
+from small_runs import Dying, final, made, recipe, same, small_place  # noqa: E402
 from test_engine import _one_thread, cpu  # noqa: E402, F401
 
 QUICK = {"epochs": 4, "measure_every_share": 0.5, "checkpoint_every_steps": 1}
@@ -45,6 +51,7 @@ def sent(place: Path, name: str) -> RunDir:
         with tracking.tracking(loaded, run, "2026-11-27T00:00:00Z", step, said.append) as also:
             for line in part:
                 also(line)
+            also({"kind": "step", "step": step + 1, "tasks": {"a, (b)": 1.0}})
     assert not said
     return run
 
@@ -66,9 +73,12 @@ def test_tensorboard_has_each_step_of_a_killed_run_once(place: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    path = recipe(place, "board", log_to=["tensorboard"], **QUICK)
-    with pytest.raises(MemoryError):
-        educe.train(path, screen=Dying(step=3))
+    knobs = {"epochs": 16, "measure_every_share": 0.5, "checkpoint_every_steps": 5}
+    path = recipe(place, "board", "json", log_to=["tensorboard"], score_rows=3, **knobs)
+    plain = educe.train(recipe(place, "no-board", "json", score_rows=3, **knobs))
+    for death in (Dying(step=3), Dying(step=9), Dying(dev=made(plain.path)["steps"])):
+        with pytest.raises(MemoryError):
+            educe.train(path, screen=death)
     run = educe.train(path)
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
@@ -76,8 +86,10 @@ def test_tensorboard_has_each_step_of_a_killed_run_once(place: Path) -> None:
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert [s for s, _ in found] == sorted(losses)
     assert all(value == pytest.approx(losses[s]) for s, value in found)
-    assert {e.step for e in events.Scalars("dev/loss")} >= {0, max(losses)}
-    plain = educe.train(recipe(place, "no-board", **QUICK))
+    for name, kind in (("dev/loss", "dev"), ("dev/right", "score")):
+        steps = [x["step"] for x in read_jsonl(run.path / "metrics.jsonl") if x["kind"] == kind]
+        assert [e.step for e in events.Scalars(name)] == steps
+    assert 5 < max(losses)
     assert same(final(plain.path), final(run.path))
 
 
@@ -109,6 +121,54 @@ def test_mlflow_has_every_value(place: Path, monkeypatch: pytest.MonkeyPatch) ->
         WANTED
     )
     assert found.info.status == "FINISHED"
+    assert client.get_metric_history(found.info.run_id, mlflow_name("train/task_loss/a, (b)"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(Interrupted(15, 3), "KILLED"), (KeyboardInterrupt(), "KILLED"), (MemoryError(), "FAILED")]
+)
+def test_how_a_run_ended_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: str
+) -> None:
+    class Noting:
+        """Remembers how it ended."""
+
+        ended: ClassVar[list[str]] = []
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def log(self, values: Any, step: int) -> None: ...
+
+        def end(self, outcome: str) -> None:
+            self.ended.append(outcome)
+
+    monkeypatch.setitem(TRACKERS, "trackio", Noting)
+    monkeypatch.setattr(tracking, "missing", lambda name: False)
+    loaded = load_recipe(recipe(place, "ended", log_to=["trackio"]))
+    with contextlib.suppress(type(raised)), tracking.tracking(loaded, RunDir(place / "ended"), "", 0, print):
+        raise raised
+    with tracking.tracking(loaded, RunDir(place / "ended"), "", 0, print):
+        pass
+    assert Noting.ended == [status, "FINISHED"]
+
+
+def test_mlflow_without_a_store_is_refused_before_training(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.chdir(place)  # where a whole mlflow would put a store of its own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at-all")
+    path = recipe(place, "no-store", log_to=["mlflow"], **QUICK)
+    with pytest.raises(TrainError, match=r"P65.*MLFLOW_TRACKING_URI"):
+        educe.train(path)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.text(max_size=300))
+def test_every_name_is_one_that_mlflow_takes(name: str) -> None:
+    made = mlflow_name(name)
+    assert 0 < len(made) <= 250
+    assert re.fullmatch(r"[\w\-. :/]+", made)
+    assert posixpath.normpath(made) == made
+    assert mlflow_name("train/task_loss/a-b_c: d.e") == "train/task_loss/a-b_c: d.e"
 
 
 def test_trackio_has_every_value(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +194,7 @@ def test_a_client_that_fails_does_not_harm_the_run(place: Path, monkeypatch: pyt
             if self.taken > 1:
                 raise ConnectionError("gone")
 
-        def end(self) -> None:
+        def end(self, outcome: str) -> None:
             raise AssertionError("it is left out by then")
 
     monkeypatch.setitem(TRACKERS, "trackio", Failing)
@@ -156,6 +216,10 @@ def test_a_missing_client_is_said_before_training(place: Path, name: str, monkey
 
 
 def test_a_directory_of_that_name_is_no_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "trackio").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert missing("trackio") == (importlib.util.find_spec("trackio").origin is None)  # type: ignore[union-attr]
+    (tmp_path / "aclient").mkdir()
+    assert missing("aclient")
+    assert missing("another_client")
+    (tmp_path / "aclient" / "__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert not missing("aclient")

@@ -93,7 +93,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "early_stopping_patience": ("train.patience", ""),
     "resume_from_checkpoint": ("", "the same command goes on where it stopped"),
     "logging_steps": ("", _RECORDED),
-    "report_to": ("", _RECORDED),
+    "report_to": ("train.log_to", "[tensorboard, wandb], say; metrics.jsonl has all in any case"),
     "output_dir": ("runs", "the run directory is runs/NAME"),
     "run_name": ("name", ""),
     "push_to_hub": ("", "`educe export --push` uploads a finished run"),

@@ -190,7 +190,7 @@ class CustomMetric(Knobs):
 
     kind: Literal["custom"]
     function: str = Field(
-        pattern=r"^[^:]*[^:.]:[A-Za-z_]\w*$",
+        pattern=r"^.*[^:.]:[A-Za-z_]\w*$",
         description="module:function, the module beside the recipe, or file.py:function",
     )
 
@@ -240,6 +240,8 @@ class Recipe(Knobs):
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) exceeds "
                 f"train.batch_tokens ({self.train.batch_tokens}); lower the one or raise the other"
             )
+        if len(set(self.train.log_to)) < len(self.train.log_to):
+            raise ValueError(f"train.log_to names a client twice ({', '.join(self.train.log_to)}); name each once")
         if isinstance(self.train.rates, LoraPlus) and not isinstance(self.tuning, Lora):
             raise ValueError("train.rates: lora_plus needs tuning.kind: lora")
         if self.data.max_tokens > self.train.micro_batch_tokens:

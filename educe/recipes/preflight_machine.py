@@ -113,13 +113,13 @@ def lost_updates(rate: float, bits: int) -> float:
 
 def disk_is_enough(b: Before) -> Finding:
     """P40: room for the checkpoints that are kept, one being written, and one more; and for what is to stay free beside them."""
-    from educe.training.saver import _SPARE_BYTES  # loads torch
+    from educe.training.saver import SPARE_BYTES  # loads torch
 
     keep, each = b.recipe.train.keep_checkpoints, checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
     theirs = sum(p.stat().st_size for p in b.run.checkpoints.rglob("*") if p.is_file())
     free = shutil.disk_usage(existing(b.run.path)).free + theirs
-    room = max(0, free - _SPARE_BYTES)
-    said = f"{keep} checkpoints of {sized(each)} are kept; {sized(free)} are free or theirs, {sized(_SPARE_BYTES)} stay free"
+    room = max(0, free - SPARE_BYTES)
+    said = f"{keep} checkpoints of {sized(each)} are kept; {sized(free)} are free or theirs, {sized(SPARE_BYTES)} stay free"
     number = f"{room // each:,.0f} checkpoints fit"
     return finding("P40", "disk", number, said, fail=room < (keep + 1) * each, warn=room < (keep + 2) * each)
 

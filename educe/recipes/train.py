@@ -126,7 +126,8 @@ def _train(job: TrainJob, begun: Begun) -> None:
     kept = Kept(newest=recipe.train.keep_checkpoints, every=recipe.train.keep_every_steps)
     saver = Saver(run.checkpoints, kept, say, world, job.dog.alive)
     about = {"settings": begun.settings, "plan": plan.hash, "total_steps": plan.num_steps, "how": computed}
-    with tracking(recipe, run, computed["started"], state.step, say) if world.leads else nullcontext(_ignore) as also:
+    first = state.step + (not begun.ends) if state.step else 0
+    with tracking(recipe, run, computed["started"], first, say) if world.leads else nullcontext(_ignore) as also:
         watch = Watch(job, t, begun, about, saver, also)
         watch.begin()
         began = time.monotonic()

@@ -36,6 +36,7 @@ class Watch:
         also: Callable[[dict[str, Any]], None],
     ) -> None:
         self._job, self._t, self._begun, self._about, self._saver = job, t, begun, about, saver
+        self._also = also
         self._metrics, self._samples = Journal(job.run.metrics, job.say, also), Journal(job.run.samples, job.say)
         self._held_out = HeldOut(job, t, self._metrics, begun.found[1]["held_out"] if begun.found is not None else [])
         self._questions = Questions(job, t.state, self._samples)
@@ -60,6 +61,9 @@ class Watch:
             if there < step:
                 gone = f"{step - there:,} of the first {step:,} steps are not in {self._job.run.metrics.name} any more"
                 self._job.say(f"warning: {gone}: the run goes on, its history has a gap there")
+            for line in read_jsonl(self._job.run.metrics) if self._begun.ends else ():
+                if line["step"] == step:  # its lines elsewhere were taken back: some of them come again
+                    self._also(line)
             self._samples.begin(lambda line: line["step"] < last and step > 0, keys={"step"})
         if step == 0:
             self._questions.answer()

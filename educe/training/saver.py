@@ -21,7 +21,7 @@ from educe.training.staging import Staging
 from educe.training.state import State
 from educe.training.streamed import gathered, write_safetensors
 
-_SPARE_BYTES = 64 * 2**20  # of the disk, beside a checkpoint
+SPARE_BYTES = 64 * 2**20  # of the disk, beside a checkpoint
 _SPARE_MEMORY = 4 * 2**30  # of the host, beside a copy
 _LOOK_S = 0.5
 # One that must be written is tried again after so many seconds each; another one after the first of these, then twice as long.
@@ -194,7 +194,7 @@ class Saver:
         part, left, began = None, dict(files), time.monotonic()
         copies: dict[str, Mapping[str, Tensor]] = {}
         try:
-            need_space(self._place, size + _SPARE_BYTES, "this checkpoint")
+            need_space(self._place, size + SPARE_BYTES, "this checkpoint")
             part = begin(target)
             for name in files:
                 staging = self._staging(name, files[name], state)
