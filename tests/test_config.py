@@ -325,3 +325,17 @@ def test_characters_that_json_writes_in_halves_are_whole() -> None:
     recipe = parse_recipe('{"name": "a", "model": "m", "data": {"train": "t", "system": "\\ud83d\\ude00"}}', "r.json")
     assert recipe.data.system == "😀"
     assert refused('{"name": "a", "model": "m", "data": {"train": "t", "system": "\\ud83d"}}').code == "E-RECIPE-103"
+
+
+def test_a_function_is_named_after_the_last_colon_and_a_client_once(tmp_path: Path) -> None:
+    """A finished run reads its resolved recipe again: the path before the function may have colons."""
+    place = tmp_path / "a:b"
+    place.mkdir()
+    metric = "evaluation: {metric: {kind: custom, function: 'mine:mark'}}\n"
+    (place / "r.yaml").write_text(BASE + metric)
+    resolved = load_recipe(place / "r.yaml")
+    assert Recipe.model_validate(resolved.model_dump(mode="json")) == resolved
+    for wrong in ("mark", ":mark", "a::mark", "mine:1"):
+        assert "function" in str(refused(BASE + metric.replace("mine:mark", wrong)))
+    assert "names a client twice" in str(refused(BASE + "train: {log_to: [wandb, tensorboard, wandb]}\n"))
+    assert "train.log_to" in str(refused(BASE + "train: {report_to: wandb}\n"))

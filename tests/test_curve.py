@@ -22,10 +22,13 @@ from educe.errors import RecipeError, UsageError  # noqa: E402
 from educe.evaluate.curves import Measured, gained, judge, level  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
+from educe.recipes.curve import _Scale  # noqa: E402
 from educe.recipes.curve_plan import Wish, parts_of, runs_of  # noqa: E402
+from educe.recipes.machine import chosen_device  # noqa: E402
 from educe.recipes.mixing import mix  # noqa: E402
 from educe.recipes.prepare import prepare  # noqa: E402
 from educe.recipes.run import SilentCurve, quiet  # noqa: E402
+from educe.recipes.subset import subset_of  # noqa: E402
 from educe.report.curve_page import build_curve_page  # noqa: E402
 from educe.stats import clustered_mean  # noqa: E402
 from educe.stats.crossed import crossed_mean  # noqa: E402
@@ -238,6 +241,32 @@ def test_the_points_are_the_runs_that_train_makes_of_the_same_rows(found: tuple[
 def rows_of(run: Path) -> list[int]:
     """Lines of the file that a run trained on."""
     return [x["line"] for x in read_jsonl(run / "ledger.jsonl") if x["status"] == "train"]
+
+
+def test_what_was_kept_stays_and_a_part_has_no_numbers_of_the_whole(place: Path, found: tuple[Any, list[str]]) -> None:
+    """A later curve, without --keep, over the same runs: measured before, and measured on fewer rows."""
+    runs = sorted((place / "runs").glob("a.curve-*"))
+    for rows in (200, 5):
+        educe.curve(place / "a.yaml", shares=(0.5, 1.0), rows=rows)
+        assert sorted((place / "runs").glob("a.curve-*")) == runs
+    smaller = min(runs, key=lambda r: len(rows_of(r)))
+    checks = {f["id"]: f["verdict"] for f in json.loads((smaller / "preflight.json").read_text())["before"]}
+    assert (checks["P13"], checks["P16"]) == ("skip", "skip")
+    prepared = prepare(load_recipe(place / "a.yaml"), quiet)
+    with pytest.raises(ValueError, match="none of these rows"):
+        subset_of(prepared, np.zeros(0, np.int64))
+
+
+def test_points_are_measured_anew_where_the_metrics_code_changed(place: Path) -> None:
+    file = place / "mine.py"
+    file.write_text("def mark(answer, expected, row):\n    return 0.5\n")
+    loaded = load_recipe(recipe(place, "by-mine", "custom, function: 'mine:mark'"))
+    prepared, device = prepare(loaded, quiet), chosen_device("cpu", "float32")
+    scale = _Scale(recipe=loaded, prepared=prepared, device=device, rows=[1], asked=[], grading=None)
+    before = scale.key
+    assert scale.key == before
+    file.write_text("def mark(answer, expected, row):\n    return 0.25\n")
+    assert scale.key != before
 
 
 def test_nothing_is_trained_twice_and_a_killed_curve_goes_on(place: Path, found: tuple[Any, list[str]]) -> None:

@@ -138,6 +138,22 @@ def test_exports_that_were_not_served_lately_are_removed(tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 8  # k3 alone was old
 
 
+def test_what_is_served_for_days_is_marked_as_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDUCE_CACHE", str(tmp_path / "cache"))
+    exports = [served.cache_dir() / "served" / f"k{k}" for k in range(6)]
+    for k, export in enumerate(exports):
+        (export / "name").mkdir(parents=True)
+        os.utime(export, (1e9 - k, 1e9 - k))
+    other = tmp_path / "own" / "name"
+    other.mkdir(parents=True)
+    os.utime(other.parent, (1e9, 1e9))
+    for directory in (exports[5] / "name", other):
+        served._mark_used([served.Served(directory=directory, name="n", port=1, settings={})])
+    assert other.parent.stat().st_mtime == 1e9
+    served._make_room(served.cache_dir() / "served", quiet)
+    assert sorted(p.name for p in (served.cache_dir() / "served").iterdir()) == ["k0", "k1", "k2", "k5"]
+
+
 def test_a_port_that_is_taken_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "find_server", lambda: ("vllm", vllm_command))
     with socket.socket() as taken:
@@ -236,7 +252,7 @@ def test_the_second_server_starts_when_the_first_is_healthy(run: Run, monkeypatc
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals")
 def test_a_terminal_that_is_closed_ends_the_servers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "find_server", starts(SERVER))
-    monkeypatch.setattr(served, "_watched", lambda _: signal.raise_signal(signal.SIGHUP))
+    monkeypatch.setattr(served, "_watched", lambda *_: signal.raise_signal(signal.SIGHUP))
     port = free_port()
     old = signal.signal(signal.SIGHUP, signal.default_int_handler)  # without ours, this ends the block too, as Ctrl-C
     try:

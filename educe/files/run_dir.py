@@ -8,6 +8,7 @@ ledger.jsonl           what happened to every input row
 metrics.jsonl          one line a step, one a held-out measurement
 samples.jsonl          held-out prompts answered before, during and after training
 checkpoints/step-N/    atomic, with a manifest
+kept                   `educe curve --keep` made the run: no later curve deletes it
 stacks/rank-N.txt      where a run hung that its watchdog ended
 answers/NAME.jsonl     stored answers, re-gradable
 scores.json            what they scored, and what was forgotten

@@ -18,10 +18,11 @@ import numpy as np
 import orjson
 
 from educe.config import Recipe
-from educe.errors import DataError, EvalError, RecipeError
+from educe.config.recipe import CustomMetric
+from educe.errors import DataError, EvalError, RecipeError, RunError
 from educe.evaluate.compare import grade
 from educe.files.atomic import directory, need_space, remove, verify, write_json, write_text
-from educe.files.hashes import hash_json
+from educe.files.hashes import hash_file, hash_json
 from educe.files.run_dir import RunDir
 from educe.model.blended import read_packed
 from educe.model.describe import ModelFacts, describe_model
@@ -82,6 +83,8 @@ class _Scale:
         e = self.recipe.evaluation
         names = [a.question.row for a in self.asked]
         graded = [names, e.metric.model_dump(), e.max_new_tokens]
+        if isinstance(e.metric, CustomMetric):  # what it is called is not what it does
+            graded.append(hash_file(Path(e.metric.function.rpartition(":")[0])))
         return [self.prepared.key, list(self.rows), graded, self.device.kind, self.device.dtype]
 
 
@@ -204,7 +207,8 @@ def _label(run: Planned, wish: Wish) -> str:
 
 
 def _point(run: Planned, scale: _Scale, wish: Wish, say: Say, screen: CurveScreen) -> dict[str, Any]:
-    """As measured before, or trained and measured now. What was trained is deleted when it is measured, unless it is to be kept."""
+    """As measured before, or trained and measured now. What was trained is deleted when it is measured, unless this call or an earlier
+    one is to keep it."""
     place, directory_of = _place(run.recipe, run.key, scale), RunDir(run.recipe.run_path())
     done = _stored(place)
     if done is None or (wish.keep and not directory_of.resolved.is_file()):
@@ -217,10 +221,25 @@ def _point(run: Planned, scale: _Scale, wish: Wish, say: Say, screen: CurveScree
         done = _measured_run(directory_of, run, scale, _label(run, wish), say, screen)
         with directory(place, about={"stage": "point", "key": run.key}) as part:
             write_json(part / "point.json", done)
-    if not wish.keep and directory_of.resolved.is_file():
-        remove(directory_of.path)
+    if directory_of.resolved.is_file():
+        _kept_or_removed(directory_of, wish.keep, say)
     screen.measured(_label(run, wish), done, not new)
     return done
+
+
+def _kept_or_removed(run: RunDir, keep: bool, say: Say) -> None:
+    """Once kept, always kept: a later call that measures otherwise has no say in it."""
+    mark = run.path / "kept"
+    if keep:
+        mark.touch()
+    elif not mark.exists():
+        try:
+            with run.lock():
+                pass
+        except RunError as e:  # another curve, or `educe train`, is in it
+            say(f"{run.path} stays: {e.found}")
+        else:
+            remove(run.path)
 
 
 def _place(recipe: Recipe, key: str, scale: _Scale) -> Path:
@@ -247,7 +266,7 @@ def _measured_run(
     return _measured(model, scale, label, screen) | {
         "steps": len(steps),
         "tokens": int(_tokens(planned)),
-        "train_s": round(float(steps[-1]["elapsed_s"]), 3),
+        "train_s": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps), 3),  # of all its processes
         "weights_step": provenance["weights_step"],
     }
 

@@ -87,7 +87,7 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
     s, said = prepared.summary, []
     if s["duplicates"]:
         said.append(f"{s['duplicates']} training rows are exact copies of others")
-    for split, count in s["leaks"].items():
+    for split, count in (s["leaks"] or {}).items():
         if count:
             said.append(f"{count} prompts of the {split} rows are also in the training rows: its score will flatter")
     if s["rows_without_a_group"]:

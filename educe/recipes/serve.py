@@ -41,6 +41,7 @@ TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 _VERSION = 1  # of what lies in the cache
 # There the exports that were served last stay, and those of the last day, which a server may be reading.
 _KEPT, _DAY_S = 4, 86400.0
+_USED_EVERY_S = 3600.0
 _TOLD_EVERY_S = 30.0
 _GRACE_S = 20.0
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
@@ -128,7 +129,7 @@ def serve(place: Path, say: Say, *, port: int = 8000, base: bool = False) -> int
         for line in how_to_ask(served[0]):
             say(line)
         say("Ctrl-C ends it")
-        return _watched(processes)
+        return _watched(processes, served)
 
 
 def refuse_ports(*ports: int) -> None:
@@ -174,9 +175,9 @@ def _from_run(run: RunDir, weights: Path, port: int, base: bool, say: Say) -> li
         name = recipe.name if role == "tuned" else f"{recipe.name}-base"
         directory = cache_dir() / "served" / key / (name if role == "tuned" else "base")  # runs share a base
         waits = partial(say, f"another process exports {name} for the server: waiting for it")
-        with one_at_a_time(cache_dir() / "locks" / f"served--{key}", waits):
+        with one_at_a_time(_lock(key), waits):
             _cached(run, directory, name, say, Blend(alpha=0, weights=(weights,)) if role == "base" else None)
-        os.utime(directory.parent)  # used now
+            os.utime(directory.parent)  # used now
         found.append(Served(directory=directory, name=name, port=port + k, settings=provenance["template_settings"]))
     _make_room(cache_dir() / "served", say)
     return found
@@ -184,18 +185,35 @@ def _from_run(run: RunDir, weights: Path, port: int, base: bool, say: Say) -> li
 
 def _make_room(place: Path, say: Say) -> None:
     """Remove exports that were not served lately. A name that says so first: what is half gone must not look damaged."""
-    there = sorted((p for p in place.iterdir() if not p.name.startswith(".")), key=lambda p: -p.stat().st_mtime)
-    old = [p for p in there[_KEPT:] if time.time() - p.stat().st_mtime > _DAY_S]
-    for p in old:
-        with contextlib.suppress(OSError):  # another process was faster, or reads it (Windows)
-            p.rename(p.with_name(f".gone-{p.name}"))
+    there = sorted((p for p in place.iterdir() if not p.name.startswith(".")), key=_used, reverse=True)
+    for p in there[_KEPT:]:
+        with contextlib.suppress(OSError), one_at_a_time(_lock(p.name), lambda: None):  # or it is read (Windows)
+            if time.time() - _used(p) > _DAY_S:  # nobody began to serve it since
+                p.rename(p.with_name(f".gone-{p.name}"))
     gone = list(place.glob(".gone-*"))
-    size = sum(f.stat().st_size for p in gone for f in p.rglob("*") if f.is_file())
+    size = sum(_size(f) for p in gone for f in p.rglob("*"))
     for p in gone:
         shutil.rmtree(p, ignore_errors=True)
     if gone:
         what = "an export" if len(gone) == 1 else f"{len(gone)} exports"
         say(f"removed {what} from {place}, {sized(size)}: not served for a day, and not among the last {_KEPT}")
+
+
+def _lock(key: str) -> Path:
+    return cache_dir() / "locks" / f"served--{key}"
+
+
+def _used(export: Path) -> float:
+    """When it was served last; now, where another process has just removed it."""
+    with contextlib.suppress(OSError):
+        return export.stat().st_mtime
+    return time.time()
+
+
+def _size(file: Path) -> int:
+    with contextlib.suppress(OSError):  # another process removes it too
+        return file.stat().st_size if file.is_file() else 0
+    return 0
 
 
 def _cached(run: RunDir, directory: Path, name: str, say: Say, blend: Blend | None) -> None:
@@ -276,17 +294,29 @@ def _healthy(served: Served) -> bool:
     return False
 
 
-def _watched(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Until one ends by itself, or Ctrl-C, which all are passed; the first one's exit code, or that of the one that ended."""
+def _watched(processes: Sequence[subprocess.Popen[bytes]], served: Sequence[Served] = ()) -> int:
+    """Until one ends by itself, or Ctrl-C, which all are passed; the first one's exit code, or that of the one that ended. Of what is
+    `served` it is marked now and then that it is used."""
+    told = time.monotonic()
     try:
         while True:
             ended = next((p for p in processes if p.poll() is not None), None)
             if ended is not None:
                 return _code(ended)
+            if time.monotonic() - told > _USED_EVERY_S:
+                told = time.monotonic()
+                _mark_used(served)
             time.sleep(0.1)
     except KeyboardInterrupt:
         _stop(processes)
         return _code(processes[0])
+
+
+def _mark_used(served: Sequence[Served]) -> None:
+    for s in served:
+        if s.directory.is_relative_to(cache_dir() / "served"):
+            with contextlib.suppress(OSError):
+                os.utime(s.directory.parent)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

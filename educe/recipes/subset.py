@@ -18,11 +18,14 @@ from educe.recipes.prepare import Prepared
 from educe.stats import percentile
 from educe.store.token_store import open_prepared, open_store
 
+# Bump when the same part would be described otherwise.
+_VERSION = 1
 _OWN = ("ledger.jsonl", "summary.json", "left_out.npy", "manifest.json")
 
 
 def subset_of(prepared: Prepared, rows_R: Int64[np.ndarray, " r"]) -> Prepared:
     """Training rows `rows_R` (the ledger's lines, from 0) of what was prepared; all others are `not drawn`. Dev and test rows stay.
+    Raises `ValueError` where no example is left.
 
     It lies beside the whole and shares its files (hard links); the same rows give the same directory. All rows give the whole.
     """
@@ -30,7 +33,9 @@ def subset_of(prepared: Prepared, rows_R: Int64[np.ndarray, " r"]) -> Prepared:
     out = np.union1d(prepared.left_out, np.flatnonzero(~np.isin(store.rows, rows_R)))
     if out.size == prepared.left_out.size:
         return prepared
-    key = hash_json([prepared.key, hash_bytes(np.sort(rows_R).astype("<i8").tobytes())])[:16]
+    if out.size == len(store):
+        raise ValueError("none of these rows is trained")
+    key = hash_json([_VERSION, prepared.key, hash_bytes(np.sort(rows_R).astype("<i8").tobytes())])[:16]
     path = prepared.path.parent / key
     if open_prepared(path) is None:
         about = {"stage": "prepare", "key": key, "made_of": prepared.made_of, "whole": prepared.key}
@@ -82,6 +87,10 @@ def _narrowed(prepared: Prepared, place: Path, kept: set[int], out: Int64[np.nda
         "tokens": sum(lengths),
         "trained_tokens": int(np.delete(store.trained_of, out).sum()),
         "length": {"median": percentile(lengths, 0.5), "p95": percentile(lengths, 0.95), "max": max(lengths)},
+        # Counted over all rows, which are digested no more: numbers of the whole are none of a part.
+        "duplicates": None,
+        "contradictions": None,
+        "leaks": None,
     }
 
 
