@@ -36,8 +36,17 @@ def prompt_record() -> dict[str, Any]:
 
 
 def shift_record() -> dict[str, Any]:
-    def at(first: int, last: int, unshifted: int, marginal: int, shifted: int) -> dict[str, int]:
-        return {"first": first, "last": last, "unshifted": unshifted, "marginal": marginal, "shifted": shifted}
+    def at(first: int, last: int, unshifted: int, marginal: int, shifted: int) -> dict[str, Any]:
+        value = shifted / (unshifted + marginal + shifted)
+        share = {"value": value, "low": 0.7 * value, "high": 0.3 + 0.7 * value}
+        return {
+            "first": first,
+            "last": last,
+            "unshifted": unshifted,
+            "marginal": marginal,
+            "shifted": shifted,
+            "share": share,
+        }
 
     return {
         "answers": 16, "tokens": 395, "counts": {"unshifted": 301, "marginal": 30, "shifted": 64},

@@ -241,7 +241,20 @@ def test_every_place_is_counted_once(places: list[list[Place]]) -> None:
     assert all(a["last"] + 1 == b["first"] for a, b in itertools.pairwise(ranges))
     assert max((r["last"] for r in ranges), default=0) == max(map(len, places))
     assert sum(m["shifted"] for m in found["most"]) == shifted
+    for r in ranges:
+        of = r["unshifted"] + r["marginal"] + r["shifted"]
+        assert r["share"] is None or r["share"]["value"] == pytest.approx(r["shifted"] / of)
     json.dumps(found)
+
+
+def test_tokens_of_one_answer_shift_together() -> None:
+    """Twenty answers of eight equal tokens, ten of them shifted throughout, are twenty observations, not 160."""
+    shifted, kept = (Place(token=1, rank=r, first=2) for r in (9, 1))
+    last = by_position([[shifted] * 8] * 10 + [[kept] * 8] * 10)[-1]
+    assert (last["first"], last["last"]) == (5, 8)
+    assert last["share"]["high"] - last["share"]["low"] == pytest.approx(
+        2 * 0.21, abs=0.03
+    )  # Wilson's of 20; of 80: 2 * 0.107
 
 
 # A run

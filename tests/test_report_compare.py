@@ -95,6 +95,10 @@ def test_json_holds_the_numbers_of_the_page(runs: list[RunDir]) -> None:
     assert found["dev_right"][-1] | {"right": 26, "rows": 32} == found["dev_right"][-1]
     assert found["data"]["terms"][0]["rows"] == 840
     assert [t["task"] for t in found["data"]["mixture"]] == ["orders", "returns"]
+    assert found["general"]["prompts"]["right"] == [24, 3]
+    assert found["shift"]["answers"] == 16
+    assert found["judged"]["mt_bench"]["systems"]["tuned"]["interval"]["value"] == 5.1
+    assert found["suites"]["ifeval"]["systems"]["tuned"]["prompt_strict"]["value"] == 0.4
     assert found["cost"]["price"] == pytest.approx(3 * (312 + 60.4) / 3600)
     assert len(json.loads(text_of(runs, "json"))["runs"]) == 3
 
@@ -103,6 +107,14 @@ def test_markdown_reads_as_text_and_as_tables(runs: list[RunDir]) -> None:
     text = text_of(runs[:1], "md")
     assert "| Tuned       |   192 | 80.0\u202f% |" in text
     assert "| 125  |          0.08 |       26 of 32 |" in text
+    for said in (
+        "## What was forgotten",
+        "24 of 46",
+        "## Judged by a model",
+        "MT-Bench: tuned",
+        "## Following instructions",
+    ):
+        assert said in text
     for rows in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({line.count("|") for line in rows.splitlines()}) == 1
 
@@ -203,7 +215,18 @@ def test_a_page_stays_small_whatever_the_run_holds(tmp_path: Path) -> None:
         )
     size = len(build_report(run).encode())
     assert 200_000 < size <= 2_000_000
-    assert len(build_comparison([run] * 8).encode()) <= 2_000_000
+    eight = []
+    for k in range(8):  # links to the same files, but every setting is another
+        place = RunDir(tmp_path / f"r{k}")
+        place.path.mkdir()
+        for file in run.path.iterdir():
+            (place.path / file.name).symlink_to(file)
+        place.resolved.unlink()
+        write_file(place.resolved, {"recipe": {**recipe, "x": {f"{dirty}{i}": f"{k}{dirty}" for i in range(300)}}})
+        eight.append(place)
+    compared = build_comparison(eight)
+    assert "120 of 300 shown" in Page(compared).text
+    assert len(compared.encode()) <= 2_000_000
 
 
 # Words

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from educe.evaluate.drift import pieces
 from educe.model.load import CausalLM
 from educe.pack.batch import build_batch
 from educe.pack.plan import plan_once
+from educe.stats import clustered_rate
 from educe.types import Example
 
 MARGINAL = 3
@@ -163,14 +164,18 @@ def _counts(places: Sequence[Place]) -> dict[str, int]:
     }
 
 
-def by_position(places: Sequence[Sequence[Place]]) -> list[dict[str, int]]:
-    """Counts at positions `first` to `last` of the answers, from 1: ranges that double."""
+def by_position(places: Sequence[Sequence[Place]]) -> list[dict[str, Any]]:
+    """Counts at positions `first` to `last` of the answers, from 1: ranges that double; the `share` that is shifted with its interval
+    over answers, whose tokens shift together (two answers at least)."""
     made = []
     for low, high in pairwise(_EDGES):
-        there = [p for answer in places for p in answer[low:high]]
+        there = [answer[low:high] for answer in places if len(answer) > low]
         if there:
             longest = max(len(answer) for answer in places)
-            made.append({"first": low + 1, "last": min(high, longest), **_counts(there)})
+            counts = _counts([p for answer in there for p in answer])
+            shifted, sizes = [_counts(answer)["shifted"] for answer in there], [len(answer) for answer in there]
+            share = asdict(clustered_rate(shifted, sizes)) if len(there) > 1 else None
+            made.append({"first": low + 1, "last": min(high, longest), **counts, "share": share})
     return made
 
 

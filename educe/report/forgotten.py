@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from educe.files.run_dir import RunDir
 from educe.report.charts import Bar, Drawn, draw_bars
 from educe.report.wording import number, percent, span
-from educe.stats import wilson
+from educe.types import Interval
 
 T = TypeVar("T")
 _MOST_TOKENS = 15
@@ -134,14 +134,15 @@ def _shift(found: dict[str, Any]) -> Shift | None:
     bars = []
     for r in found["by_position"][:12]:
         total = sum(int(r[k]) for k in ("unshifted", "marginal", "shifted"))
-        share = wilson(int(r["shifted"]), total)
+        value, share = int(r["shifted"]) / total, r.get("share")
+        of = Interval(**{k: float(share[k]) for k in ("value", "low", "high")}) if share else None
         first, last = int(r["first"]), int(r["last"])
         label = f"token {first}" if first == last else f"{first} to {last}"
-        said = f"{percent(share.value)} ({span(share.low, share.high)})"
-        bars.append(Bar(label=label, kind="tuned", score=share, text=said))
+        said = percent(value) + (f" ({span(of.low, of.high)})" if of is not None else "")
+        bars.append(Bar(label=label, kind="tuned", score=of or Interval(value=value, low=value, high=value), text=said))
     if not bars:
         return None
-    title = "Share of shifted tokens by their place in the answer, with 95 % intervals"
+    title = "Share of shifted tokens by their place in the answer, with 95 % intervals over answers"
     wide, narrow = (draw_bars(bars, narrow=narrow, name="shift", title=title) for narrow in (False, True))
     return Shift(
         text=str(found["text"]),

@@ -6,9 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from educe.files.run_dir import RunDir
 from educe.report import wording
 from educe.report.compare import headline
+from educe.report.forgotten import read_forgotten, read_shift
+from educe.report.judged import read_judged
 from educe.report.numbers import Paired
+from educe.report.suites import read_choices, read_suites
 from educe.report.visible import clamp, visible
 from educe.types import Interval
 
@@ -33,12 +37,41 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join((line(head), f"|{rule}|", *map(line, rows)))
 
 
-def run_markdown(run: dict[str, Any]) -> str:
-    """A run, as `numbers_of` gives it."""
-    return "\n\n".join(_run(run)) + "\n"
+def run_markdown(run: dict[str, Any], place: RunDir) -> str:
+    """A run, as `numbers_of` gives it, and what other verbs left in its directory."""
+    return "\n\n".join((*_scores(run), *_besides(place), *_training(run))) + "\n"
 
 
-def _run(run: dict[str, Any]) -> Iterator[str]:
+def _besides(place: RunDir) -> Iterator[str]:
+    for s in read_suites(place):
+        names = (*s.systems, *(["difference"] if s.compared else []))
+        yield "## Following instructions"
+        yield plain(s.verdict, 400)
+        yield table(
+            ("Followed", *map(plain, names)), [(plain(title), *map(plain, cells)) for title, cells in s.measures]
+        )
+    for c in read_choices(place):
+        yield f"## Multiple choice: {plain(c.name, 60)}"
+        yield f"{c.num_rows:,} questions; by chance {wording.percent(c.chance)} are right."
+        rules = [(plain(title), *map(plain, cells), wording.p_value(p)) for title, cells, p in c.rules[:12]]
+        yield table(("Likeliest by", *map(plain, c.systems), "difference", "McNemar"), rules)
+    if (forgotten := read_forgotten(place)) is not None:
+        yield "## What was forgotten"
+        yield (
+            "\n".join(f"- {plain(f)}" for f in forgotten.flags[:6])
+            or "No general measure is worse by more than its interval."
+        )
+        rows = [tuple(plain(cell) for cell in (r.what, r.before, r.after, r.change)) for r in forgotten.rows[:40]]
+        yield table(("What", "Before", "After", "Change (95 %)"), rows)
+    if (shift := read_shift(place)) is not None:
+        yield plain(shift.text, 600)
+    if judged := read_judged(place):
+        yield "## Judged by a model"
+        rows = [tuple(map(plain, (j.what, j.judge, j.score, j.controlled, j.length))) for j in judged[:40]]
+        yield table(("What", "Judge", "Score (95 %)", "Length-controlled", "Characters"), rows)
+
+
+def _scores(run: dict[str, Any]) -> Iterator[str]:
     yield f"# {plain(run['name'])}"
     about = [plain(run["model"]), run["tuning"], plain((run["provenance"] or {}).get("device"))]
     yield " · ".join(a for a in about if a) or "no settings are recorded"
@@ -51,6 +84,9 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
             [_system(s) for s in run["systems"]],
         )
         yield "\n".join(f"- {_comparison(c, labels, words)}" for c in run["comparisons"]) or "No comparison."
+
+
+def _training(run: dict[str, Any]) -> Iterator[str]:
     steps = _losses(run)
     if steps:
         yield "## Training"
@@ -106,9 +142,9 @@ def _losses(run: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     price = f"{wording.number(cost['price'])} {cost['currency']}" if cost["price"] is not None else wording.ABSENT
     rows = [
-        ("Price", price),
-        ("Training", wording.duration(cost["training_s"])),
-        ("Evaluation", wording.duration(cost["evaluation_s"])),
+        ("Price of steps and answers", price),
+        ("Time of steps", wording.duration(cost["training_s"])),
+        ("Time of answers", wording.duration(cost["evaluation_s"])),
         ("Peak memory", wording.size(cost["peak_memory_bytes"])),
         ("Steps", wording.count(cost["steps"])),
         ("Tokens", wording.count(cost["tokens"])),
@@ -141,9 +177,10 @@ def _paired(p: dict[str, Any]) -> Paired:
 
 def _all(cost: dict[str, Any]) -> list[tuple[str, str]]:
     known = dict(_cost(cost))
-    keys = ("Price",) if cost["currency"] is not None else ()
+    keys = ("Price of steps and answers",) if cost["currency"] is not None else ()
     return [
-        (k, known.get(k, wording.ABSENT)) for k in (*keys, "Training", "Evaluation", "Peak memory", "Steps", "Tokens")
+        (k, known.get(k, wording.ABSENT))
+        for k in (*keys, "Time of steps", "Time of answers", "Peak memory", "Steps", "Tokens")
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from educe.files.run_dir import RunDir
 from educe.report import sections
 from educe.report.charts import LARGEST, MOST_POINTS, thin
+from educe.report.opening import plain_json
 from educe.report.reading import read_run
 from educe.report.records import Answered, Point, RunFiles, System
 from educe.report.sections import Price
@@ -62,10 +63,22 @@ def numbers_of(one: Named, hourly: Price | None = None) -> dict[str, Any]:
         "data": asdict(f.ledger) if f.ledger else None,
         "checks": [asdict(c) for c in checks.open] if checks else [],
         "checks_passed": len(checks.passed) if checks else 0,
+        **_besides(one.run),
         "cost": cost_of(f, hourly),
         "settings": {s.key: s.value for s in settings.rows} if settings else {},
         "provenance": asdict(made) if made else None,
         "unreadable": list(f.unreadable),
+    }
+
+
+def _besides(run: RunDir) -> dict[str, Any]:
+    """What other verbs measured, as their files have it."""
+    scores = plain_json(run.scores)
+    return {
+        "general": scores.get("general") if isinstance(scores, dict) else None,
+        "shift": plain_json(run.shift),
+        "judged": {f.stem: plain_json(f) for f in sorted(run.judged.glob("*.json"))},
+        "suites": {f.stem: plain_json(f) for f in sorted(run.suites.glob("*.json"))},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,18 @@ def opened(file: Path, read: Callable[[Any], T], kept: Kept) -> T:
     made = read(_lines(file) if file.suffix == ".jsonl" else json.loads(file.read_text(encoding="utf-8")))
     kept[file] = now, made
     return made
+
+
+def plain_json(file: Path) -> Any:
+    """A file's value, without what JSON has no words for (NaN, numbers beyond floats: null); None where it is missing or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None, parse_float=_finite)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _finite(text: str) -> float | None:
+    return value if math.isfinite(value := float(text)) else None
 
 
 def _lines(file: Path) -> Iterator[Row]:

@@ -237,10 +237,11 @@ def _price(files: RunFiles, hourly: Price) -> Figure | None:
     training, evaluation = training_s(files), files.provenance.evaluation_s if files.provenance else None
     if training is None:
         return None
-    parts = f"training {wording.duration(training)}"
-    parts += f", evaluation {wording.duration(evaluation)}" if evaluation else ""
-    note = f"{parts}, at {wording.number(hourly.amount)} {hourly.currency} an hour".replace("  ", " ")
-    return Figure(label="Price", value=hourly.of(training + (evaluation or 0.0)), note=note)
+    parts = f"steps {wording.duration(training)}"
+    parts += f", answers {wording.duration(evaluation)}" if evaluation else ""
+    at = f"at {wording.number(hourly.amount)} {hourly.currency} an hour".replace("  ", " ")
+    note = f"{parts}, {at}; starting, checks, held-out loss, checkpoints and loading come on top"
+    return Figure(label="Price of steps and answers", value=hourly.of(training + (evaluation or 0.0)), note=note)
 
 
 def progress(files: RunFiles) -> str:
@@ -272,7 +273,9 @@ def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
     if hourly is not None and (price := _price(files, hourly)) is not None:
         made.append(price)
     elif (seconds := training_s(files)) is not None:
-        made.append(Figure(label="Training time", value=wording.duration(seconds), note=f"{_steps_done(files)} steps"))
+        made.append(
+            Figure(label="Time of the steps", value=wording.duration(seconds), note=f"{_steps_done(files)} steps")
+        )
     if (peak := peak_bytes(files)) is not None:
         note = f"{wording.large(files.provenance.parameters)} parameters" if files.provenance else ""
         made.append(Figure(label="Peak memory", value=wording.size(peak), note=note))
@@ -307,9 +310,12 @@ def cost(files: RunFiles, hourly: Price | None = None) -> list[Field]:
     price = _price(files, hourly) if hourly is not None else None
     graded = sum(g.seconds or 0.0 for g in files.graded)
     rows = [
-        ("Price", f"{price.value} ({price.note})" if price else wording.ABSENT),
-        ("Training time", wording.duration(training_s(files))),
-        ("Evaluation time", wording.duration(files.provenance.evaluation_s if files.provenance else None)),
+        ("Price of steps and answers", f"{price.value} ({price.note})" if price else wording.ABSENT),
+        ("Time of the steps", wording.duration(training_s(files))),
+        (
+            "Time of the evaluation’s answers",
+            wording.duration(files.provenance.evaluation_s if files.provenance else None),
+        ),
         ("Answering dev rows while training", wording.duration(graded) if graded else wording.ABSENT),
         ("Speed", f"{wording.number(statistics.median(speeds))} tokens/s (median step)" if speeds else wording.ABSENT),
         ("Peak memory", wording.size(peak_bytes(files))),

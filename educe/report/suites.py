@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from educe.files.run_dir import RunDir
 
+MOST_SYSTEMS = 12  # as many columns as the page has
 _MEASURES = {
     "prompt_strict": "All of a prompt's instructions, strict",
     "prompt_loose": "All of a prompt's instructions, loose",
@@ -76,7 +78,7 @@ def _read(run: RunDir, make: Callable[[str, dict[str, Any]], Made | None]) -> It
 
 
 def _choices(name: str, found: dict[str, Any]) -> Choices:
-    systems: dict[str, Any] = found["systems"]
+    systems = dict(islice(found["systems"].items(), MOST_SYSTEMS))
     rules = []
     for c in found["comparisons"]:
         by = str(c["measure"])
@@ -92,7 +94,7 @@ def _choices(name: str, found: dict[str, Any]) -> Choices:
 
 
 def _suite(found: dict[str, Any]) -> Suite:
-    systems: dict[str, Any] = found["systems"]
+    systems = dict(islice(found["systems"].items(), MOST_SYSTEMS))
     apart = {c["measure"]: c["difference"] for c in found["comparisons"]}
     measures = [
         (title, tuple(_span(s[m], "") for s in systems.values()) + ((_span(apart[m], "+"),) if apart else ()))
