@@ -94,7 +94,7 @@ def test_nothing_overflows_and_charts_are_legible(
     assert seen["inner"] == width
     assert seen["scroll"] == width
     assert seen["outside"] == []
-    assert seen["charts"] == 3, "one drawing of each chart"
+    assert seen["charts"] == 4, "one drawing of each chart: scores, shifts, dev rows, loss"
     assert float(str(seen["font"])) >= 10
     assert seen["paper"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
 

@@ -164,13 +164,13 @@ addEventListener("load", () => {
 
 def test_values_are_read_by_keyboard_and_tables_sort(tmp_path: Path) -> None:
     found = seen(tmp_path, run_page(tmp_path), USE)
-    assert len(found["charts"]) == 3
+    assert len(found["charts"]) == 4  # scores, shifts, dev rows, loss
     for stops, first, second, last in found["charts"]:
         assert stops == 1, "one stop for Tab, arrow keys from there"
         assert all((first, second, last))
         assert len({first, second, last}) == 3
     assert found["charts"][0][3].startswith("Tuned: 80.0")
-    assert found["charts"][1][3] == "Step 125: 26 of 32 right, 81.2\u202f% (64.7–91.1\u202f%)"
+    assert found["charts"][2][3] == "Step 125: 26 of 32 right, 81.2\u202f% (64.7–91.1\u202f%)"
     assert found["up"] == ["ascending", ["4", "80", "192"]]
     assert found["down"] == ["descending", ["192", "80", "4"]]
     assert found["time"] == ["16.6 s", "20.1 s", "31 s"]
