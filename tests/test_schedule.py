@@ -63,7 +63,7 @@ def test_a_bare_name_is_a_schedule() -> None:
     [
         ("cosin", "E-RECIPE-103", "'cosine'"),
         ("{kind: linear, decay_share: 0.2}", "E-RECIPE-102", "decay_share"),
-        ("{kind: wsd, decay_share: 1.0}", "E-RECIPE-103", "less than 1"),
+        ("{kind: wsd, decay_share: 1.0}", "E-RECIPE-103", "below 1"),
         ("{kind: wsd, decay_share: 0.97}", "E-RECIPE-201", "exceed the whole run"),
     ],
 )

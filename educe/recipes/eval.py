@@ -148,7 +148,7 @@ def evaluate(
     )  # of the weights that answer, which may be an earlier step's
     dev_loss = (dev[0], after) if after is not None else None
     measured = table.measured | {"training_s": run.load(run.provenance).get("training_s")}
-    scores = score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured)
+    scores = {**score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured), "weights": weights}
     _publish(run, table, scores, weights, say)
     if not regrade_only:
         parts = [*table.seconds.values(), *(table.measured.get(k, {}).get("seconds") for k in ("general", "shift"))]
@@ -163,7 +163,7 @@ def _publish(run: RunDir, table: Table, scores: dict[str, Any] | None, weights: 
     waiting = ungraded(table.graded, table.seconds, table.about, table.measured)
     write_json(run.scores, waiting)
     _keep(run, table, say)
-    write_json(run.scores, {**(scores or waiting), "weights": weights})
+    write_json(run.scores, scores or {**waiting, "weights": weights})
 
 
 def _keep(run: RunDir, table: Table, say: Say) -> None:

@@ -20,7 +20,6 @@ from educe.files.hashes import hash_json
 from educe.files.run_dir import RunDir
 from educe.model.source import Say
 from educe.recipes.finding import Before, Finding, finding
-from educe.recipes.stopping import Interrupted
 
 PROJECT = "educe"  # where the client's own environment variable names no other
 _STEP = ("loss", "objective", "entropy", "target_p", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_bytes")
@@ -173,6 +172,10 @@ def tracking(
 
     Raises `MachineError` where a client is missing or refuses to begin.
     """
+    from educe.recipes.stopping import (
+        Interrupted,  # loads torch and transformers; checks without a model import this file
+    )
+
     run_id = hash_json([str(run.path.resolve()), started])[:16]
     trackers = {name: _begun(name, run, recipe, run_id, first) for name in recipe.train.log_to}
 
