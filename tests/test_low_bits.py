@@ -251,9 +251,7 @@ def test_users_see_nothing_of_it(monkeypatch: pytest.MonkeyPatch, compiler: bool
         assert why_not_compiled("cpu")
     elif why_not_compiled("cpu"):
         pytest.skip("needs a C++ compiler")
-    path = os.pathsep.join(
-        [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    )  # a fork would have torchao loaded
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     command = [sys.executable, "-c", "import eight_bits; eight_bits.step()"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": path})
     assert (done.stdout, done.stderr) == ("0.999\n", "")
