@@ -117,7 +117,7 @@ def test_a_cap_leaves_the_evaluation_as_it_was(trained: Path) -> None:
 
 def scored(correct: dict[str, int], about: dict[str, Any]) -> dict[str, Any]:
     line = {"answer": "a", "stopped": True, "num_tokens": 3}
-    graded = {n: [{**line, "correct": i < k} for i in range(20)] for n, k in correct.items()}
+    graded = {n: [{**line, "correct": i < k, "score": float(i < k)} for i in range(20)] for n, k in correct.items()}
     return score(graded, "exact", dict.fromkeys(correct, 1.0), None, about)
 
 

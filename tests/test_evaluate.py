@@ -165,7 +165,10 @@ def test_examples_stand_between_the_system_message_and_the_question() -> None:
 def lines(right: int, total: int, *, first: bool = True) -> list[dict[str, Any]]:
     """Graded lines, the `right` ones at the beginning (or the end)."""
     marks = [i < right if first else i >= total - right for i in range(total)]
-    return [{"correct": m, "answer": "a b", "stopped": i % 2 == 0, "num_tokens": i} for i, m in enumerate(marks)]
+    rest = {"answer": "a b"}
+    return [
+        {"correct": m, "score": float(m), "stopped": i % 2 == 0, "num_tokens": i, **rest} for i, m in enumerate(marks)
+    ]
 
 
 def scored(untouched: int, few_shot: int | None, tuned: int, total: int = 20, **more: Any) -> dict[str, Any]:

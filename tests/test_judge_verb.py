@@ -311,7 +311,7 @@ def test_a_real_runs_models_answer_both_turns(
 ) -> None:
     """A trained run, its two models loaded one after the other, a judge on loopback, verdicts in the run."""
     small_runs = pytest.importorskip("small_runs")
-    from educe.recipes.judge_samplers import sampler_of  # torch
+    from educe.recipes.kept_samplers import samplers_of  # torch
 
     questions = [
         {"question_id": i, "category": c, "turns": [f"order {i}", "and?"]}
@@ -335,7 +335,7 @@ def test_a_real_runs_models_answer_both_turns(
         taken = [line for line in told if "taken from the cache" in line]
         prompt = Prompt(key="long", messages=(Message(role="user", content="order " * 300),))
         told.clear()
-        sampler_of(trained.dir, "tuned", told.append).sample([prompt], Sampling(max_new_tokens=4000))
+        samplers_of(trained.dir, told.append)("tuned").sample([prompt], Sampling(max_new_tokens=4000))
         assert any("answers are cut after" in line for line in told), told
     assert {name: s["rated"] for name, s in scores["systems"].items()} == {"untouched": 6, "tuned": 6}
     assert len(taken) == 12  # two systems, two turns, three temperatures: all of the second time

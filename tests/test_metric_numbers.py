@@ -37,12 +37,6 @@ def test_a_mean_is_compared_by_its_rows() -> None:
 
 def test_right_or_wrong_stays_a_share() -> None:
     assert score({"tuned": lines([1, 0, 1])}, "exact", {}, None)["measure"] == "share"
-    assert (
-        score({"tuned": [{"correct": True, "answer": "a", "stopped": 1, "num_tokens": 1}]}, "exact", {}, None)[
-            "measure"
-        ]
-        == "share"
-    )
 
 
 def test_rows_that_all_agree_say_as_much_as_their_number() -> None:

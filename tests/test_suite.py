@@ -24,9 +24,10 @@ from educe.evaluate.ifeval.prompts import Instruction, Task  # noqa: E402
 from educe.evaluate.ifeval.scores import line_of, score  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.files.locks import one_at_a_time  # noqa: E402
-from educe.recipes import suite  # noqa: E402
+from educe.recipes import both  # noqa: E402
+from educe.recipes.kept_samplers import CHUNK, samplers_of  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
-from educe.types import Answer, Message, Prompt  # noqa: E402
+from educe.types import Answer, Message, Prompt, Sampling  # noqa: E402
 
 from small_runs import recipe, small_place  # noqa: E402
 
@@ -69,8 +70,8 @@ def test_a_suite_is_answered_kept_and_graded_again(place: Path, run: Run, monkey
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(suite, "load_model", never)
-    monkeypatch.setattr(suite, "merged", never)
+    monkeypatch.setattr(both, "load_model", never)
+    monkeypatch.setattr(both, "merged", never)
     assert run.suite(regrade=True) == scores
     assert {n: read_jsonl(stored / f"{n}.jsonl") for n in lines} == lines
     again = run.suite(file=place / "prompts.jsonl", rows=36, max_new_tokens=6, say=said.append)
@@ -85,7 +86,7 @@ def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run) -> None:
         pass
 
     def dies(system: str, done: int, total: int) -> None:
-        if done > suite.CHUNK:
+        if done > CHUNK:
             raise Killed
 
     told: list[str] = []
@@ -96,29 +97,34 @@ def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run) -> None:
     assert scores["num_prompts"] == 40
 
 
-def test_two_processes_that_ask_the_same_take_turns(place: Path, tmp_path: Path) -> None:
+def test_two_processes_that_ask_the_same_take_turns(run: Run) -> None:
     """Whoever opens a journal writes it anew: a line that another one appends meanwhile would be lost."""
-    kept, said = tmp_path / "answers.jsonl", list[str]()
-    prompts = [Prompt(key=str(k), messages=(Message(role="user", content=str(k)),)) for k in range(3)]
-    answer = {"text": "x", "num_tokens": 1, "stopped": True}
-    lines = [json.dumps({"key": p.key, "seconds": 1.0, "answer": answer}) + "\n" for p in prompts]
-    kept.write_text("".join(lines[:2]))
+    said: list[str] = []
+    prompts = [Prompt(key=str(k), messages=(Message(role="user", content=f"say {k}"),)) for k in range(3)]
+    how = Sampling(max_new_tokens=3)
+    first = samplers_of(run.dir, said.append)("tuned")
+    given = first.sample(prompts, how)
+    *before, last = first.kept.read_text().splitlines(keepends=True)
 
     def never() -> Any:
-        raise AssertionError("a model was loaded")
+        raise AssertionError("a model was loaded, or a lock waited for")
 
-    prepared: Any = None  # is looked at where there is something to ask
     with ThreadPoolExecutor(1) as pool:
-        with one_at_a_time(kept.with_suffix(".lock"), never):
-            asked = pool.submit(suite._asked, kept, never, prepared, prompts, 5, "tuned", said.append, print)
+        with one_at_a_time(first.kept.with_suffix(".lock"), never):
+            first.kept.write_text("".join(before))
+            second = samplers_of(run.dir, said.append)("tuned")
+            second._model = never
+            said.clear()
+            asked = pool.submit(second.sample, prompts, how)
             while not said:
                 time.sleep(0.01)
             assert not asked.done()
-            with kept.open("a") as f:
-                f.write(lines[2])
-        assert [a.text for a in asked.result(30)[0]] == ["x"] * 3
+            with first.kept.open("a") as f:
+                f.write(last)
+        assert [a.text for a in asked.result(30)] == [a.text for a in given]
     assert "another process" in said[0]
-    assert kept.read_text() == "".join(lines)
+    assert first.kept.read_text() == "".join([*before, last])
+    assert second.seconds == pytest.approx(first.seconds)
 
 
 def test_the_command_shows_it_and_the_report_has_it(place: Path, run: Run) -> None:

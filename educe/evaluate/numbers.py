@@ -26,11 +26,11 @@ class Graded:
 
     @classmethod
     def of(cls, lines: Sequence[dict[str, Any]]) -> Graded:
-        """From graded lines; those of an earlier version have no score."""
+        """From graded lines; they leave out a weight of 1."""
         names = {name: None for line in lines for name in line.get("parts", {})}
         return cls(
             correct_R=tuple(bool(line["correct"]) for line in lines),
-            score_R=tuple(float(line.get("score", line["correct"])) for line in lines),
+            score_R=tuple(float(line["score"]) for line in lines),
             weight_R=tuple(float(line.get("weight", 1)) for line in lines),
             parts={name: [tuple(line.get("parts", {}).get(name, (0, 0))) for line in lines] for name in names},
         )

@@ -55,7 +55,7 @@ class _Told:
 def _told(found: Mapping[str, Any]) -> _Told:
     if found["metric"] == "text":
         return _losses(found)
-    systems, shares = found["systems"], found.get("measure", "share") == "share"
+    systems, shares = found["systems"], found["measure"] == "share"
 
     def value(name: str) -> str:
         return f"{100 * systems[name]['value']:.0f} %" if shares else f"{systems[name]['value']:.2f}"
@@ -135,9 +135,9 @@ def _other(name: str, told: _Told, found: Mapping[str, Any]) -> str:
 
 
 def _lost_much(found: Mapping[str, Any]) -> bool:
-    """Whether a flag tells of a change that is worth a headline. Scores of before had flags alone."""
+    """Whether a flag tells of a change that is worth a headline."""
     general = found.get("general") or {}
-    return bool(general.get("flags")) and general.get("most", 1.0) >= WORTH
+    return bool(general) and bool(general["flags"]) and general["most"] >= WORTH
 
 
 def _forgotten(found: Mapping[str, Any]) -> str:

@@ -20,6 +20,11 @@ class Both:
         self._weights = weights
         self._held: tuple[str, CausalLM] | None = None
 
+    @property
+    def capacity_tokens(self) -> int:
+        """What is read at once: what a step of training held, or each row alone."""
+        return self.recipe.train.micro_batch_tokens if self.packs else 1
+
     def untouched(self) -> CausalLM:
         return self._get("untouched")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ from educe.files.atomic import make_private, told, write_json
 from educe.files.hashes import hash_file
 from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
-from educe.model.blended import read_packed
 from educe.model.describe import describe_model
-from educe.model.device import CLOSE_OTHERS, release_free_memory, told_of_memory
-from educe.model.export import merged
-from educe.model.load import CausalLM, load_model
+from educe.model.device import CLOSE_OTHERS, told_of_memory
 from educe.model.source import Say
-from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
+from educe.recipes.eval import models_of, recipe_of
 from educe.recipes.prepare import Prepared
 from educe.seeds import derive, permute
 from educe.stats import mcnemar, paired_difference, wilson
@@ -36,25 +32,17 @@ def rank_choices(run: RunDir, file: Path, rows: int | None, say: Say) -> dict[st
     items = read_items(file)
     order = permute(len(items), derive(recipe.train.seed, "choices"))
     items = [items[i] for i in sorted(order[:rows].tolist())]
-    weights, prepared = final_weights(run, say), data_of(run, recipe, say)
+    both = models_of(run, say)
+    prepared = both.prepared
     _check_room(items, prepared, describe_model(prepared.model_dir, recipe.model).max_positions)
-    device = answering_device(recipe, run, say)
-    packs = bool(run.load(run.provenance)["packed"])
-    added = prepared.tokenizer.new_tokens.values()
-    loads: dict[str, Callable[[], CausalLM]] = {
-        "untouched": lambda: load_model(prepared.model_dir, device, new_ids=added),
-        "tuned": lambda: merged(prepared.model_dir, weights, recipe.tuning, device, new_ids=added),
-    }
     lines, seconds = {}, {}
-    for name, load in loads.items():
-        model, began = load(), time.perf_counter()
-        read_packed(model, packs)
-        capacity = recipe.train.micro_batch_tokens if packs else 1
-        lines[name] = lines_of(items, score_options(model, items, prepared.tokenizer, capacity))
+    for name, model_of in (("untouched", both.untouched), ("tuned", both.tuned)):
+        model, began = model_of(), time.perf_counter()
+        lines[name] = lines_of(items, score_options(model, items, prepared.tokenizer, both.capacity_tokens))
         seconds[name] = time.perf_counter() - began
         del model
-        release_free_memory()
         say(f"{name}: {len(items)} questions ranked in {seconds[name]:.1f} s")
+    both.drop()
     about = {"suite": "choices", "file": str(file), "sha256": hash_file(file), "num_rows": len(items)}
     scores = {**about, "chance": sum(1 / len(i.texts) for i in items) / len(items), **scores_of(lines, seconds)}
     place = run.suites / f"choices-{file.stem}"

@@ -15,7 +15,7 @@ from educe.model.source import Say
 from educe.recipes.answers import Asked, Drawn, OnAnswers, answers_in, ask, kept_answers
 from educe.recipes.both import Both
 from educe.recipes.expected import after_prompts
-from educe.recipes.forgetting import capacity, changed, remember
+from educe.recipes.forgetting import changed, remember
 from educe.recipes.prompting import Score, best_prompt
 from educe.recipes.shifting import shift_of
 from educe.seeds import derive, permute
@@ -89,7 +89,7 @@ def _expected(both: Both, prompts: dict[str, list[list[int]]], asked: Sequence[A
     if len(sizes) < 2:
         return {}
     num = _num_within(sizes, room)  # answers take room too
-    return {name: Texts(examples[:num], rows[:num], capacity(both)) for name, (examples, rows) in made.items()}
+    return {name: Texts(examples[:num], rows[:num], both.capacity_tokens) for name, (examples, rows) in made.items()}
 
 
 def rows_within(sizes: Sequence[int], room: int, seed: int) -> list[int]:

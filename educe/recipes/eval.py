@@ -65,6 +65,17 @@ def _final(run: RunDir, say: Say) -> tuple[Path, dict[str, Any]]:
     return found
 
 
+def models_of(run: RunDir, say: Say) -> Both:
+    """The untouched and the tuned model of a finished run, with what they were trained on. Raises `RunError`, `EvalError`."""
+    recipe, weights = recipe_of(run), final_weights(run, say)
+    return _both(run, recipe, data_of(run, recipe, say), weights, say)
+
+
+def _both(run: RunDir, recipe: Recipe, prepared: Prepared, weights: Path, say: Say) -> Both:
+    device, packs = answering_device(recipe, run, say), bool(run.load(run.provenance)["packed"])
+    return Both(prepared, recipe, weights, device, packs=packs)
+
+
 def data_of(run: RunDir, recipe: Recipe, say: Say) -> Prepared:
     """The data a run was trained on, as it was prepared then; prepared again where that is gone and the files are the same.
 
@@ -216,8 +227,7 @@ def _answered(
     if also is not None and general is None and table is not None and old.get("weights") == made_by:
         say("answers of the run's own models are stored, and not asked for again")
     else:
-        device, packs = answering_device(recipe, run, say), bool(run.load(run.provenance)["packed"])
-        both = Both(prepared, recipe, weights / WEIGHTS, device, packs=packs)
+        both = _both(run, recipe, prepared, weights / WEIGHTS, say)
         made = effect_of(run, both, asked, _scorer(grading), general, samples, say, on_answers)
         table = _table(run, questions, made, table)
     if also is not None:

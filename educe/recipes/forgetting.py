@@ -57,7 +57,7 @@ def remember(run: RunDir, both: Both, general: Path | None, say: Say, on_answers
     prompts, ids = _rendered(prepared, say)
     name = "untouched, general questions"
     answers, _ = kept_answers(run, both, ids, name, MOST_NEW_TOKENS, lambda _: None, on_answers)
-    own = Texts([_said(i, a.ids) for i, a in zip(ids, answers, strict=True)], range(len(ids)), capacity(both))
+    own = Texts([_said(i, a.ids) for i, a in zip(ids, answers, strict=True)], range(len(ids)), both.capacity_tokens)
     task = _task(both)
     for texts in (text, own, *((task,) if task is not None else ())):
         file = cache_dir() / "general" / f"{base_key(run, both.device, [texts.key])}.safetensors"
@@ -103,11 +103,6 @@ def changed(known: Known, both: Both, on_answers: OnAnswers) -> tuple[dict[str, 
     return found, lines
 
 
-def capacity(both: Both) -> int:
-    """Tokens read at once: what a step of training held, or each row alone."""
-    return both.recipe.train.micro_batch_tokens if both.packs else 1
-
-
 def general_texts(
     prepared: Prepared, recipe: Recipe, general: Path | None, *, packs: bool
 ) -> tuple[Texts, tuple[float, ...]]:
@@ -149,7 +144,7 @@ def _task(both: Both) -> Texts | None:
     chosen = np.sort(rows[order[: max(1, int((ends <= TASK_TOKENS).sum()))]])
     examples = np.flatnonzero(np.isin(store.rows, chosen))
     numbers = np.searchsorted(chosen, store.rows[examples]).tolist()
-    return Texts([store[int(i)] for i in examples], numbers, capacity(both))
+    return Texts([store[int(i)] for i in examples], numbers, both.capacity_tokens)
 
 
 def heard(prompts: Sequence[GeneralPrompt], answers: Sequence[Answer], tokenizer: ChatTokenizer) -> list[Answer]:

@@ -232,6 +232,11 @@ def layer_bytes(facts: ModelFacts, number: int, *, reach: float, spread: float =
     return (d + inner + attended + normalised) * (_COMPILED if compiled else 1.0) + number * heads * reach
 
 
+def cache_bytes(facts: ModelFacts, element_bytes: int) -> int:
+    """Keys and values that one token leaves in the cache while answers are made: at most, where windows slide or states are kept."""
+    return 2 * facts.num_layers * facts.num_key_value_heads * facts.head_dim * element_bytes
+
+
 def num_trained(facts: ModelFacts, tuning: Full | Lora) -> int:
     """Parameters that are trained."""
     if not isinstance(tuning, Lora):

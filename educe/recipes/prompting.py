@@ -20,7 +20,6 @@ from educe.model.source import Say
 from educe.recipes.answers import Asked, OnAnswers, answers_in, kept_answers, questions_of
 from educe.recipes.both import Both
 from educe.recipes.expected import after_prompts
-from educe.recipes.forgetting import capacity
 from educe.types import Answer, Conversation, Message
 
 MOST_DEV = {"cpu": 24}  # rows that each candidate answers
@@ -149,7 +148,7 @@ def _try(
     tokens = sum(map(len, ids)) / len(ids)
     if score is None:
         examples, rows = after_prompts(both.prepared, ids, dev)
-        texts = Texts(examples, rows, capacity(both))
+        texts = Texts(examples, rows, both.capacity_tokens)
         nll_R = texts.nll(both.untouched())
         return _Tried(candidate=c, good=-math.fsum(nll_R) / math.fsum(texts.weights_R), tokens=tokens)
     name, most = f"dev, {c.label}", both.recipe.evaluation.max_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -240,13 +241,14 @@ class Run:
         caps = Caps(price_in=price_in, price_out=price_out, max_cost=max_cost, max_requests=max_requests)
         asked = ServerSampler(Server(url=url, model=model, key_variable=key_variable, plain_http=plain_http), caps, say)
 
-        def answering(name: str) -> Sampler:
+        @functools.cache
+        def answering() -> Callable[[str], Sampler]:
             need_torch()
-            from educe.recipes.judge_samplers import sampler_of
+            from educe.recipes.kept_samplers import samplers_of
 
-            return sampler_of(self.dir, name, say)
+            return samplers_of(self.dir, say)
 
-        return run_judge(self.dir, wanted, asked, answering, say)
+        return run_judge(self.dir, wanted, asked, lambda name: answering()(name), say)
 
     def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
         """Serve the tuned model (and the base model on the port after) here until Ctrl-C; returns the server's exit code."""

@@ -9,7 +9,7 @@ from educe.chat.prompt import completion_tokens, render_prompt
 from educe.chat.tokens import ChatTokenizer
 from educe.errors import EvalError
 from educe.evaluate.compare import grade
-from educe.evaluate.metrics import METRICS, Grader
+from educe.evaluate.metrics import Grader
 from educe.evaluate.numbers import Graded, measure
 from educe.files.journal import Journal
 from educe.model.device import release_free_memory
@@ -18,12 +18,11 @@ from educe.recipes.answers import Asked, answers_in, questions_of
 from educe.recipes.asking import said_of_room
 from educe.recipes.grading import check_fit, grading_of
 from educe.recipes.job import TrainJob
+from educe.recipes.memory import cache_bytes
+from educe.recipes.trainee import Trainee
 from educe.sample.local import LocalSampler
-from educe.training.state import State
 from educe.types import Answer
 
-# Answered at once, at most.
-ROWS_AT_ONCE = 8
 # By these metrics an answer that is much longer than every expected one is wrong already; by others it may be right.
 _TO_THE_LETTER = ("exact", "label")
 LONGEST, SPARE_TOKENS = 2, 32
@@ -33,15 +32,16 @@ class DevScores:
     """Lines of kind "score" in metrics.jsonl. Answers are greedy and leave nothing behind: the weights are the same bits without
     them. All ranks answer together; rank 0 grades and writes."""
 
-    def __init__(self, job: TrainJob, state: State, metrics: Journal) -> None:
-        self._job, self._state, self._metrics = job, state, metrics
+    def __init__(self, job: TrainJob, t: Trainee, metrics: Journal) -> None:
+        self._job, self._state, self._metrics = job, t.state, metrics
         self._asked, self._grader = _chosen(job)
         tokenizer, asks = job.prepared.tokenizer, job.recipe.evaluation
         self._prompts = [render_prompt(a.prompt, tokenizer, a.row.tools) for a in self._asked]
         self._most = longest_answer(asks.metric.kind, asks.max_new_tokens, self._asked, tokenizer)
         # The cache must fit where the activations of a micro-batch were planned.
         wide = max(map(len, self._prompts), default=0) + self._most
-        self._at_once = max(1, min(ROWS_AT_ONCE, job.recipe.train.micro_batch_tokens // wide))
+        row_bytes = wide * cache_bytes(job.facts, t.state.model.element_bytes)
+        self._at_once = max(1, int(t.memory.activations / row_bytes))
         said_of_room(job, self._prompts, self._most, "dev rows")
 
     def measure(self, times_left: int, weights_step: int | None = None) -> None:
@@ -53,7 +53,7 @@ class DevScores:
         given = answers_in(self._answers(), self._asked, job.prepared)
         release_free_memory()
         found, problem = None, ""
-        if job.world.leads:
+        if self._grader is not None:
             try:
                 found = Graded.of(grade([a.question for a in self._asked], given, self._grader))
             except EvalError as e:  # a function of the user's
@@ -101,13 +101,13 @@ def longest_answer(metric: str, most: int, asked: Sequence[Asked], tokenizer: Ch
     return min(most, LONGEST * max(known, default=0) + SPARE_TOKENS) if len(known) == len(lengths) else most
 
 
-def _chosen(job: TrainJob) -> tuple[list[Asked], Grader]:
-    """The dev rows and what grades them; no rows where the recipe asks for none, or where answers are not right or wrong."""
+def _chosen(job: TrainJob) -> tuple[list[Asked], Grader | None]:
+    """The dev rows, and what grades them on rank 0; none where the recipe asks for none, or where answers are not right or wrong."""
     recipe, metric = job.recipe, job.recipe.evaluation.metric.kind
     if not recipe.train.score_rows or metric == "text" or not job.prepared.conversations("dev"):
-        return [], METRICS["exact"]
+        return [], None
     asked = questions_of(job.prepared, recipe, "dev", recipe.train.score_rows)
-    grader, problem = METRICS["exact"], ""
+    grader, problem = None, ""
     if job.world.leads:  # which grades alone: a function of the user's may fail on one machine and not on another
         try:
             grading = grading_of(recipe.evaluation.metric, job.say, allow_code=False)
@@ -118,5 +118,5 @@ def _chosen(job: TrainJob) -> tuple[list[Asked], Grader]:
     problem = job.world.share(problem)
     if problem:
         job.say(f"warning: dev rows are not graded while training: {problem}")
-        return [], grader
+        return [], None
     return asked, grader

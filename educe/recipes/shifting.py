@@ -8,7 +8,6 @@ from typing import Any
 
 from educe.evaluate.shift import Asked, base_ranks, shift_record
 from educe.recipes.both import Both
-from educe.recipes.forgetting import capacity
 from educe.types import Answer
 
 MOST_TOKENS = {"cpu": 8192}  # of prompts and answers, so that it takes seconds
@@ -24,7 +23,7 @@ def shift_of(both: Both, prompts: Sequence[Sequence[int]], answers: Sequence[Ans
         if asked and tokens > MOST_TOKENS.get(both.device.kind, _ELSEWHERE):
             break
         asked.append(Asked(prompt=tuple(ids), answer=answer.ids))
-    places = base_ranks(both.untouched(), asked, capacity(both))
+    places = base_ranks(both.untouched(), asked, both.capacity_tokens)
     tokenizer = both.prepared.tokenizer
     names = {number: word for word, number in tokenizer.control.items()}
 

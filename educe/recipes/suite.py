@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from educe.chat.prompt import render_prompt
-from educe.config import Recipe
 from educe.data.finding import HUB, find_files
-from educe.errors import DataError, EvalError, ModelError, UsageError
+from educe.errors import DataError, EvalError, UsageError
 from educe.evaluate.ifeval.prompts import Task, read_tasks
 from educe.evaluate.ifeval.scores import AFTER, BEFORE, line_of, regraded, score
 from educe.evaluate.ifeval.words import need_packages
 from educe.files.atomic import make_private, told, write_json
-from educe.files.hashes import cache_dir, hash_file, hash_json
-from educe.files.journal import Journal
-from educe.files.jsonl import read_jsonl, write_jsonl
-from educe.files.locks import one_at_a_time
+from educe.files.hashes import hash_file
+from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
-from educe.model.describe import describe_model
 from educe.model.device import CLOSE_OTHERS, told_of_memory
-from educe.model.export import merged
-from educe.model.load import CausalLM, load_model
 from educe.model.source import Say
 from educe.recipes.answers import OnAnswers
-from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
-from educe.recipes.prepare import Prepared
-from educe.sample.local import LocalSampler
+from educe.recipes.eval import recipe_of
+from educe.recipes.kept_samplers import samplers_of
 from educe.seeds import derive, permute
 from educe.types import Answer, Message, Prompt, Sampling
 
@@ -38,7 +29,6 @@ SUITES = ("ifeval",)
 HOME, LICENCE = "google/IFEval", "Apache-2.0"
 MOST_TOKENS = 1280  # as lm-evaluation-harness answers these prompts
 ABOUT = ("suite", "file", "sha256", "licence", "num_in_file", "max_new_tokens", "packages")
-CHUNK = 32  # prompts between two writes to disk: what a killed process loses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +55,7 @@ def suite_scores(run: RunDir, wish: Wish, say: Say, on_answers: OnAnswers) -> di
     chosen = [tasks[i] for i in sorted(order[: wish.rows].tolist())]
     if len(chosen) < 2:
         raise EvalError(101, str(file), "holds one prompt: nothing can be compared.", "Give a file with more.")
-    answers, seconds, most = _answers(run, recipe, chosen, wish.max_new_tokens, say, on_answers)
+    answers, seconds, most = _answers(run, chosen, wish.max_new_tokens, say, on_answers)
     about = {
         "suite": wish.suite,
         "file": str(file),
@@ -118,101 +108,22 @@ def _fetched(say: Say) -> Path:
 
 
 def _answers(
-    run: RunDir, recipe: Recipe, tasks: list[Task], most: int, say: Say, on_answers: OnAnswers
+    run: RunDir, tasks: list[Task], most: int, say: Say, on_answers: OnAnswers
 ) -> tuple[dict[str, list[Answer]], dict[str, float | None], int]:
     """Answers and seconds of both models, and where answers were cut."""
-    weights = final_weights(run, say)
-    prepared = data_of(run, recipe, say)
-    device = answering_device(recipe, run, say)
     prompts = [Prompt(key=t.key, messages=(Message(role="user", content=t.prompt),)) for t in tasks]
-    most, ids = room_for(prepared, recipe, prompts, most, say)
-    provenance = run.load(run.provenance)
-    ends = [sorted(prepared.tokenizer.stop), most, CHUNK, prepared.tokenizer.tokenizer_hash]
-    key = [provenance["model"]["sha256"], ids, ends, device.dtype, provenance["packages"]]
-    added = prepared.tokenizer.new_tokens.values()
-    loads: dict[str, tuple[list[Any], Callable[[], CausalLM]]] = {
-        BEFORE: (key, lambda: load_model(prepared.model_dir, device, new_ids=added)),
-        AFTER: (
-            [*key, hash_file(weights), recipe.tuning.model_dump()],
-            lambda: merged(prepared.model_dir, weights, recipe.tuning, device, new_ids=added),
-        ),
-    }
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float | None] = {}
     with told_of_memory("evaluating", CLOSE_OTHERS):
-        for name, (of, load) in loads.items():
-            kept = cache_dir() / "answers" / f"{hash_json(of)[:24]}.jsonl"
-            answers[name], seconds[name] = _asked(kept, load, prepared, prompts, most, name, say, on_answers)
+        samplers = samplers_of(run, say)
+        for name in (BEFORE, AFTER):
+            sampler = samplers(name)
+            most = sampler.room(prompts, most)
+            tell = partial(_tell, on_answers, name, len(prompts))
+            answers[name] = sampler.sample(prompts, Sampling(max_new_tokens=most), tell)
+            seconds[name] = sampler.seconds
     return answers, seconds, most
 
 
-def room_for(
-    prepared: Prepared, recipe: Recipe, prompts: list[Prompt], most: int, say: Say
-) -> tuple[int, list[list[int]]]:
-    """How long answers may be, so that the longest prompt leaves room for them, and the prompts' ids."""
-    ids = [render_prompt(p.messages, prepared.tokenizer) for p in prompts]
-    positions = describe_model(prepared.model_dir, recipe.model).max_positions
-    room = positions - max(map(len, ids))
-    if room < 1:
-        found = f"has {positions} positions, and a prompt fills them."
-        raise ModelError(201, recipe.model, found, "Take a model with more, or shorter prompts.")
-    if room < most:
-        say(f"answers are cut after {room} tokens, not {most}: the model has {positions} positions")
-    return min(room, most), ids
-
-
-def _asked(
-    kept: Path,
-    load: Callable[[], CausalLM],
-    prepared: Prepared,
-    prompts: list[Prompt],
-    most: int,
-    name: str,
-    say: Say,
-    on_answers: OnAnswers,
-) -> tuple[list[Answer], float]:
-    """One model's answers, kept in the cache as they come: a process that is killed goes on where it was, and another one that asks
-    the same waits and takes them."""
-
-    def waits() -> None:
-        say(f"{name}: another process asks the same; waiting for that to end")
-
-    with one_at_a_time(kept.with_suffix(".lock"), waits):
-        return _asked_alone(kept, load, prepared, prompts, most, name, say, on_answers)
-
-
-def _asked_alone(
-    kept: Path,
-    load: Callable[[], CausalLM],
-    prepared: Prepared,
-    prompts: list[Prompt],
-    most: int,
-    name: str,
-    say: Say,
-    on_answers: OnAnswers,
-) -> tuple[list[Answer], float]:
-    fields = {"key", "seconds", "answer"}
-    journal = Journal(kept, say)
-    journal.begin(lambda line: True, keys=fields)
-    stored = {line["key"]: line for line in read_jsonl(kept)}
-    chunks = [prompts[k : k + CHUNK] for k in range(0, len(prompts), CHUNK)]
-    todo = [chunk for chunk in chunks if any(p.key not in stored for p in chunk)]
-    done = len(prompts) - sum(map(len, todo))
-    if done:
-        say(f"{name}: {done} of {len(prompts)} answered before on this machine; taken from the cache")
-    sampler = LocalSampler(load(), prepared.tokenizer, name) if todo else None
-    for chunk in todo:
-        assert sampler is not None
-        began = time.perf_counter()
-        given = sampler.sample(chunk, Sampling(max_new_tokens=most), _after(done, name, len(prompts), on_answers))
-        took = (time.perf_counter() - began) / len(chunk)
-        for p, a in zip(chunk, given, strict=True):
-            stored[p.key] = {"key": p.key, "seconds": took, "answer": asdict(a)}
-            journal.append(stored[p.key])
-        done += len(chunk)
-    journal.settle(must=False)
-    return [Answer(**stored[p.key]["answer"]) for p in prompts], sum(stored[p.key]["seconds"] for p in prompts)
-
-
-def _after(done: int, name: str, total: int, on_answers: OnAnswers) -> Callable[[int], None]:
-    return lambda num: on_answers(name, done + num, total)
+def _tell(on_answers: OnAnswers, name: str, total: int, done: int) -> None:
+    on_answers(name, done, total)

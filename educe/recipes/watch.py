@@ -44,7 +44,7 @@ class Watch:
         self.weights_step = 0
         self._measures = measured_at(job.recipe, t.plan.num_steps)
         self._looks = looked_at(job.recipe, t.plan.num_steps)
-        self._scores = DevScores(job, t.state, self._metrics)
+        self._scores = DevScores(job, t, self._metrics)
 
     def begin(self) -> None:
         """Before the first step of this process."""

@@ -1,0 +1,114 @@
+"""A run's models as samplers, whose answers are kept in the cache as they come: a process that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from educe.chat.prompt import render_prompt
+from educe.config import Recipe
+from educe.errors import ModelError
+from educe.files.hashes import cache_dir, hash_file, hash_json
+from educe.files.journal import Journal
+from educe.files.jsonl import read_jsonl
+from educe.files.locks import one_at_a_time
+from educe.files.run_dir import RunDir
+from educe.model.describe import describe_model
+from educe.model.load import CausalLM
+from educe.model.source import Say
+from educe.recipes.eval import final_weights, models_of
+from educe.recipes.prepare import Prepared
+from educe.sample.local import LocalSampler
+from educe.types import Answer, Prompt, Sampling
+
+CHUNK = 32  # prompts between two writes to disk: what a killed process loses
+
+
+class KeptSampler:
+    """One model's answers, in the file `kept`. The model is loaded where an answer is missing. `seconds`: what all answers given took,
+    those of the cache when they were made."""
+
+    def __init__(
+        self, name: str, model: Callable[[], CausalLM], of: Any, prepared: Prepared, recipe: Recipe, say: Say
+    ) -> None:
+        """`of` holds all that answers depend on but the prompts and how they are drawn."""
+        self.name, self._model, self._prepared, self._recipe, self._say = name, model, prepared, recipe, say
+        self.kept = cache_dir() / "answers" / f"kept-{hash_json(of)[:24]}.jsonl"
+        self.seconds = 0.0
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, progress: Callable[[int], None] | None = None
+    ) -> list[Answer]:
+        """Cut where the model's positions end. Another process that asks the same model waits. Raises `ModelError` where a prompt
+        fills the positions."""
+        sampling = replace(sampling, max_new_tokens=self.room(prompts, sampling.max_new_tokens))
+        ids = self._ids(prompts)
+        draws = [p.key if sampling.temperature > 0 else "" for p in prompts]
+        keys = [hash_json([i, d, asdict(sampling)])[:24] for i, d in zip(ids, draws, strict=True)]
+
+        def waits() -> None:
+            self._say(f"{self.name}: another process asks the same model; waiting for that to end")
+
+        with one_at_a_time(self.kept.with_suffix(".lock"), waits):
+            found = self._found(list(prompts), keys, sampling, progress)
+        self.seconds += sum(found[key]["seconds"] for key in keys)
+        return [Answer(**found[key]["answer"] | {"ids": ()}) for key in keys]
+
+    def room(self, prompts: Sequence[Prompt], most: int) -> int:
+        """How long answers may be, so that the longest prompt leaves room for them; said where that is less than `most`."""
+        positions = describe_model(self._prepared.model_dir, self._recipe.model).max_positions
+        room = positions - max(map(len, self._ids(prompts)))
+        if room < 1:
+            found = f"has {positions} positions, and a prompt fills them."
+            raise ModelError(201, self._recipe.model, found, "Take a model with more, or shorter prompts.")
+        if room < most:
+            self._say(f"answers are cut after {room} tokens, not {most}: the model has {positions} positions")
+        return min(room, most)
+
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [render_prompt(p.messages, self._prepared.tokenizer, p.tools) for p in prompts]
+
+    def _found(
+        self, prompts: list[Prompt], keys: list[str], sampling: Sampling, progress: Callable[[int], None] | None
+    ) -> dict[str, dict[str, Any]]:
+        """Lines of the file by their keys, after what was missing is asked."""
+        journal = Journal(self.kept, self._say)
+        journal.begin(lambda line: True, keys={"key", "seconds", "answer"})
+        found = {line["key"]: line for line in read_jsonl(self.kept)}
+        todo = [k for k, key in enumerate(keys) if key not in found]
+        done = len(keys) - len(todo)
+        if done:
+            self._say(f"{self.name}: {done} of {len(keys)} answered before on this machine; taken from the cache")
+        for chunk in (todo[k : k + CHUNK] for k in range(0, len(todo), CHUNK)):
+            sampler = LocalSampler(self._model(), self._prepared.tokenizer, self.name)
+            began = time.perf_counter()
+            given = sampler.sample([prompts[k] for k in chunk], sampling, _after(done, progress))
+            took = (time.perf_counter() - began) / len(chunk)
+            for k, answer in zip(chunk, given, strict=True):
+                line = {"key": keys[k], "seconds": took, "answer": asdict(replace(answer, ids=()))}
+                found[keys[k]] = line
+                journal.append(line)
+            done += len(chunk)
+        journal.settle(must=False)
+        return found
+
+
+def _after(done: int, progress: Callable[[int], None] | None) -> Callable[[int], None] | None:
+    return None if progress is None else lambda num: progress(done + num)
+
+
+def samplers_of(run: RunDir, say: Say) -> Callable[[str], KeptSampler]:
+    """The "untouched" and the "tuned" model of a finished run, prompted as in training, one of them in memory at a time. Raises
+    `RunError`, `ModelError`."""
+    both, weights, provenance = models_of(run, say), final_weights(run, say), run.load(run.provenance)
+    tokenizer = both.prepared.tokenizer
+    of = [provenance["model"]["sha256"], sorted(tokenizer.stop), tokenizer.tokenizer_hash, both.device.dtype, CHUNK]
+    of.append(provenance["packages"])
+    tuned = [*of, hash_file(weights), both.recipe.tuning.model_dump(mode="json")]
+    made = {
+        "untouched": KeptSampler("untouched", both.untouched, of, both.prepared, both.recipe, say),
+        "tuned": KeptSampler("tuned", both.tuned, tuned, both.prepared, both.recipe, say),
+    }
+    return made.__getitem__
