@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant", "tool")
@@ -158,13 +158,15 @@ class Example:
     """What is stored: ids and the loss weight of each token as a *target* (0: context only).
 
     `prefix_of` is the number of leading ids it shares with the example stored before it (0 unless both come from one row):
-    what a packer may compute once for both. `task` is its task's number in the mixture.
+    what a packer may compute once for both. `task` is its task's number in the mixture. `reference`: of an answer of a preference
+    pair, the log-probability in nats of its trained tokens under the model that training starts from.
     """
 
     ids_T: Int32[np.ndarray, " t"]
     weights_T: Float32[np.ndarray, " t"]
     prefix_of: int = 0
     task: int = 0
+    reference: float | None = None
 
     def __post_init__(self) -> None:
         if self.ids_T.shape != self.weights_T.shape or self.ids_T.ndim != 1:
@@ -187,6 +189,8 @@ class Batch:
     weights_N     its weight, > 0 (0 in a micro-batch that only keeps ranks in step)
     tasks_N       the task it belongs to
     scales_N      what its task multiplies the loss with (λ_k); never in a denominator
+    reference_D   of preference pairs alone: documents 2k and 2k + 1 are the chosen and the rejected answer of pair k, each with the
+                  log-probability in nats of its trained tokens under the reference
     """
 
     ids_P: Int64[np.ndarray, " p"]
@@ -197,6 +201,7 @@ class Batch:
     weights_N: Float32[np.ndarray, " n"]
     tasks_N: Int64[np.ndarray, " n"]
     scales_N: Float32[np.ndarray, " n"]
+    reference_D: Float64[np.ndarray, " d"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -205,6 +210,11 @@ class Batch:
     @property
     def total_weight(self) -> float:
         return float(self.weights_N.astype(np.float64).sum())
+
+    @property
+    def denominator(self) -> float:
+        """What it adds to the number that its step's loss is divided by: its pairs, or the weight of its tokens."""
+        return self.total_weight if self.reference_D is None else float(self.reference_D.size // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float64
 
 from educe.types import Batch, Example
 
 
 def build_batch(examples: Sequence[Example]) -> Batch:
-    """Pack examples behind one another. The weight of a token belongs to the position before it, which predicts it."""
+    """Pack examples behind one another. The weight of a token belongs to the position before it, which predicts it. Answers of
+    preference pairs come two by two."""
     lengths_D = np.array([e.ids_T.size for e in examples], dtype=np.int64)
     ids_P = np.concatenate([e.ids_T for e in examples]).astype(np.int64)
     weights_P = np.concatenate([e.weights_T for e in examples])
@@ -29,7 +31,19 @@ def build_batch(examples: Sequence[Example]) -> Batch:
         weights_N=weights_P[trained].astype(np.float32),
         tasks_N=np.repeat(np.array([e.task for e in examples], np.int64), lengths_D)[trained],
         scales_N=np.ones(trained.size, np.float32),
+        reference_D=_references(examples),
     )
+
+
+def _references(examples: Sequence[Example]) -> Float64[np.ndarray, " d"] | None:
+    known = [e.reference for e in examples if e.reference is not None]
+    if not known:
+        return None
+    if len(known) != len(examples) or len(known) % 2:
+        raise ValueError(
+            f"preference pairs are two answers each, both with a reference: {len(known)} of {len(examples)}"
+        )
+    return np.array(known, np.float64)
 
 
 def build_step(
@@ -86,11 +100,13 @@ def _blank() -> Batch:
 
 
 def halved(batch: Batch) -> list[Batch]:
-    """The batch as two, cut between documents as near to the middle as can be; itself alone where it is one document."""
+    """The batch as two, cut between documents (or pairs of them) as near to the middle as can be; itself alone where it is one."""
     ends_D = np.cumsum(batch.lengths_D)
-    if ends_D.size < 2:
+    together = 1 if batch.reference_D is None else 2
+    places = ends_D[together - 1 : -1 : together]
+    if not places.size:
         return [batch]
-    cut = int(np.argmin(np.abs(ends_D[:-1] - batch.num_tokens / 2))) + 1
+    cut = (int(np.argmin(np.abs(places - batch.num_tokens / 2))) + 1) * together
     at = int(ends_D[cut - 1])
     n = int(np.searchsorted(batch.predict_N, at))
     tokens, documents, trained = (
@@ -108,6 +124,7 @@ def halved(batch: Batch) -> list[Batch]:
             weights_N=batch.weights_N[r],
             tasks_N=batch.tasks_N[r],
             scales_N=batch.scales_N[r],
+            reference_D=batch.reference_D[d] if batch.reference_D is not None else None,
         )
         for t, d, r in zip(tokens, documents, trained, strict=True)
     ]

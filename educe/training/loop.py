@@ -79,7 +79,8 @@ def train(
 ) -> State:
     """Run steps `state.step` .. `total_steps`. `batches_of(step)` gives this rank's micro-batches of a step.
 
-    A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks, however it is split. Raises
+    A step's gradient is that of sum(λ * w * nll) / sum(w) over all its micro-batches and ranks (of pairs: the sum of their losses
+    over their number), however it is split. Raises
     `TrainError` before an update that would not be finite. The host waits for the device once a step, before the update.
     """
     pace = Pace(state.model.device.kind, world)
@@ -158,7 +159,7 @@ class Counts(NamedTuple):
 
 def counts_of(batches: Sequence[Batch], world: World = ALONE) -> Counts:
     """Of the micro-batches of a step, every rank's: what its gradient is divided by must not be one rank's alone."""
-    rows = [(b.total_weight, b.num_tokens, b.targets_N.size) for b in batches if b.total_weight]
+    rows = [(b.denominator, b.num_tokens, b.targets_N.size) for b in batches if b.total_weight]
     counts: np.ndarray = np.array(rows, np.float64).reshape(-1, 3).sum(0)
     return Counts(*world.sum(counts).tolist())
 
