@@ -111,6 +111,7 @@ def with_tokens(raw: str, words: tuple[str, ...]) -> str:
     return raw if not words or len(tree["added_tokens"]) == have else json.dumps(tree, ensure_ascii=False)
 
 
+@lru_cache(maxsize=8)  # asked for every document, and reading a tokenizer takes a tenth of a second
 def adds_bos(raw: str, bos: str | None) -> bool:
     """Whether the tokenizer itself puts BOS before a text: then the model has always seen it there."""
     if bos is None:

@@ -49,16 +49,18 @@ def knobs_of(block: type[BaseModel], above: str = "") -> Iterator[tuple[str, Fie
     for name, field in block.model_fields.items():
         place = f"{above}{name}"
         yield place, field
-        for inner in _blocks(field.annotation) if get_origin(field.annotation) is not dict else ():
+        for inner in blocks_of(field.annotation) if get_origin(field.annotation) is not dict else ():
             for found in knobs_of(inner, f"{place}."):
                 if found[0] not in told and not found[0].endswith(".kind"):
                     told.add(found[0])
                     yield found
 
 
-def _blocks(annotation: Any) -> list[type[BaseModel]]:
-    inner = (annotation, *get_args(annotation))
-    return [k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)]
+def blocks_of(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks that a value of this type may be, or hold in a list or by name."""
+    inner = (annotation, *get_args(annotation), *(k for a in get_args(annotation) for k in get_args(a)))
+    inner = (*inner, *(k for a in inner for k in get_args(a)))
+    return list(dict.fromkeys(k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)))
 
 
 def fix_of_bounds(field: FieldInfo | None) -> str:

@@ -16,8 +16,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from educe.config.data import Data, FileSplit, Rows
-from educe.config.hints import fix_of_bounds, fix_of_unknown, names_of_kinds
+from educe.config.hints import blocks_of, fix_of_bounds, fix_of_unknown, names_of_kinds
 from educe.config.recipe import CustomMetric, Evaluation, FileTemplate, Recipe
+from educe.config.stages import StagedRecipe
 from educe.errors import RecipeError
 from educe.secrets import find_secret
 
@@ -29,6 +30,32 @@ _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_
 
 
 def load_recipe(path: Path) -> Recipe:
+    """Read, validate and anchor a recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own."""
+    file, _, name = str(path).rpartition("#")
+    if not file or path.exists():
+        file, name = str(path), ""
+    loaded = load_any(Path(file))
+    if isinstance(loaded, Recipe):
+        if name:
+            raise RecipeError(101, file, f"has no stages, and {name!r} of them is asked for.", f"Give {file}.")
+        return loaded
+    if name not in loaded.names:
+        found = f"has {len(loaded.names)} stages, and this takes one run."
+        raise RecipeError(101, file, found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
+    return stage_of(loaded, loaded.names.index(name))
+
+
+def stage_of(staged: StagedRecipe, k: int) -> Recipe:
+    """Stage k as a run: from what it starts with where that is trained, else from the model that all begins with."""
+    before = staged.start_of(k)
+    while before is not None and not (staged.stage_path(before) / "recipe.resolved.json").is_file():
+        before = staged.start_of(before)
+    if before is not None:
+        return staged.recipe(k, str(staged.stage_path(before)))
+    return staged.recipe(k, staged.model if isinstance(staged.model, str) else str(staged.scratch_path()))
+
+
+def load_any(path: Path) -> Recipe | StagedRecipe:
     """Read, validate and anchor a recipe: relative paths in it are relative to the file."""
     try:
         with path.open("rb") as f:  # no more than that, whatever its size is said to be: a device has none
@@ -44,22 +71,31 @@ def load_recipe(path: Path) -> Recipe:
     recipe = parse_recipe(text, str(path))
     try:
         where = _position(_parse(text, str(path)), ("template", "file"), str(path))
-        return anchored(recipe, path.resolve().parent, where)
+        base = path.resolve().parent
+        return (
+            anchored_stages(recipe, base, where) if isinstance(recipe, StagedRecipe) else anchored(recipe, base, where)
+        )
     except (OSError, RuntimeError, ValueError) as e:  # a name too long, ~nobody, a NUL
         fix = "Mend model, runs, template or data."
         raise RecipeError(103, str(path), f"a path in it cannot be used: {str(e)[:200]}.", fix) from e
 
 
-def parse_recipe(text: str, shown: str) -> Recipe:
-    """Validate recipe text. `shown` names the file in messages. Paths stay as written."""
+def parse_recipe(text: str, shown: str) -> Recipe | StagedRecipe:
+    """Validate recipe text. `shown` names the file in messages. Paths stay as written. With `stages` it is one of several runs."""
     _refuse_secret(text, shown)
     tree = _parse(text, shown)
     if not isinstance(tree, Mapping):
         raise RecipeError(101, shown, "is not a mapping of keys.", "Start from `educe init --data FILE`.")
+    root: type[Recipe | StagedRecipe] = StagedRecipe if "stages" in tree else Recipe
+    if root is Recipe and "objective" in tree:
+        at = _position(tree, ("objective",), shown)
+        raise RecipeError(
+            102, at, "objective is not a known key.", "Write a stage: stages: [{kind: preference, data: ...}]."
+        )
     try:
-        return Recipe.model_validate(_plain(tree))
+        return root.model_validate(_plain(tree))
     except ValidationError as e:
-        raise _told(e, tree, shown) from None
+        raise _told(e, tree, shown, root) from None
 
 
 def _refuse_secret(text: str, shown: str) -> None:
@@ -81,6 +117,20 @@ def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe
     `where` is said of a template file that does not exist.
     """
 
+    data = _anchored_data(recipe.data, base)
+    return recipe.model_copy(update={"data": data, **_anchored_rest(recipe, recipe.model, base, where)})
+
+
+def anchored_stages(recipe: StagedRecipe, base: Path, where: str = "template.file") -> StagedRecipe:
+    """The same of a recipe of stages."""
+    stages = tuple(s.model_copy(update={"data": _anchored_data(s.data, base)}) for s in recipe.stages)
+    model = recipe.model if isinstance(recipe.model, str) else None
+    return recipe.model_copy(update={"stages": stages, **_anchored_rest(recipe, model, base, where)})
+
+
+def _anchored_rest(recipe: Recipe | StagedRecipe, model: str | None, base: Path, where: str) -> dict[str, Any]:
+    """All paths but those of data; no model where it is none of a name."""
+
     def absolute(p: str) -> str:
         return str((base / Path(p).expanduser()).resolve())
 
@@ -91,16 +141,13 @@ def anchored(recipe: Recipe, base: Path, where: str = "template.file") -> Recipe
             fix = "Give the path of a Jinja template, relative to the recipe."
             raise RecipeError(103, where, f"template.file is {template.file!r}, and {file} is no file.", fix)
         template = template.model_copy(update={"file": file})
-    local = recipe.model.startswith((".", "/", "~")) or (base / recipe.model).is_dir()
-    model = absolute(recipe.model) if local else recipe.model
-    changed = {
-        "data": _anchored_data(recipe.data, base),
-        "model": model,
+    local = model is not None and (model.startswith((".", "/", "~")) or (base / model).is_dir())
+    return {
+        **({"model": absolute(model)} if local and model is not None else {}),
         "runs": absolute(recipe.runs),
         "template": template,
         "evaluation": _anchored_metric(recipe.evaluation, base),
     }
-    return recipe.model_copy(update=changed)
 
 
 def _anchored_metric(evaluation: Evaluation, base: Path) -> Evaluation:
@@ -229,40 +276,43 @@ def _position(tree: Any, path: _Path, shown: str) -> str:
     return f"{shown}:{found[-1][1][0] + 1}:{found[-1][1][1] + 1}" if found else shown
 
 
-def _walked(path: _Path) -> tuple[list[str | int], type[BaseModel] | None, list[type[BaseModel]]]:
+def _walked(
+    path: _Path, root: type[BaseModel]
+) -> tuple[list[str | int], type[BaseModel] | None, list[type[BaseModel]]]:
     """pydantic's path to a mistake as it is written, without the tags of unions; the block that its end is, if it is one; the
     kinds of block it may be, if it is a choice.
     """
     written: list[str | int] = []
-    block: type[BaseModel] | None = Recipe
+    block: type[BaseModel] | None = root
     kinds: list[type[BaseModel]] = []
-    named = False  # the next key is a name that the user gave to a block
+    named = False  # the next key is a name that the user gave to a block, or its place in a list
     for key in path:
         if named:
             written.append(key)
             named = False
             continue
         if kinds:
-            block, kinds = next((k for k in kinds if key in names_of_kinds([k])), None), []
+            block, kinds = next((k for k in kinds if key in (*names_of_kinds([k]), k.__name__)), None), []
+            continue
+        if str(key).startswith("function-"):  # a block that checks itself, where text may stand too
             continue
         written.append(key)
         field = block.model_fields.get(str(key)) if block is not None else None
-        inner = (field.annotation, *get_args(field.annotation)) if field is not None else ()
-        named = field is not None and get_origin(field.annotation) is dict
-        found = [k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)]
+        named = field is not None and (get_origin(field.annotation) is dict or get_args(field.annotation)[1:] == (...,))
+        found = blocks_of(field.annotation) if field is not None else []
         block, kinds = (found[0], []) if len(found) == 1 else (None, found)
     return written, block, kinds
 
 
-def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
+def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -> RecipeError:
     errors = error.errors()
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
-    written, _, kinds = _walked(first["loc"])
+    written, _, kinds = _walked(first["loc"], root)
     dotted = ".".join(map(str, written))
     where = _position(tree, written, shown)
     if first["type"] == "extra_forbidden":
-        block = _walked(first["loc"][:-1])[1] or Recipe
-        fix = fix_of_unknown(str(written[-1]), block, _walked(first["loc"][:-2])[2])
+        block = _walked(first["loc"][:-1], root)[1] or root
+        fix = fix_of_unknown(str(written[-1]), block, _walked(first["loc"][:-2], root)[2])
         return RecipeError(102, where, f"{dotted} is not a known key.", fix)
     if first["type"] in ("missing", "union_tag_not_found"):
         missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
@@ -274,11 +324,13 @@ def _told(error: ValidationError, tree: Any, shown: str) -> RecipeError:
         return _no_kind(written, found[-1][0], names_of_kinds(kinds), tree, shown)
     written = written[: len(found)] or written  # one more key names one of several types that a value may have
     said = [
-        e["msg"].removeprefix("Input should be ") for e in errors if _walked(e["loc"])[0][: len(written)] == written
+        e["msg"].removeprefix("Input should be ")
+        for e in errors
+        if _walked(e["loc"], root)[0][: len(written)] == written
     ]
     fix = f"It must be {' or '.join(said)}." if len(said) > 1 or said[0] != first["msg"] else f"{first['msg']}."
     if len(said) == 1 and first["type"] in _OUT_OF_BOUNDS:
-        around = _walked(first["loc"][:-1])[1]
+        around = _walked(first["loc"][:-1], root)[1]
         fix = fix_of_bounds(around.model_fields.get(str(written[-1])) if around is not None else None) or fix
     text = f"{'.'.join(map(str, written))} is {_brief(first['input'])}."
     return RecipeError(103, where, text, fix.replace("valid tuple", "valid list"))

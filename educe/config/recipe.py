@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from educe.config.data import Data
 from educe.config.knobs import Knobs, Share
+from educe.config.objective import Objective, Sft
 
 
 class _Template(Knobs):
@@ -209,10 +210,17 @@ class Evaluation(Knobs):
     max_rows: int = Field(default=1000, ge=1, description="at most this many test rows are answered")
 
 
-class Recipe(Knobs):
-    """A whole job: one model, one data set, one run directory."""
+Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+# Settings of the data and the run that mean nothing where no prompt is answered.
+_OF_ANSWERS = ("system", "train_on", "prompt_weight", "reasoning_weight", "too_long")
+_OF_STREAMS = ("replay", "loss_mean")
+_OF_TOKENS = ("loss", "kl_to_base")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(description="name of the run")
+
+class Recipe(Knobs):
+    """A whole job: one model, one data set, one run directory. `objective` is said by a recipe of stages alone (see `stages`)."""
+
+    name: Annotated[str, Name] = Field(description="name of the run")
     model: str = Field(min_length=1, description="a directory or a Hub id")
     runs: str = Field(default="runs", description="directory that holds the run directories")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
@@ -222,6 +230,7 @@ class Recipe(Knobs):
         default="auto", description="arithmetic; weights are kept in fp32"
     )
     template: Template = Field(default=OwnTemplate(kind="own"), description="the chat template")
+    objective: Objective = Field(default=Sft(kind="sft"), description="what is learned")
     data: Data
     tuning: Tuning = Field(default=Full(kind="full"), description="what is trained")
     train: Train = Field(default=Train(), description="the optimizer run")
@@ -249,7 +258,25 @@ class Recipe(Knobs):
                 f"data.max_tokens ({self.data.max_tokens}) exceeds train.micro_batch_tokens "
                 f"({self.train.micro_batch_tokens}): the longest row must fit a micro-batch; lower the one or raise the other"
             )
+        self._refuse_meaningless()
         return self
+
+    def _refuse_meaningless(self) -> None:
+        """A setting that this objective does not read."""
+        kind = self.objective.kind
+        if kind == "sft":
+            return
+        unread = {"pretrain": _OF_ANSWERS, "preference": _OF_ANSWERS[1:] + _OF_STREAMS}[kind]
+        given = [f"data.{n}" for n in unread if getattr(self.data, n) != Data.model_fields[n].default]
+        if kind == "preference":
+            given += [f"train.{n}" for n in _OF_TOKENS if getattr(self.train, n) != Train.model_fields[n].default]
+            if 2 * self.data.max_tokens > self.train.micro_batch_tokens:
+                raise ValueError(
+                    f"both answers of a pair are computed together: train.micro_batch_tokens ({self.train.micro_batch_tokens}) "
+                    f"must hold two rows of data.max_tokens ({self.data.max_tokens})"
+                )
+        if given:
+            raise ValueError(f"{given[0]} means nothing where the objective is {kind}; leave it out")
 
     def run_path(self) -> Path:
         return Path(self.runs) / self.name

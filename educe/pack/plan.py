@@ -6,7 +6,8 @@ Shape legend: K draws of the whole run, P packs, S steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -111,8 +112,24 @@ def plan_packs(
     )
 
 
-def plan_once(lengths_N: Int64[np.ndarray, " n"], *, capacity_tokens: int) -> list[list[int]]:
-    """Micro-batches that hold every example exactly once, in order: for measuring held-out loss."""
+def plan_pairs(lengths_N: Int64[np.ndarray, " n"], order_K: Int64[np.ndarray, " k"], **settings: Any) -> PackPlan:
+    """`plan_packs` for examples that come two by two, 2k and 2k + 1, in lengths as in the order: no pair is taken apart."""
+    plan = plan_packs(lengths_N[::2] + lengths_N[1::2], order_K[::2] // 2, **settings)
+    return replace(plan, examples_K=both_of(plan.examples_K), pack_edges=2 * plan.pack_edges)
+
+
+def both_of(pairs_K: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k2"]:
+    """The examples of pairs by their numbers."""
+    examples: np.ndarray = np.stack([2 * pairs_K, 2 * pairs_K + 1], axis=-1).reshape(-1)
+    return examples
+
+
+def plan_once(lengths_N: Int64[np.ndarray, " n"], *, capacity_tokens: int, pairs: bool = False) -> list[list[int]]:
+    """Micro-batches that hold every example exactly once, in order: for measuring held-out loss. `pairs`: examples 2k and 2k + 1 stay
+    together."""
+    if pairs:
+        groups = plan_once(lengths_N[::2] + lengths_N[1::2], capacity_tokens=capacity_tokens)
+        return [both_of(np.array(group)).tolist() for group in groups]
     return _cut(np.arange(lengths_N.size), lengths_N, capacity_tokens)
 
 

@@ -45,7 +45,7 @@ from educe.recipes.part import (
 from educe.stats import percentile
 from educe.store.shards import join_shards
 from educe.store.token_store import joined_tokens, open_store
-from educe.types import Conversation
+from educe.types import Conversation, Pair
 
 TEMPLATE = "chat_template.jinja"
 MOST_FILES, MOST_KEYS = 50, 20
@@ -124,6 +124,7 @@ def sample_of(inputs: Sequence[Input]) -> list[Conversation]:
             for source, value in sample_rows(i.files, NUM_TRIED, i.header):
                 items = read_row(value, source, i.reading) if not isinstance(value, Refusal) else []
                 sample += [c for c in items[:NUM_TRIED] if isinstance(c, Conversation)]
+                sample += [c.chosen for c in items[:NUM_TRIED] if isinstance(c, Pair)]
     return sample[:: max(1, len(sample) // NUM_TRIED)]
 
 
@@ -155,6 +156,7 @@ def _job(recipe: Recipe, tokenizer: ChatTokenizer, place: Path, names: Sequence[
         group=Group(data.group) if data.group is not None else None,
         alone=alone,
         careful=False,
+        objective=recipe.objective.kind,
     )
 
 

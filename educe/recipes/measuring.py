@@ -23,7 +23,8 @@ class HeldOut:
 
     def __init__(self, job: TrainJob, t: Trainee, metrics: Journal, history: History) -> None:
         self._job, self._t, self._metrics = job, t, metrics
-        self._rows = job.prepared.store("dev")
+        self._rows = t.rows_of("dev")
+        self._pairs = job.recipe.objective.kind == "preference"
         self.history = [(int(step), float(loss)) for step, loss in history]
 
     def measure(self) -> None:
@@ -84,7 +85,7 @@ class HeldOut:
         """This rank's; as many as any other's."""
         world = self._job.world
         capacity = self._job.recipe.train.micro_batch_tokens if self._t.packed else 1
-        groups = plan_once(self._rows.lengths, capacity_tokens=capacity)
+        groups = plan_once(self._rows.lengths, capacity_tokens=capacity, pairs=self._pairs)
         mine = groups[world.rank :: world.size]
         for group in mine:
             self._job.dog.beat(f"held-out loss after step {self._t.state.step}")

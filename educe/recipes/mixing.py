@@ -11,6 +11,7 @@ from educe.config import Recipe
 from educe.config.data import REPLAY, Data, Task, Temperature, Unimax
 from educe.data.mixture import draws_of, order_of, replay_draws
 from educe.errors import TrainError
+from educe.pack.plan import both_of
 from educe.recipes.prepare import Prepared
 
 
@@ -52,7 +53,8 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
     data, store, names = recipe.data, prepared.store("train"), prepared.tasks
     allowed = np.ones(len(store), bool)
     allowed[prepared.left_out] = False
-    indices = [np.flatnonzero((store.tasks == k) & allowed) for k in range(len(names))]
+    pairs = recipe.objective.kind == "preference"  # a pair is drawn by its first answer, and both are in the order
+    indices = [np.flatnonzero((store.tasks == k) & allowed)[:: 2 if pairs else 1] for k in range(len(names))]
     sizes = [i.size for i in indices]
     sources = [_source(data, n) for n in names]
     tasks = [k for k, s in enumerate(sources) if isinstance(s, Task)]
@@ -81,6 +83,9 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
         others = sum(n * float(lengths[i].mean()) for n, i in zip(draws, indices, strict=True) if n)
         draws[k] = replay_draws(data.replay.share, others, float(lengths[indices[k]].mean())) if sizes[k] else 0
     order_K = order_of(indices, draws, names, recipe.train.seed)
+    if pairs:
+        order_K = both_of(order_K // 2)
+        indices = [both_of(i // 2) for i in indices]
     draws_N = np.bincount(order_K, minlength=len(store)).astype(np.int64)
     weights_N = store.weight_of * draws_N
     trained = [float(weights_N[i].sum()) * weight for i, weight in zip(indices, loss_weights(data, names), strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from educe.files.hashes import cache_dir, hash_json
+from educe.files.hashes import cache_dir, hash_file_once, hash_json
 from educe.files.locks import one_at_a_time
 from educe.files.run_dir import RunDir
 from educe.model.describe import refuse_unsafe
@@ -16,6 +16,11 @@ def model_of(model: str, say: Say) -> Path:
     """Fetched or made when it has to be. Raises `ModelError`; `RunError` for a run that is not trained to its end."""
     run = RunDir(Path(model).expanduser())
     return _tuned(run, say) if run.resolved.is_file() else find_model(model, say)
+
+
+def weights_hash(directory: Path) -> str:
+    """Hash of a model's weights and config, by content."""
+    return hash_json([hash_file_once(f) for f in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]])
 
 
 def _tuned(run: RunDir, say: Say) -> Path:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,16 +21,19 @@ import orjson
 from educe.chat.documents import document_made
 from educe.chat.engine import Engine
 from educe.chat.examples import Distrust, Made, build_rendered, build_stream, made_of
+from educe.chat.pairs import ANSWER, pair_made
 from educe.chat.render import Renderer
 from educe.chat.tokens import ChatTokenizer
 from educe.chat.too_long import cut, halves
 from educe.chat.view import joined, view
-from educe.chat.weights import Weighing, answered_turn
+from educe.chat.weights import Weighing
 from educe.data.reading import Group, Reading, read_row
 from educe.data.sources import Span, read_span
-from educe.data.split import HELD_OUT, HeldOut, Shares, asked_key, group_key, nearness, prompt_key, row_key
+from educe.data.split import HELD_OUT, HeldOut, Shares, asked_key, group_key, nearness, prompt_key
 from educe.data.trees import joined as joined_messages
 from educe.errors import Refusal
+from educe.recipes.items import Item, as_line, digest_of, hashed, short, talks_of, texts_of
+from educe.recipes.wanted import wanted
 from educe.store.shards import Shard
 from educe.types import Conversation, Document, Pair, Source
 
@@ -62,7 +64,8 @@ class Part:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What to do with every row. `place` is where parts put their files, `tasks` are the names of the tasks; `alone`: one
-    process does them all, so that another core is free; `careful`: without remembered layouts and without the engine."""
+    process does them all, so that another core is free; `careful`: without remembered layouts and without the engine;
+    `objective`: what is learned from the rows."""
 
     place: Path
     tasks: tuple[str, ...]
@@ -74,6 +77,7 @@ class Job:
     group: Group | None
     alone: bool
     careful: bool
+    objective: str = "sft"
 
     def place_of(self, number: int) -> Path:
         return self.place / f"{number:06d}"
@@ -104,7 +108,7 @@ class Done:
     caught: str = ""
 
 
-Row = tuple[Source, Conversation | Document | Refusal, str]
+Row = tuple[Source, Item | Refusal, str]
 
 
 def do(part: Part, job: Job, tokenizer: ChatTokenizer, engine: Engine) -> Done:
@@ -147,18 +151,14 @@ def _rows(part: Part, job: Job, unread: Counter[str], counts: Counter[str]) -> I
         counts["rows without a group"] += job.group is not None and group is None
         for item in items:
             at = source if isinstance(item, Refusal) else item.source
-            if isinstance(item, Pair):
-                found, fix = (
-                    "the row is a preference pair, and this stage learns from answers.",
-                    "Map one of the two: columns.",
-                )
-                yield at, Refusal(code="E-DATA-150", where=str(at), found=found, fix=fix), ""
-            elif isinstance(item, Refusal):
-                yield at, item, ""
+            taken = item if isinstance(item, Refusal) else wanted(item, job.objective)
+            if isinstance(taken, Refusal):
+                yield at, taken, ""
             elif group is not None:
-                yield at, item, group_key(group)
+                yield at, taken, group_key(group)
             else:
-                yield at, item, prompt_key(item) if isinstance(item, Conversation) else group_key(item.text)
+                talks = talks_of(taken)
+                yield at, taken, prompt_key(talks[0]) if talks else group_key(texts_of(taken)[0])
 
 
 class _Work:
@@ -216,10 +216,11 @@ class _Work:
     def finish(self) -> Done:
         if self._engine.fell_back is not None and not self._job.careful:
             self._done.caught = f"the tokenizer engine was caught in a difference: {self._engine.fell_back}"
-        built = build_rendered(self._shown, self._renderer, self._job.weighing) if not self._done.caught else []
-        tokenizer, weighing = self._renderer.tokenizer, self._job.weighing
+        weighing = ANSWER if self._job.objective == "preference" else self._job.weighing
+        built = build_rendered(self._shown, self._renderer, weighing) if not self._done.caught else []
+        tokenizer = self._renderer.tokenizer
         self._done.previews = [
-            {"row": _short(c.source), "runs": joined(view(b[0], c.messages, tokenizer, weighing))}
+            {"row": short(c.source), "runs": joined(view(b[0], c.messages, tokenizer, weighing))}
             for c, b in zip(self._shown, built, strict=False)
             if not isinstance(b, Refusal)
         ]
@@ -229,20 +230,23 @@ class _Work:
         self, split: Split, rows: Sequence[Row], numbers: Sequence[int], made: list[Made | Refusal | None]
     ) -> None:
         """What each row of a split becomes, put into `made` at its number."""
-        weighing = Weighing(policy=answered_turn) if split == "test" else self._job.weighing
+        pairs = self._job.objective == "preference"
+        weighing = ANSWER if split == "test" or pairs else self._job.weighing
         max_tokens = self._job.max_tokens
-        chats = [k for k, row in zip(numbers, rows, strict=True) if isinstance(row[1], Conversation)]
-        talks = [row[1] for row in rows if isinstance(row[1], Conversation)]
+        talks = [c for _, item, _ in rows for c in talks_of(item)]
         chunks = (talks[i : i + CHUNK_ROWS] for i in range(0, len(talks), CHUNK_ROWS))
-        number = iter(chats)
+        of_talks: list[Made | Refusal] = []
         for chunk, proved in build_stream(chunks, self._renderer, weighing, self._encode, threaded=self._job.alone):
             for c, got in zip(chunk.rows, chunk.examples(proved, max_tokens), strict=True):
-                if isinstance(got, Refusal) and got.code == "E-DATA-201" and split != "test":
+                if isinstance(got, Refusal) and got.code == "E-DATA-201" and split != "test" and not pairs:
                     got = self._shortened(c, got, weighing)
-                made[next(number)] = got
+                of_talks.append(got)
+        told = iter(of_talks)
         for k, (_, item, _) in zip(numbers, rows, strict=True):
             if isinstance(item, Document):
                 made[k] = document_made(item.text, self._renderer.tokenizer, max_tokens)
+            else:
+                made[k] = pair_made(item, next(told), next(told)) if isinstance(item, Pair) else next(told)
 
     def _shortened(self, c: Conversation, refusal: Refusal, weighing: Weighing) -> Made | Refusal:
         """A row that is too long, by the recipe's choice: dropped, split between turns, or cut."""
@@ -294,7 +298,7 @@ class _Work:
                 continue
             assert got is not None
             assert not isinstance(item, Refusal)
-            digest = _digest(item)
+            digest = digest_of(item)
             sizes = [e.ids_T.size for e in got.examples]
             lines[k] = {
                 **self._line(source, split, digest),
@@ -307,8 +311,8 @@ class _Work:
             of_rows += [self._first + k] * len(sizes)
             if split == "train":
                 self._count(item, got, sizes, digest)
-            elif isinstance(item, Conversation):
-                self._files[split].write(as_line(item))
+            else:
+                self._files[split].write(b"".join(as_line(c) for c in talks_of(item)[:1]))
         self._shards[split].add(examples, of_rows)
         if len(done.shots) > NUM_SHOTS:
             done.shots = {d: done.shots[d] for d in sorted(done.shots)[:NUM_SHOTS]}
@@ -317,33 +321,35 @@ class _Work:
     def _num_wild(self, items: Sequence[Any]) -> int:
         """Rows whose text holds the text of a control token."""
         holds = self._renderer.tokenizer.holds_control
-        texts = ["\ue000".join(_texts(item)) for item in items]
+        texts = ["\ue000".join(texts_of(item)) for item in items]
         return sum(map(holds, texts)) if holds("\ue000".join(texts)) else 0
 
-    def _count(self, item: Conversation | Document, made: Made, sizes: Sequence[int], digest: bytes) -> None:
+    def _count(self, item: Item, made: Made, sizes: Sequence[int], digest: bytes) -> None:
         done, counts = self._done, self._done.counts
         done.rows += digest[:8]
-        done.asked += _hashed(repr(asked_key(item)))[:8] if isinstance(item, Conversation) else digest[:8]
+        done.asked += hashed(repr(asked_key(item)))[:8] if isinstance(item, Conversation) else digest[:8]
         counts[f"task {self._job.tasks[self._part.task]}"] += 1
         counts["trained tokens"] += sum(made.num_trained)
         counts["tokens"] += sum(sizes)
         done.stops.update(made.stops)
         if made.num_trimmed:
             counts["trimmed turns"] += made.num_trimmed
-        if isinstance(item, Document):
+        talks = talks_of(item)
+        if not talks:
             counts["documents"] += 1
             return
-        if len(sizes) > 1:
+        if len(sizes) > len(talks):
             counts["split rows"] += 1
             counts["repeated tokens"] += sum(sizes[:-1]) - sum(made.num_trained[:-1])
-        if item.messages[0].role == "assistant":
+        c = talks[0]
+        if c.messages[0].role == "assistant":
             counts["opening turns"] += 1
-        if item.messages[-1].role != "assistant":
+        if c.messages[-1].role != "assistant":
             counts["unanswered ends"] += 1
         if len(self._shown) < NUM_PREVIEWS:
-            self._shown.append(item)
+            self._shown += talks
         if digest < self._bar:
-            done.shots[digest] = as_line(item)
+            done.shots[digest] = as_line(c)
 
     def _nearer(self, split: HeldOut, key: str) -> None:
         """Note a key if it is one of the two that a larger share would take first (the other share may need one of them)."""
@@ -369,28 +375,3 @@ class _Work:
         self._done.counts[refusal.code] += 1
         self._done.first_unused.setdefault(refusal.code, line)
         return line
-
-
-def _texts(item: Conversation | Document | Refusal) -> list[str]:
-    if isinstance(item, Conversation):
-        return [t for m in item.messages for t in (m.content, m.reasoning) if t]
-    return [item.text] if isinstance(item, Document) else []
-
-
-def _digest(item: Conversation | Document) -> bytes:
-    text = repr(row_key(item)) if isinstance(item, Conversation) else item.text
-    return _hashed(text)
-
-
-def _hashed(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-
-
-def as_line(c: Conversation) -> bytes:
-    """A row as prepared data keeps it: a line of JSON."""
-    value = {"source": c.source, "messages": c.messages, "tools": c.tools}
-    return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def _short(source: Source) -> str:
-    return str(replace(source, file=Path(source.file).name))

@@ -11,7 +11,7 @@ from educe.data.formats import BESIDE
 from educe.data.messages import TURN_KEYS
 from educe.errors import ModelError, RecipeError, UsageError
 from educe.model.describe import ModelFacts
-from educe.pack.plan import PackPlan, plan_packs
+from educe.pack.plan import PackPlan, plan_packs, plan_pairs
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
 from educe.recipes.rates import RateAdvice, advise_rate, stretch_of
@@ -52,12 +52,13 @@ def plan_run(
     if store.max_id >= known:
         found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
         raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
-    lengths = store.lengths
-    return plan_packs(
+    lengths, pairs = store.lengths, recipe.objective.kind == "preference"
+    longest = int((lengths[::2] + lengths[1::2]).max() if pairs else lengths.max())
+    return (plan_pairs if pairs else plan_packs)(
         lengths,
         mixed.order_K,
         batch_tokens=recipe.train.batch_tokens,
-        capacity_tokens=recipe.train.micro_batch_tokens if packed else int(lengths.max()),
+        capacity_tokens=recipe.train.micro_batch_tokens if packed else longest,
         seed=recipe.train.seed,
         packed=packed,
         num_ranks=num_ranks,

@@ -26,13 +26,14 @@ from educe.recipes.finding import Finding, finding
 from educe.recipes.prepare import Prepared
 from educe.recipes.trainee import Trainee
 from educe.seeds import derive, permute
+from educe.store.token_store import TokenStore
 from educe.training.loop import accumulate, counts_of
 from educe.training.sft import held_out_loss
 from educe.training.state import State
 from educe.training.streamed import local
 from educe.types import Batch, Example
 
-_ROWS, _TOKENS = 5, 384  # of the set that gradients are compared on
+_ROWS, _PAIRS, _TOKENS = 5, 3, 384  # of the set that gradients are compared on
 _LOOKED_AT = 2000  # examples that the set is chosen from
 COMPARED_BYTES = 2**28  # of gradients that are kept for comparison
 # Gradients of one step, rounded in two ways, as shares of their norm: more than the first is odd, more than the second a mistake
@@ -60,6 +61,11 @@ class OnModel:
     @property
     def model(self) -> CausalLM:
         return self.t.state.model
+
+    @property
+    def together(self) -> int:
+        """Examples that are never parted: the two answers of a pair, or each alone."""
+        return 2 if self.recipe.objective.kind == "preference" else 1
 
 
 def parts_are_trained(o: OnModel) -> list[Finding]:
@@ -153,7 +159,7 @@ def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
     name = "held-out loss and batch"
     if o.world.size == 1 and not o.t.packed:
         return [finding("P50", name, "-", "rows are measured one by one", skip=True)]
-    store = o.prepared.store("dev")
+    store = o.prepared.store("dev")  # of pairs too, nll alone
     order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:8].tolist()
     rows = _first_of([store[i] for i in order], _TOKENS)
     if len(rows) < 2:
@@ -178,12 +184,12 @@ def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
 
 
 def _ways(o: OnModel, rows: Sequence[Example]) -> dict[str, list[Batch]]:
-    alone = [[e] for e in rows]
+    alone, n = units_of(rows, o.together), o.together
     groups: dict[str, Sequence[Sequence[Example]]] = {"one by one": alone}
     if not (o.t.packed and sum(e.ids_T.size for e in rows) <= o.t.plan.capacity_tokens):
         groups["one by one, backwards"] = alone[::-1]
     else:
-        groups |= {"all in one": [rows], "unevenly cut": [g for g in (rows[:1], rows[1:3], rows[3:]) if g]}
+        groups |= {"all in one": [rows], "unevenly cut": [g for g in (rows[:n], rows[n : 3 * n], rows[3 * n :]) if g]}
     return {way: [build_batch(group) for group in cut] for way, cut in groups.items()}
 
 
@@ -194,14 +200,15 @@ def _ways_over_ranks(o: OnModel, rows: Sequence[Example]) -> dict[str, list[Batc
 
 def on_rank_0(o: OnModel, rows: Sequence[Example]) -> list[Batch]:
     """All rows, one by one, on rank 0; as many blank ones on the others."""
-    return even([build_batch([e]) for e in rows] if o.world.leads else [], len(rows))
+    units = units_of(rows, o.together)
+    return even([build_batch(unit) for unit in units] if o.world.leads else [], len(units))
 
 
 def step_of(o: OnModel, rows: Sequence[Example]) -> list[Batch]:
     """This rank's micro-batches of a step of these rows."""
     if o.world.size > 1:
-        return rank_step([[e] for e in rows], [1.0] * len(o.prepared.tasks), o.world.rank, o.world.size)
-    return [build_batch(group) for group in ([rows] if o.t.packed else [[e] for e in rows])]
+        return rank_step(units_of(rows, o.together), [1.0] * len(o.prepared.tasks), o.world.rank, o.world.size)
+    return [build_batch(group) for group in ([rows] if o.t.packed else units_of(rows, o.together))]
 
 
 def gradient_of(o: OnModel, batches: Sequence[Batch]) -> list[LossOut]:
@@ -212,13 +219,27 @@ def gradient_of(o: OnModel, batches: Sequence[Batch]) -> list[LossOut]:
 
 def short_rows(o: OnModel) -> list[Example]:
     """A few short rows of the run that differ as much as can be in how many of their tokens are trained."""
-    store, plan = o.prepared.store("train"), o.t.plan
+    store, plan = o.t.rows_of("train"), o.t.plan
+    if o.together == 2:
+        return _short_pairs(store, plan.examples_K[:_LOOKED_AT:2])
     first = np.unique(plan.examples_K[:_LOOKED_AT])
     short = first[store.lengths[first].argsort(kind="stable")][: 4 * _ROWS]
     by_trained = short[store.trained_of[short].argsort(kind="stable")]
     spread = by_trained[np.unique(np.linspace(0, by_trained.size - 1, _ROWS).round().astype(int))]
     chosen = spread[store.lengths[spread].argsort(kind="stable")]
     return _first_of([store[int(i)] for i in chosen], min(_TOKENS, plan.capacity_tokens))
+
+
+def _short_pairs(store: TokenStore, first_K: np.ndarray) -> list[Example]:
+    """The answers of the shortest of some pairs, that are given by their first answers."""
+    first = np.unique(first_K)
+    short = first[(store.lengths[first] + store.lengths[first + 1]).argsort(kind="stable")][:_PAIRS]
+    return [store[int(i) + k] for i in short for k in (0, 1)]
+
+
+def units_of(rows: Sequence[Example], together: int) -> list[Sequence[Example]]:
+    """The rows in groups that are never parted."""
+    return [rows[i : i + together] for i in range(0, len(rows), together)]
 
 
 def _first_of(rows: Sequence[Example], num_tokens: int) -> list[Example]:

@@ -57,7 +57,7 @@ def gradients_are_added_up(o: OnModel) -> list[Finding]:
     rows, cut and dealt in any way, give their sum is P26."""
     if o.model.sharded is None:
         return []
-    name, rows = "sum over the ranks", short_rows(o)[-1:]
+    name, rows = "sum over the ranks", short_rows(o)[-o.together :]
     o.model.network.eval()  # without dropout, as the gradients that are compared otherwise
     with _own_gradients(o) as own:
         gradient_of(o, on_rank_0(o, rows))

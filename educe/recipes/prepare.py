@@ -117,6 +117,7 @@ def _key(recipe: Recipe, tokenizer: ChatTokenizer, files: list[list[str]], names
             "files": files,
             "tasks": names,
             "data": _decisive(recipe.data),
+            **({} if recipe.objective.kind == "sft" else {"objective": recipe.objective.kind}),
             "tokenizer": [tokenizer.tokenizer_hash, tokenizer.template_hash, sorted(tokenizer.stop)],
             "template": [dict(tokenizer.template.special), recipe.template.settings, tokenizer.eos],
         }

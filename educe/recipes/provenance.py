@@ -19,6 +19,7 @@ from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.four_bit import num_packed
 from educe.pack.plan import PLAN_VERSION
+from educe.recipes.model_of import weights_hash
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.trainee import Trainee
 from educe.secrets import redacted_values
@@ -49,8 +50,10 @@ def settings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, ranks: in
     for block in (policy["train"], policy["dev"], policy["test"], policy["replay"], *policy["tasks"].values()):
         for place in ("file", "files"):
             (block or {}).pop(place, None)
+    objective = {f"objective.{k}": v for k, v in recipe.objective.model_dump(mode="json").items()}
     return {
-        "model": _weights_hash(facts.directory),
+        "model": weights_hash(facts.directory),
+        **(objective if recipe.objective.kind != "sft" else {}),
         **template,
         "template.text": prepared.tokenizer.template_hash,
         **data,
@@ -99,7 +102,7 @@ def provenance_of(
             "architecture": facts.architecture,
             "parameters": facts.num_parameters,
             "licence": facts.licence,
-            "sha256": _weights_hash(facts.directory),
+            "sha256": weights_hash(facts.directory),
         },
         "template": prepared.tokenizer.template_name,
         "template_settings": dict(prepared.tokenizer.settings),
@@ -171,11 +174,6 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     """One hash for the files of each task and split."""
     hashes = {name: [hash_file_once(f) for f in files] for name, files in _data_files(recipe).items()}
     return {name: found[0] if len(found) == 1 else hash_json(found) for name, found in hashes.items()}
-
-
-def _weights_hash(directory: Path) -> str:
-    """Hash of the model's weights and config, by content."""
-    return hash_json([hash_file_once(f) for f in [*sorted(directory.glob("*.safetensors")), directory / "config.json"]])
 
 
 def _version(package: str) -> str:

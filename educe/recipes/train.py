@@ -111,6 +111,7 @@ def _train(job: TrainJob, begun: Begun) -> None:
         compiled=begun.earlier.get("compiled"),
         world=world,
         planned_ranks=begun.settings["ranks"],
+        alive=job.dog.alive,
     )
     state, plan = t.state, t.plan
     if found is not None:

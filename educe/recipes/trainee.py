@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from educe.config import LayerWise, LoraPlus, Recipe, Wsd
+from educe.config import LayerWise, LoraPlus, Preference, Recipe, Wsd
 from educe.errors import MachineError, RecipeError
 from educe.loss.kernels import has_triton
 from educe.loss.reweigh import REWEIGH
@@ -17,17 +17,21 @@ from educe.model.device import Device
 from educe.model.four_bit import num_packed, said_of
 from educe.model.load import CausalLM, load_model
 from educe.model.proof import packs_are_blind, prove_head, turns_with_length
-from educe.model.source import Say
+from educe.model.source import Alive, Say
 from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan
 from educe.parallel.world import ALONE, World
+from educe.preference.loss import PreferenceLoss
 from educe.recipes.estimate import whether_to_compile
 from educe.recipes.machine import refuse_offload
 from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, needs_reference, trained_share
 from educe.recipes.mixing import Mixed, loss_weights
+from educe.recipes.model_of import weights_hash
 from educe.recipes.plan import plan_run
 from educe.recipes.prepare import Prepared
+from educe.recipes.references import SPLITS, preference_loss, references
 from educe.seeds import derive
+from educe.store.token_store import TokenStore
 from educe.training.loop import LoopConfig
 from educe.training.optim import Adam, AdamSettings, RateOf, even
 from educe.training.rates import layer_wise, lora_plus
@@ -38,15 +42,17 @@ from educe.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainee:
-    """All that a loop needs but its hooks. `packed`: documents share rows; `compiled`: layers are."""
+    """All that a loop needs but its hooks. `packed`: documents share rows; `compiled`: layers are; `rows_of`: the examples of a split,
+    as they are trained."""
 
     state: State
     plan: PackPlan
     packed: bool
     compiled: bool
     memory: MemoryPlan
-    loss: SftLoss
+    loss: SftLoss | PreferenceLoss
     batches_of: Callable[[int], list[Batch]]
+    rows_of: Callable[[str], TokenStore]
 
 
 def trainee(
@@ -61,6 +67,7 @@ def trainee(
     compiled: bool | None = None,
     world: World = ALONE,
     planned_ranks: int = 1,
+    alive: Alive = lambda: None,
 ) -> Trainee:
     """Load, prove, plan. `memory` and `compiled` are what an earlier process of the run decided; None decides now. Packs are dealt
     for `planned_ranks`; the ranks of `world` share the weights."""
@@ -80,6 +87,7 @@ def trainee(
     if not packed:
         why = model.why_unpacked or "how it turns positions depends on the longest example of a pack"
         say(f"every row is trained alone (slower, same result): {why}")
+    stores = _stores(recipe, prepared, model, packed, world, say, alive)
     plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=planned_ranks)
     compiles, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
     if compiled is not None and compiles != compiled:
@@ -117,13 +125,34 @@ def trainee(
         packed=packed,
         compiled=compiles,
         memory=needed,
-        loss=SftLoss(
-            reweigh=REWEIGH[recipe.train.loss],
-            beta=recipe.train.kl_to_base,
-            logit_bytes=needed.logit_bytes,
-            reference=_reference(recipe, prepared, device, model, say),
-        ),
-        batches_of=batches_of(recipe, prepared, plan, world),
+        loss=_loss(recipe, prepared, device, model, needed, say),
+        batches_of=batches_of(recipe, prepared, stores["train"], plan, world),
+        rows_of=stores.__getitem__,
+    )
+
+
+def _stores(
+    recipe: Recipe, prepared: Prepared, model: CausalLM, packed: bool, world: World, say: Say, alive: Alive
+) -> dict[str, TokenStore]:
+    """The training and the dev rows; answers of preference pairs know what the model says of them before it is trained."""
+    stores = {name: prepared.store(name) for name in SPLITS}
+    if recipe.objective.kind != "preference":
+        return stores
+    weights = weights_hash(prepared.model_dir)
+    found = references(recipe, prepared, model, weights, world, say, alive, packed=packed)
+    return {name: store.referred(found[name]) for name, store in stores.items()}
+
+
+def _loss(
+    recipe: Recipe, prepared: Prepared, device: Device, model: CausalLM, memory: MemoryPlan, say: Say
+) -> SftLoss | PreferenceLoss:
+    if isinstance(recipe.objective, Preference):
+        return preference_loss(recipe.objective, memory.logit_bytes)
+    return SftLoss(
+        reweigh=REWEIGH[recipe.train.loss],
+        beta=recipe.train.kl_to_base,
+        logit_bytes=memory.logit_bytes,
+        reference=_reference(recipe, prepared, device, model, say),
     )
 
 
@@ -169,10 +198,10 @@ def rate_of(recipe: Recipe, model: CausalLM) -> RateOf:
 
 
 def batches_of(
-    recipe: Recipe, prepared: Prepared, plan: PackPlan, world: World = ALONE
+    recipe: Recipe, prepared: Prepared, store: TokenStore, plan: PackPlan, world: World = ALONE
 ) -> Callable[[int], list[Batch]]:
-    """This rank's micro-batches of a step."""
-    store, weights = prepared.store("train"), loss_weights(recipe.data, prepared.tasks)
+    """This rank's micro-batches of a step, of the examples of `store`."""
+    weights = loss_weights(recipe.data, prepared.tasks)
     within = recipe.data.loss_mean == "task"
     return lambda step: rank_step(
         [[store[i] for i in group] for group in plan.step(step)], weights, world.rank, world.size, within_tasks=within

@@ -44,9 +44,11 @@ class Block:
 
 
 class TokenStore:
-    """N examples, indexed from 0. `rows[i]` is the number of the ledger's line, from 0, of the row that example i came from."""
+    """N examples, indexed from 0. `rows[i]` is the number of the ledger's line, from 0, of the row that example i came from;
+    `references_N` goes to the examples of preference pairs."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Mapping[str, np.ndarray], references_N: Float64[np.ndarray, " n"] | None = None) -> None:
+        self._arrays, self._references_N = arrays, references_N
         self._ids_T, self._weights_T, self._offsets = arrays["ids"], arrays["weights"], arrays["offsets"]
         self.prefix_of, self.tasks, self.rows = arrays["prefix_of"], arrays["tasks"], arrays["rows"]
 
@@ -60,7 +62,12 @@ class TokenStore:
             weights_T=np.array(self._weights_T[span]),
             prefix_of=int(self.prefix_of[i]),
             task=int(self.tasks[i]),
+            reference=float(self._references_N[i]) if self._references_N is not None else None,
         )
+
+    def referred(self, references_N: Float64[np.ndarray, " n"]) -> TokenStore:
+        """The same, each example with its reference."""
+        return TokenStore(self._arrays, references_N)
 
     def blocks(self, num_tokens: int = _BLOCK_TOKENS) -> Iterator[Block]:
         """All examples, in blocks of at most `num_tokens` where no example is longer: what is made of one takes little memory,

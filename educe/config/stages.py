@@ -1,0 +1,167 @@
+"""A recipe of several stages: each is a run like any other, begun from the weights of an earlier one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from educe.config.data import Data
+from educe.config.knobs import Knobs
+from educe.config.objective import Dpo, PairLoss, Preference, Pretrain, Sft
+from educe.config.recipe import Evaluation, Full, Name, OwnTemplate, Recipe, Template, Train, Tuning
+
+# Where a stage may start besides the stages before it.
+BASE = "base"
+
+
+class PretrainTrain(Train):
+    """Defaults for raw text: one pass, re-warmed (Ibrahim et al. 2024, arXiv 2403.08763)."""
+
+    epochs: float = Field(default=1.0, ge=1, le=100, description="passes over the texts")
+    learning_rate: float = Field(default=5e-5, gt=0, lt=1, description="peak learning rate")
+
+
+class PreferenceTrain(Train):
+    """Defaults for pairs: one pass, at a rate far below that of tuning, and room for two answers in a pack."""
+
+    epochs: float = Field(default=1.0, ge=1, le=100, description="passes over the pairs")
+    batch_tokens: int = Field(default=32_768, ge=16, description="tokens of one optimizer step, of both answers")
+    micro_batch_tokens: int = Field(default=4096, ge=16, description="tokens of a pack of pairs, in memory at once")
+    learning_rate: float = Field(default=1e-6, gt=0, lt=1, description="peak learning rate")
+
+
+class _Stage(Knobs):
+    name: Annotated[str, Name] | None = Field(default=None, description="name of the stage (default: its kind)")
+    start: str | None = Field(
+        default=None, description="whose weights it starts from: an earlier stage or `base` (default: the one before)"
+    )
+    data: Data
+    tuning: Tuning = Field(default=Full(kind="full"), description="what is trained")
+
+
+class PretrainStage(_Stage):
+    """Continued pre-training on raw text."""
+
+    kind: Literal["pretrain"]
+    train: PretrainTrain = Field(default=PretrainTrain(), description="the optimizer run")
+
+
+class SftStage(_Stage):
+    """Supervised tuning on answers."""
+
+    kind: Literal["sft"]
+    train: Train = Field(default=Train(), description="the optimizer run")
+
+
+class PreferenceStage(_Stage):
+    """Preference tuning on pairs of answers."""
+
+    kind: Literal["preference"]
+    loss: PairLoss = Field(default=Dpo(kind="dpo"), description="the loss of a pair")
+    nll_weight: float = Field(default=0.0, ge=0, le=100, description="of the chosen answer's mean nll")
+    train: PreferenceTrain = Field(default=PreferenceTrain(), description="the optimizer run")
+
+
+Stage = Annotated[PretrainStage | SftStage | PreferenceStage, Field(discriminator="kind")]
+
+
+class Scratch(Knobs):
+    """A small model of the Llama architecture with random weights, and a tokenizer trained on the first stage's texts."""
+
+    init: Literal["random"]
+    vocabulary: int = Field(default=4096, ge=300, le=200_000, description="tokens of its tokenizer (byte-level BPE)")
+    layers: int = Field(default=6, ge=1, le=128, description="its layers")
+    width: int = Field(default=256, ge=8, le=16_384, description="its hidden size")
+    heads: int = Field(default=4, ge=1, le=256, description="its attention heads")
+    kv_heads: int = Field(default=2, ge=1, le=256, description="its key and value heads")
+    positions: int = Field(default=2048, ge=16, le=1_048_576, description="the longest text it can read, in tokens")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Scratch:
+        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError(
+                f"width ({self.width}) must be a multiple of 2 x heads ({self.heads}), heads one of kv_heads ({self.kv_heads})"
+            )
+        return self
+
+
+class StagedRecipe(Knobs):
+    """A chain of stages: one model, one run directory, one report."""
+
+    name: Annotated[str, Name] = Field(description="name of the run")
+    model: Annotated[str, Field(min_length=1)] | Scratch = Field(
+        description="a directory, a Hub id, or {init: random, ...} for a small model from scratch"
+    )
+    runs: str = Field(default="runs", description="directory that holds the run directories")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(default="auto", description="auto: the fastest")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(default="auto", description="arithmetic")
+    template: Template = Field(default=OwnTemplate(kind="own"), description="the chat template")
+    stages: tuple[Stage, ...] = Field(min_length=1, max_length=20, strict=False, description="one after the other")
+    evaluation: Evaluation = Field(default=Evaluation(), description="what every stage's model is tested with")
+
+    @model_validator(mode="after")
+    def _agree(self) -> StagedRecipe:
+        names: list[str] = []
+        for k, stage in enumerate(self.stages):
+            name = stage.name or stage.kind
+            if name in names or name == BASE:
+                raise ValueError(f"stages[{k}]: {name!r} is the name of another one; give each its own `name:`")
+            if stage.start not in (None, BASE, *names):
+                raise ValueError(
+                    f"stages[{k}].start is {stage.start!r}, and before it there are {', '.join((BASE, *names))}"
+                )
+            names.append(name)
+            self.recipe(k, "model")  # what only the whole of a stage shows
+        if isinstance(self.model, Scratch) and self.stages[0].kind != "pretrain":
+            raise ValueError("model: {init: random} needs a first stage of `kind: pretrain`, whose texts teach it")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the stages, in order."""
+        return tuple(s.name or s.kind for s in self.stages)
+
+    def run_path(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def stage_path(self, k: int) -> Path:
+        """The run directory of stage k."""
+        return self.run_path() / f"{k + 1}-{self.names[k]}"
+
+    def scratch_path(self) -> Path:
+        """Where a model from scratch is made."""
+        return self.run_path() / "0-random"
+
+    def start_of(self, k: int) -> int | None:
+        """The stage whose weights stage k starts from; None for the model itself."""
+        start = self.stages[k].start
+        if start is None:
+            return k - 1 if k else None
+        return None if start == BASE else self.names.index(start)
+
+    def recipe(self, k: int, model: str) -> Recipe:
+        """Stage k as a recipe of its own, that starts from `model`. Raises `ValueError`."""
+        stage = self.stages[k]
+        objective: Sft | Pretrain | Preference = Sft(kind="sft")
+        if isinstance(stage, PretrainStage):
+            objective = Pretrain(kind="pretrain")
+        elif isinstance(stage, PreferenceStage):
+            objective = Preference(kind="preference", loss=stage.loss, nll_weight=stage.nll_weight)
+        shared: dict[str, Any] = {n: getattr(self, n) for n in ("device", "dtype", "template", "evaluation")}
+        try:
+            return Recipe(
+                name=self.stage_path(k).name,
+                model=model,
+                runs=str(self.run_path()),
+                objective=objective,
+                data=stage.data,
+                tuning=stage.tuning,
+                train=Train.model_validate(stage.train.model_dump()),
+                **shared,
+            )
+        except ValueError as e:
+            errors = getattr(e, "errors", None)
+            said = errors()[0]["msg"].removeprefix("Value error, ") if errors is not None else str(e)
+            raise ValueError(f"stages[{k}]: {said}") from e

@@ -1,0 +1,78 @@
+"""A preference stage's loss, and what the model that it starts from says of every answer: one pass, kept in the cache."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from jaxtyping import Float64
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from educe.config import Recipe
+from educe.config.objective import Preference
+from educe.files.atomic import replacing
+from educe.files.hashes import cache_dir, hash_json
+from educe.model.load import CausalLM
+from educe.model.source import Alive, Say
+from educe.pack.batch import build_batch
+from educe.pack.plan import plan_once
+from educe.parallel.world import World
+from educe.preference.loss import PreferenceLoss
+from educe.preference.losses import LOSSES, WITH_REFERENCE
+from educe.preference.reference import reference_log_p
+from educe.recipes.prepare import Prepared
+
+SPLITS = ("train", "dev")
+
+
+def preference_loss(objective: Preference, logit_bytes: int) -> PreferenceLoss:
+    """The recipe's choice of a loss."""
+    compare = LOSSES[objective.loss.kind](**objective.loss.model_dump(exclude={"kind"}))
+    return PreferenceLoss(compare=compare, nll_weight=objective.nll_weight, logit_bytes=logit_bytes)
+
+
+def references(
+    recipe: Recipe,
+    prepared: Prepared,
+    model: CausalLM,
+    weights: str,
+    world: World,
+    say: Say,
+    alive: Alive,
+    *,
+    packed: bool,
+) -> dict[str, Float64[np.ndarray, " n"]]:
+    """Log-probability in nats of every answer of `train` and `dev`, by `model` as it was loaded, whose weights have that hash; zeros for
+    a loss that has no reference. Every rank calls it and does its part."""
+    assert isinstance(recipe.objective, Preference)
+    stores = {name: prepared.store(name) for name in SPLITS}
+    if recipe.objective.loss.kind not in WITH_REFERENCE:
+        return {name: np.zeros(len(store)) for name, store in stores.items()}
+    key = hash_json([weights, prepared.key, model.device.kind, model.device.dtype, world.size])[:24]
+    file = cache_dir() / "references" / f"{key}.safetensors"
+    try:
+        kept = load_file(file) if file.is_file() else {}
+    except SafetensorError:
+        kept = {}
+    there = all(kept[name].shape == (len(store),) for name, store in stores.items()) if len(kept) == 2 else False
+    if all(world.each("there" if there else "")):
+        return kept
+    began = time.perf_counter()
+    found = {}
+    for name, store in stores.items():
+        capacity = recipe.train.micro_batch_tokens if packed else 1
+        groups = plan_once(store.lengths, capacity_tokens=capacity)[world.rank :: world.size]
+        values_N = np.zeros(len(store))
+        for group in groups:
+            alive()
+            values_N[group] = reference_log_p(model, [build_batch([store[i] for i in group])])
+        found[name] = world.sum(values_N) if world.size > 1 else values_N
+    if world.leads:
+        with replacing(file) as part:
+            part.write_bytes(save(found))
+    num = sum(map(len, stores.values()))
+    say(
+        f"the start's log-probabilities of {num:,} answers: {time.perf_counter() - began:.1f} s, once; kept in the cache"
+    )
+    return found
