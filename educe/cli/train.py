@@ -21,10 +21,15 @@ from educe.errors import UsageError
 )
 @click.option("--stop-after", metavar="TIME", help="Save and end before this time is over, such as 55m; exit code 0.")
 @click.option("--allow", multiple=True, metavar="SETTING", help="Go on although this setting of the run has changed.")
+@click.option(
+    "--redo", default="", metavar="STAGE", help="Delete this stage and those that start from it, and train them anew."
+)
 @click.option("--hang-after", default="30m", show_default=True, help="A hang so long writes stacks and ends the run.")
-def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...], hang_after: str) -> None:
+def train(
+    recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...], redo: str, hang_after: str
+) -> None:
     """Train. Ctrl-C saves; the same command goes on. So does SIGTERM; SIGUSR1 saves and ends with 0."""
-    from educe.config import load_recipe
+    from educe.config import load_any, load_recipe
     from educe.parallel.launch import launch, leads, stay_with_parent
 
     stop_after_s = seconds(stop_after, "--stop-after") if stop_after is not None else None
@@ -34,10 +39,11 @@ def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tupl
         found = f"is {devices}, and the environment names {size} ranks."
         raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
     if size == 1 and devices is not None and devices > 1:
-        load_recipe(recipe)  # a mistake in it is told once
+        (load_recipe if "#" in recipe.name else load_any)(recipe)  # a mistake in it is told once
         words = ["train", str(recipe), "--devices", str(devices), "--hang-after", hang_after]
         words += ["--stop-after", stop_after] if stop_after is not None else []
         words += [word for field in allow for word in ("--allow", field)]
+        words += ["--redo", redo] if redo else []
         raise SystemExit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
     stay_with_parent()
     with _asked_while_nothing_is_trained():
@@ -53,6 +59,7 @@ def train(recipe: Path, devices: int | None, stop_after: str | None, allow: tupl
                 stop_after_s=stop_after_s,
                 allow=allow,
                 hang_after_s=hang_after_s,
+                redo=redo,
             )
     if leads():
         click.echo(f"Trained: {shown(run.path)}. Next: educe eval {shown(run.path)}")

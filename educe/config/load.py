@@ -31,18 +31,27 @@ _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_
 
 def load_recipe(path: Path) -> Recipe:
     """Read, validate and anchor a recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own."""
-    file, _, name = str(path).rpartition("#")
-    if not file or path.exists():
-        file, name = str(path), ""
-    loaded = load_any(Path(file))
+    file, name = _parts(path)
+    loaded = load_any(file)
     if isinstance(loaded, Recipe):
         if name:
-            raise RecipeError(101, file, f"has no stages, and {name!r} of them is asked for.", f"Give {file}.")
+            raise RecipeError(101, str(file), f"has no stages, and {name!r} of them is asked for.", f"Give {file}.")
         return loaded
     if name not in loaded.names:
         found = f"has {len(loaded.names)} stages, and this takes one run."
-        raise RecipeError(101, file, found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
+        raise RecipeError(101, str(file), found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
     return stage_of(loaded, loaded.names.index(name))
+
+
+def text_of(path: Path) -> str:
+    """The recipe as given, of which a stage may be named."""
+    return _parts(path)[0].read_text(encoding="utf-8")
+
+
+def _parts(path: Path) -> tuple[Path, str]:
+    """FILE#STAGE, unless there is a file of that name."""
+    file, _, name = str(path).rpartition("#")
+    return (Path(file), name) if file and not path.exists() else (path, "")
 
 
 def stage_of(staged: StagedRecipe, k: int) -> Recipe:

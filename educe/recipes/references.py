@@ -43,7 +43,7 @@ def references(
     *,
     packed: bool,
 ) -> dict[str, Float64[np.ndarray, " n"]]:
-    """Log-probability in nats of every answer of `train` and `dev`, by `model` as it was loaded, whose weights have that hash; zeros for
+    """Log-probability in nats of every answer of `train` and `dev`, by `model` as it was loaded, whose weights have that hash; 0 for
     a loss that has no reference. Every rank calls it and does its part."""
     assert isinstance(recipe.objective, Preference)
     stores = {name: prepared.store(name) for name in SPLITS}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from educe.config import Recipe, load_recipe
+from educe.config import Recipe, StagedRecipe, load_any, load_recipe, text_of
+from educe.errors import UsageError
 from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from educe.recipes.inspect import Inspection
     from educe.recipes.lr import Probe
     from educe.recipes.prepare import Prepared
+    from educe.recipes.stages import StagedRun
     from educe.recipes.template import TemplateReport
     from educe.sample.sampler import Sampler
     from educe.training.state import StepReport
@@ -282,7 +284,7 @@ def check(recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (
     loaded = load_recipe(path)
     if on_model:
         need_torch()
-    return run_check(loaded, say, text=path.read_text(encoding="utf-8"), argv=argv, on_model=on_model)
+    return run_check(loaded, say, text=text_of(path), argv=argv, on_model=on_model)
 
 
 def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:
@@ -343,8 +345,10 @@ def train(
     stop_after_s: float | None = None,
     allow: Sequence[str] = (),
     hang_after_s: float | None = None,
-) -> Run:
-    """Train, or go on with a run that was stopped; returns the run.
+    redo: str = "",
+) -> Run | StagedRun:
+    """Train, or go on with a run that was stopped; returns the run. Of a recipe of stages all of them, one after the other; `redo`
+    names one that is to be made anew, with those that start from it.
 
     Where the environment names several ranks (as torchrun does) each of them calls this; rank 0 speaks. `devices` says their number
     where somebody chose it: a run that began with another then goes on with this one. `stop_after_s`: save and raise
@@ -358,10 +362,18 @@ def train(
     from educe.training.watchdog import watched
 
     path = Path(recipe)
-    loaded = load_recipe(path)
+    loaded = load_recipe(path) if "#" in path.name else load_any(path)
+    if redo and isinstance(loaded, Recipe):
+        raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     shown = screen if screen is not None and leads() else Silent()
     how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
     tells = say if leads() else quiet
     with watched(hang_after_s, tells) as dog:
-        run = run_train(loaded, path.read_text(encoding="utf-8"), dog.hearing(tells), shown, how, dog)
+        if isinstance(loaded, StagedRecipe):
+            from educe.recipes.stages import train_stages
+
+            text = path.read_text(encoding="utf-8")
+            return train_stages(loaded, text, dog.hearing(tells), shown, how, dog, redo=redo)
+        text = text_of(path)
+        run = run_train(loaded, text, dog.hearing(tells), shown, how, dog)
     return Run(run.path)

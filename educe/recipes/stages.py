@@ -1,0 +1,140 @@
+"""`educe train` of a recipe of stages: each stage is a run of its own in one directory, begun from the weights of an earlier one.
+
+A stage that stands is passed over; one that was killed goes on; one that was made with other settings is refused, and made anew
+where that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from educe.config import Recipe, Scratch, StagedRecipe, stage_of
+from educe.config.stages import BASE
+from educe.errors import EduceError, RunError, UsageError
+from educe.files.atomic import make_private, remove, told, write_json, write_text
+from educe.files.run_dir import RunDir
+from educe.model.device import release_free_memory
+from educe.model.source import Say
+from educe.parallel.launch import leads
+from educe.recipes.job import How, Screen
+from educe.recipes.scratch import make_scratch
+from educe.recipes.train import train
+from educe.training.watchdog import ASLEEP, Watchdog
+
+STAGES = "stages.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedRun:
+    """The directory of a run of stages: `runs` are those of its stages, by name, in order."""
+
+    path: Path
+    runs: dict[str, RunDir]
+
+
+def is_staged(path: Path) -> bool:
+    """Whether a directory is one of a run of stages."""
+    return (path / STAGES).is_file()
+
+
+def open_staged(path: Path) -> tuple[StagedRun, StagedRecipe]:
+    """A directory that `train_stages` made. Raises `RunError`."""
+    held = RunDir(path).load(path / STAGES)
+    try:
+        recipe = StagedRecipe.model_validate(held["recipe"])
+        runs = {name: RunDir(path / place) for name, place in held["stages"].items()}
+    except (KeyError, TypeError, ValueError) as e:
+        found = "is damaged, or was written by another version."
+        raise RunError(2, str(path / STAGES), found, "Give the same `educe train` again.") from e
+    return StagedRun(path=path, runs=runs), recipe
+
+
+def train_stages(
+    staged: StagedRecipe,
+    text: str,
+    say: Say,
+    screen: Screen,
+    how: How,
+    dog: Watchdog = ASLEEP,
+    *,
+    redo: str = "",
+) -> StagedRun:
+    """Train what is not trained yet, stage after stage; `text` is the recipe as given. `redo`: this stage, and those that start from
+    it, are deleted first. Every rank calls it. Raises what `train` raises."""
+    runs = {name: RunDir(staged.stage_path(k)) for k, name in enumerate(staged.names)}
+    made = StagedRun(path=staged.run_path(), runs=runs)
+    if leads():
+        with told(made.path):
+            make_private(made.path)
+        if redo:
+            _delete(staged, redo, say)
+        write_text(made.path / "recipe.yaml", text)
+        stages = {name: run.path.name for name, run in runs.items()}
+        write_json(made.path / STAGES, {"recipe": staged.model_dump(mode="json"), "stages": stages})
+    if isinstance(staged.model, Scratch):
+        make_scratch(staged, staged.model, say, dog.alive)
+    for k, name in enumerate(staged.names):
+        recipe, start = stage_of(staged, k), staged.start_of(k)
+        begins = "the model" if start is None else f"stage {staged.names[start]}"
+        say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
+        _one(lambda recipe=recipe: train(recipe, text, say, screen, how, dog), name)  # type: ignore[misc]
+        release_free_memory()
+    return made
+
+
+def _one(made: Callable[[], Any], name: str) -> None:
+    """A stage's run; where its settings have changed, the refusal says how to make it anew."""
+    try:
+        made()
+    except RunError as e:
+        if e.code != "E-RUN-201":
+            raise
+        fix = (
+            f"{e.fix} Or train this stage and those that start from it anew: --redo {name} (what is there is deleted)."
+        )
+        raise RunError(201, e.where, e.found, fix) from e
+
+
+def _delete(staged: StagedRecipe, redo: str, say: Say) -> None:
+    """Delete a stage and all that start from it. Raises `UsageError`, and `RunError` where a process is in one of them."""
+    if redo not in staged.names:
+        raise UsageError(101, "--redo", f"{redo!r} is no stage.", f"One of {', '.join(staged.names)}.")
+    gone = {staged.names.index(redo)}
+    for k in range(len(staged.names)):
+        if staged.start_of(k) in gone:
+            gone.add(k)
+    for k in sorted(gone):
+        run = RunDir(staged.stage_path(k))
+        if not run.path.exists():
+            continue
+        try:
+            with run.lock():
+                pass
+            remove(run.path)
+        except EduceError as e:
+            raise RunError(202, str(run.path), e.found, e.fix) from e
+        say(f"{run.path} is deleted, to be made anew")
+
+
+def summary_of(run: RunDir, recipe: Recipe, start: str | None) -> dict[str, Any]:
+    """What a finished stage was and cost, for its report."""
+    provenance = run.load(run.provenance)
+    steps = [line for line in run.load(run.metrics) if line["kind"] == "step"]
+    dev = [line for line in run.load(run.metrics) if line["kind"] == "dev"]
+    return {
+        "kind": recipe.objective.kind,
+        "start": start or BASE,
+        "tuning": recipe.tuning.kind,
+        "epochs": recipe.train.epochs,
+        "learning_rate": recipe.train.learning_rate,
+        "steps": len(steps),
+        "tokens": sum(s["tokens"] for s in steps),
+        "trained_tokens": sum(s["trained_tokens"] for s in steps),
+        "train_s": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps), 1),
+        "peak_memory_bytes": max((s["peak_memory_bytes"] for s in steps), default=0),
+        "dev": [[d["step"], d["loss"]] for d in dev],
+        "finished": provenance["finished"],
+    }
