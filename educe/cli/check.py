@@ -26,7 +26,23 @@ _VERDICTS = {
 _COLOURS = {"trained": "black on green", "content": "default", "template": "dim"}
 
 
-def show_check(c: Check, recipe: Path, *, every: bool = False) -> None:
+def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) -> None:
+    """Each stage as a run, then what all of them cost."""
+    for k, (name, c) in enumerate(stages.items()):
+        console.rule(
+            f"[bold]stage {k + 1} of {len(stages)}: {escape(name)}[/bold] ({c.recipe.objective.kind})", align="left"
+        )
+        show_check(c, recipe, every=every, alone=False)
+    total = sum(c.estimate.total_s for c in stages.values())
+    ready = all(c.ready for c in stages.values())
+    console.rule("[bold]all stages[/bold]", align="left")
+    bad = [name for name, c in stages.items() if not c.ready]
+    word = "[bold green]Ready:[/bold green]" if ready else f"[bold red]Not ready[/bold red] ({', '.join(bad)}):"
+    console.print(f"{word} {minutes(total)}, {gigabytes(max(c.memory.total for c in stages.values()))} at most")
+    console.print(f"\nNext: educe train {escape(str(recipe))}" if ready else "")
+
+
+def show_check(c: Check, recipe: Path, *, every: bool = False, alone: bool = True) -> None:
     """The verdict, what to look at, a table of what the run is, the rows that are not used, three rows as they are trained, the
     checks (`every`: those that passed too)."""
     s = c.prepared.summary
@@ -57,7 +73,8 @@ def show_check(c: Check, recipe: Path, *, every: bool = False) -> None:
         console.print(f"[dim]{escape(preview['row'])}[/dim]")
         console.print("".join(_run_markup(r) for r in preview["runs"]), soft_wrap=True)
     _show_findings(c, every=every)
-    console.print(f"\nNext: educe train {escape(str(recipe))}" if c.ready else "")
+    if alone:
+        console.print(f"\nNext: educe train {escape(str(recipe))}" if c.ready else "")
 
 
 def _about_data(c: Check) -> list[tuple[str, str]]:

@@ -66,8 +66,13 @@ def evaluate(
     """Answer the test rows before and after tuning, with error bars."""
     from educe.cli.screens import AnswerScreen, say, show_scores, shown
     from educe.cli.suite import show_choices
+    from educe.files.run_dir import is_staged
     from educe.recipes.run import Run
 
+    if run is not None and is_staged(run):
+        _alone("run")
+        _stages(run)
+        return
     if (choices := asked.pop("choices")) is not None:
         _alone("choices", "suite_rows")
         show_choices(Run(run).choices(choices, rows=asked["suite_rows"], say=say))
@@ -94,6 +99,17 @@ def evaluate(
         )
     show_scores(scores)
     click.echo(f"Next: educe report {shown(found.path)}")
+
+
+def _stages(path: Path) -> None:
+    from educe.cli.screens import AnswerScreen, say, shown
+    from educe.cli.stages import show_stage_scores
+    from educe.recipes.run import eval_stages
+
+    with AnswerScreen() as screen:
+        scores = eval_stages(path, say=say, progress=screen.progress)
+    show_stage_scores(scores)
+    click.echo(f"Next: educe report {shown(path)}")
 
 
 def _alone(option: str, *beside: str) -> None:

@@ -18,6 +18,15 @@ judged/NAME.jsonl      verdicts of a judge, re-gradable; NAME.json what they add
 suites/NAME/*.jsonl    answers to a public benchmark, re-gradable; suites/NAME.json their scores
 suites/choices-NAME/   ranked options of the questions of NAME.jsonl, a line each; suites/choices-NAME.json their accuracies
 report.html            one page, no network
+
+A run of stages is a directory of such directories, one for each stage (1-NAME/, 2-NAME/ ...), and holds besides:
+
+recipe.yaml            as given
+stages.json            every setting, and the stages' directories
+0-random/              the model, where it is made from scratch
+measured/KEY/          what was measured of one model, row by row, and its answers
+stage_scores.json      what each stage gave and took
+report.html            the page of it
 """
 
 from __future__ import annotations
@@ -89,6 +98,15 @@ class RunDir:
         if not (self.path / ".lock").exists():
             found = "was deleted or moved while this process trained in it."
             raise RunError(204, str(self.path), found, "Move it back and give the same command, or begin anew.")
+
+
+# Of a run of stages: its recipe, and the directories of its stages by name.
+STAGES, STAGE_SCORES = "stages.json", "stage_scores.json"
+
+
+def is_staged(path: Path) -> bool:
+    """Whether a directory is one of a run of stages."""
+    return (path / STAGES).is_file()
 
 
 def find_run(given: Path | None, runs: Path) -> RunDir:

@@ -54,7 +54,7 @@ def remember(run: RunDir, both: Both, general: Path | None, say: Say, on_answers
     """Ask the untouched model. `general`: a text file in place of the package's own."""
     began, prepared = time.perf_counter(), both.prepared
     text, bytes_R = general_texts(prepared, both.recipe, general, packs=both.packs)
-    prompts, ids = _rendered(prepared, say)
+    prompts, ids = general_questions(prepared.tokenizer, say)
     name = "untouched, general questions"
     answers, _ = kept_answers(run, both, ids, name, MOST_NEW_TOKENS, lambda _: None, on_answers)
     own = Texts([_said(i, a.ids) for i, a in zip(ids, answers, strict=True)], range(len(ids)), both.capacity_tokens)
@@ -114,12 +114,12 @@ def general_texts(
     return made, tuple(float(len(p.encode())) for p in passages)
 
 
-def _rendered(prepared: Prepared, say: Say) -> tuple[list[GeneralPrompt], list[list[int]]]:
+def general_questions(tokenizer: ChatTokenizer, say: Say) -> tuple[list[GeneralPrompt], list[list[int]]]:
     """The general questions that the model's template takes, and their ids."""
     taken, ids = [], []
     for p in own_prompts():
         try:
-            ids.append(render_prompt(p.messages, prepared.tokenizer))
+            ids.append(render_prompt(p.messages, tokenizer))
             taken.append(p)
         except ChatError as e:
             say(f"general question {p.key} is left out: {e.found}")

@@ -7,14 +7,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from educe.errors import UsageError
+from educe.errors import RunError, UsageError
 from educe.files.atomic import write_new, write_text
-from educe.files.run_dir import RunDir
+from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir
 from educe.report import build_report
 from educe.report.compare import build_comparison
 from educe.report.markdown import comparison_markdown, run_markdown
 from educe.report.numbers import MOST_RUNS, comparison_of, named, numbers_of
 from educe.report.sections import Price
+from educe.report.stage_page import build_stage_page, stages_markdown
 
 _MARKS = {
     "html": "<!doctype html>\n<!-- educe page -->\n",
@@ -54,6 +55,30 @@ def write_report(runs: Sequence[RunDir], out: Path | None, form: str, hourly: Pr
         return place
     if out is None:
         raise UsageError(101, "--out", "is needed to write another format.", "Without it the text is printed.")
+    write_new(out, _MARKS["md"] + text if form == "md" else text, over=_MARKS[form])
+    return out
+
+
+def report_stages(path: Path, out: Path | None, form: str, hourly: Price | None = None) -> Path | str:
+    """Of a run of stages: its page, with every stage's own page; the text itself where it is md or json that is not to be written."""
+    held = RunDir(path).load(path / STAGES)
+    for place in held["stages"].values():
+        if (stage := RunDir(path / place)).resolved.is_file():
+            report(stage, hourly)
+    if not (path / STAGE_SCORES).is_file():
+        raise RunError(2, str(path / STAGE_SCORES), "is not there yet.", f"Run `educe eval {path}` first.")
+    found = RunDir(path).load(path / STAGE_SCORES)
+    if form == "html":
+        text = build_stage_page(found, path)
+    elif form == "md":
+        text = stages_markdown(found)
+    else:
+        text = json.dumps({"educe_report": FORM_VERSION, **found}, indent=1, ensure_ascii=False) + "\n"
+    if form != "html" and out is None:
+        return text
+    if out is None:
+        write_text(path / "report.html", text)
+        return path / "report.html"
     write_new(out, _MARKS["md"] + text if form == "md" else text, over=_MARKS[form])
     return out
 

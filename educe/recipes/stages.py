@@ -15,7 +15,7 @@ from educe.config import Recipe, Scratch, StagedRecipe, stage_of
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
 from educe.files.atomic import make_private, remove, told, write_json, write_text
-from educe.files.run_dir import RunDir
+from educe.files.run_dir import STAGES, RunDir
 from educe.model.device import release_free_memory
 from educe.model.source import Say
 from educe.parallel.launch import leads
@@ -24,8 +24,6 @@ from educe.recipes.scratch import make_scratch
 from educe.recipes.train import train
 from educe.training.watchdog import ASLEEP, Watchdog
 
-STAGES = "stages.json"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedRun:
@@ -33,11 +31,6 @@ class StagedRun:
 
     path: Path
     runs: dict[str, RunDir]
-
-
-def is_staged(path: Path) -> bool:
-    """Whether a directory is one of a run of stages."""
-    return (path / STAGES).is_file()
 
 
 def open_staged(path: Path) -> tuple[StagedRun, StagedRecipe]:

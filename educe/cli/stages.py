@@ -1,0 +1,26 @@
+"""What the terminal shows of a run of stages: the same measures under every stage's model, and what each stage gave and took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from educe.cli.screens import console
+
+
+def show_stage_scores(found: dict[str, Any]) -> None:
+    """A line for each measure, a column for each model, then a sentence for each stage."""
+    from educe.report.stage_page import headline, value_text, what_it_did
+
+    console.print(f"\n[bold]{escape(headline(found))}[/bold]")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "rows", "start", *found["stages"]):
+        table.add_column(title, justify="left" if not title else "right")
+    for line in found["measures"]:
+        cells = [escape(value_text(line, v)) for v in line["values"].values()]
+        table.add_row(f"{line['title']}, {line['unit']}", f"{line['rows']:,}", *cells)
+    console.print(table)
+    for name, stage in found["stages"].items():
+        console.print(f"[bold]{escape(name)}[/bold], {escape(what_it_did(stage))}", soft_wrap=True)

@@ -1,0 +1,181 @@
+"""The page of a run of stages: what each stage gave and took, from stage_scores.json, without network or script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from educe.report.charts import Scale, ticks
+from educe.report.figure import build_page, draw_svg, draw_table, svg_line, svg_text, table_row
+from educe.report.wording import count, number
+
+_PANEL = (380.0, 190.0)
+_MORE_CSS = """
+h2{font-size:1rem;margin:2rem 0 0}ul{margin:.5rem 0;padding-left:1.2rem}td{vertical-align:top}td small{color:var(--soft);display:block}
+td.better small{color:var(--mark)}td.worse small{color:var(--bad)}svg text.title{fill:var(--ink);font-weight:600}
+"""
+# What the headline looks for, first to last.
+_FIRST = ("task", "pairs", "questions", "domain", "task_loss")
+
+
+def build_stage_page(found: Mapping[str, Any], path: Path) -> str:
+    """The page of what stage_scores.json holds; `path`: the run's directory, where the stages' own reports are linked to."""
+    return build_page(f"{found['name']}: its stages", _body(found, path), _MORE_CSS)
+
+
+def stages_markdown(found: Mapping[str, Any]) -> str:
+    """The same as Markdown."""
+    lines = [f"# {found['name']}: its stages", "", headline(found), ""]
+    lines += [f"- **{name}**: {what_it_did(stage)}" for name, stage in found["stages"].items()]
+    names = ["start", *found["stages"]]
+    lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for line in found["measures"]:
+        cells = [value_text(line, v) for v in line["values"].values()]
+        lines.append(f"| {line['title']}, {line['unit']} ({line['rows']}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The chief measure and the general text, from the start to the last stage."""
+    by = {line["key"]: line for line in found["measures"]}
+    last = list(found["stages"])[-1]
+    told = [by[k] for k in [next((k for k in _FIRST if k in by), ""), "general"] if k in by]
+    said = [
+        f"{line['title']} {short(line, line['values']['base'])} → {short(line, line['values'][last])}"
+        + (f" {line['unit']}" if line["kind"] == "ratio" else "")
+        for line in told
+    ]
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def what_it_did(stage: Mapping[str, Any]) -> str:
+    """A stage in a sentence."""
+    said = "; ".join(stage["said"]) or "nothing is told apart from where it started"
+    return f"{stage['kind']} from {'the start' if stage['start'] == 'base' else stage['start']}: {said}."
+
+
+def short(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
+    """A value without its interval."""
+    return number(value["value"]) if line["kind"] == "ratio" else f"{100 * value['value']:.1f} %"
+
+
+def value_text(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
+    """A value with its 95 % interval."""
+    if line["kind"] == "ratio":
+        return f"{short(line, value)} ± {number((value['high'] - value['low']) / 2)}"
+    return f"{short(line, value)} ({100 * value['low']:.1f}–{100 * value['high']:.1f})"
+
+
+def change_text(line: Mapping[str, Any], change: Mapping[str, float]) -> str:
+    """How a stage's model differs from the one it starts from."""
+    factor, form, unit = (1.0, "+.3f", "") if line["kind"] == "ratio" else (100.0, "+.1f", " points")
+    value, low, high = (format(factor * change[k], form) for k in ("value", "low", "high"))
+    return f"{value}{unit} ({low} to {high})"
+
+
+def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
+    stages = found["stages"]
+    model = found["model"] if isinstance(found["model"], str) else "a model from scratch"
+    yield f"<h1>{escape(found['name'])} · {len(stages)} stages from {escape(model)}</h1>"
+    yield f'<p class="said">{escape(headline(found))}</p>'
+    yield "<ul>"
+    for name, stage in stages.items():
+        yield f"<li><b>{escape(name)}</b>, {escape(what_it_did(stage))}</li>"
+    yield "</ul>"
+    yield "<h2>What each stage gave and took</h2>"
+    yield _table(found)
+    yield (
+        '<p class="soft">Every model on the same held-out rows, with 95 % intervals over rows, not over training seeds. Small print: '
+        "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0. KL: what the "
+        "start says against what the model says, over the start’s 64 likeliest tokens and all others together. Preferred answers: "
+        "pairs whose chosen answer the model finds likelier, per token.</p>"
+    )
+    yield _figure(found)
+    yield "<h2>What each stage was and cost</h2>"
+    yield _costs(found, path)
+    device = found["device"]
+    yield f'<p class="soft">{escape(device["name"])}, {escape(device["dtype"])}.</p>'
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    rows = []
+    for line in found["measures"]:
+        cells = [f"<td>{escape(line['title'])}<small>{escape(line['unit'])}, {count(line['rows'])} rows</small></td>"]
+        for name, value in line["values"].items():
+            change = line["changes"].get(name)
+            small = f"<small>{escape(change_text(line, change))}</small>" if change is not None else ""
+            cells.append(f'<td class="{_way(line, change)}">{escape(value_text(line, value))}{small}</td>')
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return draw_table(["", "start", *found["stages"]], rows)
+
+
+def _way(line: Mapping[str, Any], change: Mapping[str, float] | None) -> str:
+    if change is None or not line["better"] or change["low"] <= 0 <= change["high"]:
+        return ""
+    return "better" if (change["value"] > 0) == (line["better"] == "more") else "worse"
+
+
+def _costs(found: Mapping[str, Any], path: Path) -> str:
+    rows = []
+    for name, s in found["stages"].items():
+        report = f"{s['run']}/report.html"
+        shown = f'<a href="{escape(report)}">{escape(name)}</a>' if (path / report).is_file() else escape(name)
+        dev = f"{number(s['dev'][0][1])} → {number(s['dev'][-1][1])}" if s["dev"] else "–"
+        cells = (
+            s["kind"],
+            s["tuning"],
+            f"{s['learning_rate']:g}",
+            count(s["steps"]),
+            count(s["tokens"]),
+            dev,
+            f"{s['train_s'] / 60:.1f} min",
+            f"{s['peak_memory_bytes'] / 1e9:.2f} GB",
+        )
+        rows.append(table_row(["", *cells]).replace("<td></td>", f"<td>{shown}</td>", 1))
+    return draw_table(["", "kind", "tuning", "rate", "steps", "tokens", "dev loss", "time", "memory"], rows)
+
+
+def _figure(found: Mapping[str, Any]) -> str:
+    """A panel for each measure, two in a row: its value under the start and under each stage's model."""
+    lines = found["measures"]
+    width, height = _PANEL
+    parts = []
+    for k, line in enumerate(lines):
+        parts.append(f'<g transform="translate({k % 2 * (width + 40):g},{k // 2 * (height + 30):g})">')
+        parts += _panel(line, ["start", *found["stages"]])
+        parts.append("</g>")
+    said = "; ".join(
+        f"{line['title']}: " + ", ".join(f"{n} {short(line, v)}" for n, v in line["values"].items()) for line in lines
+    )
+    size = (2 * width + 40, -(-len(lines) // 2) * (height + 30))
+    return draw_svg(size, "measures stage by stage", said, parts)
+
+
+def _panel(line: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    width, height = _PANEL
+    values = list(line["values"].values())
+    factor = 1.0 if line["kind"] == "ratio" else 100.0
+    ends = [factor * v[k] for v in values for k in ("low", "high") if math.isfinite(v[k])] or [
+        factor * v["value"] for v in values
+    ]
+    low, high = min(ends), max(ends)
+    room = 0.1 * (high - low) or 0.1
+    y = Scale(low=low - room, high=high + room, start=height - 24, end=34)
+    x = Scale(low=0, high=max(1, len(values) - 1), start=80, end=width - 40)
+    unit = line["unit"] if line["kind"] == "ratio" else f"% {line['unit']}"
+    yield svg_text("title", 0, 14, f"{line['title']}, {unit}", "start")
+    for t in ticks(y.low, y.high, 4):
+        yield svg_line("grid", 48, y.at(t), width, y.at(t))
+        yield svg_text("", 42, y.at(t) + 4, number(t), "end")
+    at = [(x.at(k), y.at(factor * v["value"])) for k, v in enumerate(values)]
+    yield f'<path class="join" d="M{" L".join(f"{px:.1f} {py:.1f}" for px, py in at)}"/>'
+    for (px, py), v in zip(at, values, strict=True):
+        if math.isfinite(v["low"]) and math.isfinite(v["high"]):
+            yield svg_line("bar", px, y.at(factor * v["low"]), px, y.at(factor * v["high"]))
+        yield f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>'
+    for k, name in enumerate(names):
+        yield svg_text("", x.at(k), height - 4, name if len(name) < 14 else f"{name[:12]}…", "middle")
