@@ -104,7 +104,7 @@ def evaluate(
 def _stages(path: Path) -> None:
     from educe.cli.screens import AnswerScreen, say, shown
     from educe.cli.stages import show_stage_scores
-    from educe.recipes.run import eval_stages
+    from educe.recipes.run_stages import eval_stages
 
     with AnswerScreen() as screen:
         scores = eval_stages(path, say=say, progress=screen.progress)

@@ -84,7 +84,7 @@ def check(recipe: Path, on_model: bool, every: bool, as_json: bool) -> None:
     from educe.cli.check import show_check, show_stage_checks
     from educe.cli.screens import say
     from educe.recipes.run import check as run_check
-    from educe.recipes.run import check_stages
+    from educe.recipes.run_stages import check_stages
 
     told = (lambda line: click.echo(line, err=True)) if as_json else say
     if stages := check_stages(recipe, on_model=on_model, argv=sys.argv[1:], say=told):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from educe.config import Recipe, Scratch, StagedRecipe, load_any, load_recipe, text_of
+from educe.config import Recipe, StagedRecipe, load_any, load_recipe, text_of
 from educe.errors import UsageError
 from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
@@ -259,14 +259,6 @@ class Run:
         return serve(self.path, say, port=port, base=base)
 
 
-def eval_stages(path: str | Path, *, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:
-    """The model of every stage of a run, and the one they began with, on the same held-out sets; returns stage_scores.json."""
-    need_torch()
-    from educe.recipes.stage_scores import score_stages
-
-    return score_stages(Path(path), say, progress)
-
-
 def init(
     data: str | Path,
     *,
@@ -293,24 +285,6 @@ def check(recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (
     if on_model:
         need_torch()
     return run_check(loaded, say, text=text_of(path), argv=argv, on_model=on_model)
-
-
-def check_stages(
-    recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (), say: Say = quiet
-) -> dict[str, Check]:
-    """`check` of every stage of a recipe, by name; empty for a recipe of one run. A stage whose start is not trained yet is checked with
-    the model that all begin with."""
-    path = Path(recipe)
-    staged = None if "#" in path.name else load_any(path)
-    if not isinstance(staged, StagedRecipe):
-        return {}
-    if isinstance(staged.model, Scratch):
-        need_torch()
-        from educe.recipes.scratch import make_scratch
-
-        make_scratch(staged, staged.model, say)
-    stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
-    return {name: check(stage, on_model=on_model, argv=argv, say=say) for name, stage in stages.items()}
 
 
 def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:

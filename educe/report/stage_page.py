@@ -90,9 +90,9 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
     yield _table(found)
     yield (
         '<p class="soft">Every model on the same held-out rows, with 95 % intervals over rows, not over training seeds. Small print: '
-        "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0. KL: what the "
-        "start says against what the model says, over the start’s 64 likeliest tokens and all others together. Preferred answers: "
-        "pairs whose chosen answer the model finds likelier, per token.</p>"
+        "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0. KL: "
+        "what the start says against what the model says, over the start’s 64 likeliest tokens and all others together. "
+        "Preferred answers: pairs whose chosen answer the model finds likelier, per token.</p>"
     )
     yield _figure(found)
     yield "<h2>What each stage was and cost</h2>"

@@ -1,0 +1,40 @@
+"""The Python API of recipes of stages; `run.train` trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from educe.config import Scratch, StagedRecipe, load_any
+from educe.recipes.machine import need_torch
+from educe.recipes.run import Progress, Say, check, no_progress, quiet
+
+if TYPE_CHECKING:
+    from educe.recipes.check import Check
+
+
+def check_stages(
+    recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (), say: Say = quiet
+) -> dict[str, Check]:
+    """`check` of every stage of a recipe, by name; empty for a recipe of one run. A stage whose start is not trained yet is checked
+    with the model that all begin with."""
+    path = Path(recipe)
+    staged = None if "#" in path.name else load_any(path)
+    if not isinstance(staged, StagedRecipe):
+        return {}
+    if isinstance(staged.model, Scratch):
+        need_torch()
+        from educe.recipes.scratch import make_scratch
+
+        make_scratch(staged, staged.model, say)
+    stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
+    return {name: check(stage, on_model=on_model, argv=argv, say=say) for name, stage in stages.items()}
+
+
+def eval_stages(path: str | Path, *, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:
+    """The model of every stage of a run, and the one they began with, on the same held-out sets; returns stage_scores.json."""
+    need_torch()
+    from educe.recipes.stage_scores import score_stages
+
+    return score_stages(Path(path), say, progress)
