@@ -208,6 +208,12 @@ class Batch:
         return int(self.ids_P.size)
 
     @property
+    def starts(self) -> Int64[np.ndarray, " d"]:
+        """Where the trained positions of each document begin among all of them."""
+        starts_D: np.ndarray = np.searchsorted(self.predict_N, np.cumsum(self.lengths_D) - self.lengths_D)
+        return starts_D
+
+    @property
     def total_weight(self) -> float:
         return float(self.weights_N.astype(np.float64).sum())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from educe.model.load import load_model
 from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan, plan_packs
 from educe.parallel.world import World, join
+from educe.preference.reference import reference_log_p
 from educe.seeds import permute
 from educe.training import saver as saver_room
 from educe.training.checkpoint import load_checkpoint, newest_checkpoint
-from educe.training.loop import LoopConfig, train
+from educe.training.loop import LoopConfig, accumulate, counts_of, train
+from educe.training.means import mean_of
 from educe.training.optim import Adam, AdamSettings
 from educe.training.saver import Kept, Saver
 from educe.training.sft import SftLoss, held_out_loss, sft_loss
@@ -37,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saving import saved
 from test_engine import LORA, cpu, examples
+from test_preference import LOSS, pairs
 
 FULL = Full(kind="full")
 STEPS = 4
@@ -188,6 +192,22 @@ def going_on(checkpoints: Path, model_dir: Path, world: World) -> State:
     return state
 
 
+def of_pairs(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """Gradients of five preference pairs in three packs, and what is told of them."""
+    rows = [e for pair in pairs() for e in pair]
+    mine = rank_step([rows[:4], rows[4:6], rows[6:]], [1.0, 0.3], world.rank, world.size)
+    found: dict[str, Any] = {}
+    for name, tuning in (("full", FULL), ("lora", LORA)):
+        state = fresh(model_dir, tuning, world)
+        outs = accumulate(state, mine, counts_of(mine, world).weight, LOSS["dpo and nll"], seed=1)
+        found[f"pairs {name}"] = whole({n: p.grad for n, p in state.model.trainable().items() if p.grad is not None})
+        means = mean_of(mine, outs, world, 2)
+        found[f"pairs {name} means"] = [means.mean, *means.by_task.values(), *astuple(means.pairs)]
+        log_p = reference_log_p(state.model, mine)
+        found[f"pairs {name} reference"] = world.sum(np.array([log_p.sum(), log_p.size])).tolist()
+    return found
+
+
 def resharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     """Go on from what other numbers of ranks wrote."""
     return {"resharded": {n: everything(going_on(place / f"of-{n}", model_dir, world)) for n in (1, 4)}}
@@ -284,6 +304,7 @@ JOBS = {
     "spoilt": spoilt,
     "steps": steps,
     "more": more,
+    "pairs": of_pairs,
     "resharded": resharded,
     "alone_sharded": alone_sharded,
 }

@@ -122,6 +122,18 @@ def test_a_step_does_not_depend_on_how_it_is_split() -> None:
     assert apart(np.sum([p[2] for p in parts], 0), d_head) < EXACT
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 20), st.integers(0, 2**31), st.sampled_from([1, 7, None]))
+def test_weights_may_be_negative(n: int, seed: int, chunk: int | None) -> None:
+    a = make(n, 12, 40, seed)
+    a["weights"] *= np.random.default_rng(seed).choice([-1, 1], n).astype(np.float32)
+    loss, nll, d_hidden, d_head = oracle(a, 3.0)
+    out, our_d_hidden, our_d_head, _ = ours(a, 3.0, chunk=chunk)
+    assert out.loss.item() == pytest.approx(loss, rel=EXACT, abs=EXACT * float(np.abs(a["weights"]) @ nll))
+    assert apart(our_d_hidden, d_hidden) < EXACT
+    assert apart(our_d_head, d_head) < EXACT
+
+
 def test_weights_scale_a_row_and_leave_the_others() -> None:
     a = make(6, 8, 20, 4)
     before = ours(a, 3.0)[1]

@@ -39,10 +39,10 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     """What one, two and four processes found; `place` is where their checkpoints are."""
     place = tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
-    one = [ranks.steps(place, tiny_model, ALONE) | ranks.more(place, tiny_model, ALONE)]
+    one = [ranks.JOBS[job](place, tiny_model, ALONE) for job in ("steps", "more", "pairs")]
     four = results("steps", place, tiny_model, 4)
-    jobs = "steps, more, resharded, refused, staged, spoilt"
-    return {0: place, 1: one, 2: results(jobs, place, tiny_model, 2), 4: four}
+    jobs = "steps, more, pairs, resharded, refused, staged, spoilt"
+    return {0: place, 1: [one[0] | one[1] | one[2]], 2: results(jobs, place, tiny_model, 2), 4: four}
 
 
 def same_gradients(found: list[dict[str, Any]], alone: dict[str, Any], case: str) -> None:
@@ -86,6 +86,15 @@ def test_a_pull_to_the_base_pulls(found: dict[int, Any]) -> None:
     """And a layer computed again in the backward pass is computed with adapters, though the pull turned them off meanwhile."""
     plain, pulled = found[1][0]["lora 4"], found[1][0]["anchored 4"]
     assert max(apart(pulled[n], g) for n, g in plain.items()) > 0.01
+
+
+@pytest.mark.parametrize("case", ["pairs full", "pairs lora"])
+def test_preference_pairs_are_the_same_on_two_ranks(found: dict[int, Any], case: str) -> None:
+    """Of three packs one rank has one, and a blank beside it."""
+    same_gradients(found[2], found[1][0], case)
+    for one in found[2]:
+        for what in ("means", "reference"):
+            np.testing.assert_allclose(one[f"{case} {what}"], found[1][0][f"{case} {what}"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 4])

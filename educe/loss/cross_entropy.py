@@ -21,6 +21,8 @@ from educe.loss.kernels import scaled_softmax_, softmax_facts
 from educe.loss.reweigh import Reweigh, Tokens, nll
 
 Head = Callable[[Tensor], Tensor]
+# Logits of a chunk, in the model's arithmetic, stay under this.
+LOGIT_BYTES = 256 * 2**20
 # fp32 logits of one block on a CPU: what stays in its cache while it is read three times.
 _BLOCK_BYTES = 2 * 2**20
 # Positions of a chunk on a CPU are filled up to a multiple of this: oneDNN makes a kernel for every shape that it meets.
@@ -28,14 +30,27 @@ _FILLED_TO = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairsOut:
+    """Of each preference pair, detached: its loss (λ is not in it); `margin_K`, what the loss compares of the chosen answer less the
+    same of the rejected one; the log-ratio of each answer to the reference in nats per token (of the model alone where every
+    reference is 0)."""
+
+    loss_K: Float[Tensor, " k"]
+    margin_K: Float[Tensor, " k"]
+    chosen_K: Float[Tensor, " k"]
+    rejected_K: Float[Tensor, " k"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossOut:
     """`loss`: what is minimised, differentiable. Detached, per trained token: `nll_N` in nats, `entropy_N` of the prediction in nats,
-    `kl_N` from the anchor in nats (None without one)."""
+    `kl_N` from the anchor in nats (None without one). `pairs`: of preference pairs alone."""
 
     loss: Float[Tensor, ""]
     nll_N: Float[Tensor, " n"]
     entropy_N: Float[Tensor, " n"]
     kl_N: Float[Tensor, " n"] | None = None
+    pairs: PairsOut | None = None
 
     @property
     def target_p(self) -> Float[Tensor, " n"]:
@@ -65,7 +80,7 @@ def token_nll(
     `denominator` is the sum of weights of the whole optimizer step (all micro-batches, all ranks), counted before the forward, so
     that gradients do not depend on how a step is split. `head` maps hidden states to logits, with whatever the model does there
     (scale, soft cap); `parameters` are those of its tensors that are trained. `chunk` positions have logits at once; the result
-    does not depend on it beyond rounding.
+    does not depend on it beyond rounding. A weight may be negative: that token's probability is pressed down.
     """
     shares_N = weights_N / denominator
     work = _Work(head=head, targets_N=targets_N, shares_N=shares_N, chunk=chunk, reweigh=reweigh, anchor=anchor)

@@ -88,6 +88,8 @@ class Watch:
         del line["total_steps"], line["task_losses"]
         if self._job.world.size == 1:
             del line["rank_skew"]
+        if report.pairs is None:
+            del line["pairs"]
         line |= by_name(self._job.prepared.tasks, report.task_losses)
         if self._job.world.leads:
             self._metrics.append({"kind": "step", **line})

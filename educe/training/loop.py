@@ -119,6 +119,7 @@ def train(
             task_losses=means.by_task,
             entropy=means.entropy,
             target_p=means.p,
+            pairs=means.pairs,
             learning_rate=rate,
             grad_norm=norm,
             tokens=int(counts.tokens),

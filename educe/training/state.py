@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from educe.model.load import CausalLM
+from educe.training.means import PairMeans
 from educe.training.optim import Adam
 from educe.training.spikes import Spikes
 
@@ -27,7 +28,8 @@ class StepReport:
     """One finished step. `loss` is the mean nll per unit of weight, in nats, as held-out loss is; `objective` is what was minimised:
     the same as the recipe weighs it (λ of the task, another loss, the pull to the base). `task_losses` has each task's own mean,
     `entropy` is that of the predictions in nats, `target_p` the mean probability of a target. `elapsed_s` counts this process's
-    steps only. `rank_skew`: what the slowest rank took for work of its own, over the median rank's (see `pace`).
+    steps only. `rank_skew`: what the slowest rank took for work of its own, over the median rank's (see `pace`). Of preference pairs
+    `loss` and `task_losses` are means of their losses, and `pairs` tells more.
     """
 
     step: int
@@ -45,3 +47,4 @@ class StepReport:
     elapsed_s: float
     peak_memory_bytes: int
     rank_skew: float = 1.0
+    pairs: PairMeans | None = None
