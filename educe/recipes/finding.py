@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from educe.chat.examples import Made, made_of
+from educe.chat.pairs import ANSWER
 from educe.chat.render import Renderer
 from educe.config import Recipe
 from educe.errors import EduceError, Refusal
@@ -193,13 +194,14 @@ def _sampled(
     recipe: Recipe, prepared: Prepared, rows: Sequence[Conversation], numbers: Mapping[Any, int]
 ) -> tuple[Sampled, ...]:
     store, renderer = prepared.store("train"), Renderer(prepared.tokenizer)
-    weighing = weighing_of(recipe.data)
+    pairs = recipe.objective.kind == "preference"  # of which the chosen answer is looked at
+    weighing = ANSWER if pairs else weighing_of(recipe.data)
     found = []
     for c in rows:
         if (n := numbers.get(_place(c))) is None:  # dropped since, as a copy of a held-out row
             continue
         try:
-            stored = tuple(store[i] for i in np.flatnonzero(store.rows == n).tolist())
+            stored = tuple(store[i] for i in np.flatnonzero(store.rows == n).tolist()[: 1 if pairs else None])
         except ValueError:  # no example at all
             stored = ()
         found.append(Sampled(row=c, made=made_of(c, renderer, weighing, recipe.data.max_tokens), stored=stored))
