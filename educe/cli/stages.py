@@ -12,15 +12,15 @@ from educe.cli.screens import console
 
 def show_stage_scores(found: dict[str, Any]) -> None:
     """A line for each measure, a column for each model, then a sentence for each stage."""
-    from educe.report.stage_page import headline, value_text, what_it_did
+    from educe.report.stage_page import headline, named, value_text, what_it_did
 
     console.print(f"\n[bold]{escape(headline(found))}[/bold]")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("", "rows", "start", *found["stages"]):
-        table.add_column(title, justify="left" if not title else "right")
+        table.add_column(escape(title), justify="left" if not title else "right", no_wrap=True)
     for line in found["measures"]:
         cells = [escape(value_text(line, v)) for v in line["values"].values()]
-        table.add_row(f"{line['title']}, {line['unit']}", f"{line['rows']:,}", *cells)
+        table.add_row(named(line), f"{line['rows']:,}", *cells)
     console.print(table)
     for name, stage in found["stages"].items():
         console.print(f"[bold]{escape(name)}[/bold], {escape(what_it_did(stage))}", soft_wrap=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from educe.stats import bounded_mean, paired_difference, paired_means, ratio_interval, wilson
+from educe.stats import bounded_mean, paired_difference, paired_means, wilson
 from educe.types import Interval
 
 
@@ -28,15 +28,15 @@ class Measure:
 
 _BITS = 1 / math.log(2)
 MEASURES: dict[str, Measure] = {
-    "domain": Measure(title="domain text", unit="bits per byte", kind="ratio", better="less", scale=_BITS),
-    "general": Measure(title="general text", unit="bits per byte", kind="ratio", better="less", scale=_BITS),
-    "task": Measure(title="task", unit="right", kind="score", better="more"),
-    "task_loss": Measure(title="expected answers", unit="nats per token", kind="ratio", better="less"),
-    "ends": Measure(title="answers that end", unit="of the task's", kind="share", better="more"),
-    "questions": Measure(title="general questions", unit="right", kind="share", better="more"),
-    "questions_end": Measure(title="general answers that end", unit="of them", kind="share", better="more"),
-    "pairs": Measure(title="preferred answers", unit="ranked first", kind="share", better="more"),
-    "kl": Measure(title="KL from the start", unit="nats per token of general text", kind="ratio", better=""),
+    "domain": Measure(title="domain text", unit="bits/byte", kind="ratio", better="less", scale=_BITS),
+    "general": Measure(title="general text", unit="bits/byte", kind="ratio", better="less", scale=_BITS),
+    "task": Measure(title="task, right", unit="", kind="score", better="more"),
+    "task_loss": Measure(title="expected answers", unit="nats/token", kind="ratio", better="less"),
+    "ends": Measure(title="task, answers end", unit="", kind="share", better="more"),
+    "questions": Measure(title="general questions, right", unit="", kind="share", better="more"),
+    "questions_end": Measure(title="general answers end", unit="", kind="share", better="more"),
+    "pairs": Measure(title="preferred ranked first", unit="", kind="share", better="more"),
+    "kl": Measure(title="KL from start", unit="nats/token", kind="ratio", better=""),
 }
 
 
@@ -52,9 +52,7 @@ def found_of(key: str, rows: Rows) -> Interval:
     """A measure of one model, with its 95 % interval over rows."""
     measure = MEASURES[key]
     if measure.kind == "ratio":
-        return (
-            ratio_interval([measure.scale * v for v in rows.of], rows.out_of) if len(rows.of) > 1 else _alone(key, rows)
-        )
+        return _mean_ratio([measure.scale * v for v in rows.of], rows.out_of)
     if measure.kind == "share" or _is_plain(rows):
         return wilson(int(sum(rows.of)), len(rows.of))
     return bounded_mean(rows.of, [1.0] * len(rows.of))
@@ -119,6 +117,9 @@ def _is_plain(rows: Rows) -> bool:
     return all(v in (0, 1) for v in rows.of)
 
 
-def _alone(key: str, rows: Rows) -> Interval:
-    value = MEASURES[key].scale * rows.of[0] / rows.out_of[0]
-    return Interval(value=value, low=-math.inf, high=math.inf)
+def _mean_ratio(of_R: Sequence[float], out_of_R: Sequence[float]) -> Interval:
+    """Σ of / Σ out of: what differs from a model that has 0 on every row. No interval for fewer than two rows."""
+    if len(of_R) < 2:
+        value = of_R[0] / out_of_R[0]
+        return Interval(value=value, low=value, high=value)
+    return paired_means([0.0] * len(of_R), of_R, out_of_R)

@@ -34,7 +34,7 @@ def stages_markdown(found: Mapping[str, Any]) -> str:
     lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for line in found["measures"]:
         cells = [value_text(line, v) for v in line["values"].values()]
-        lines.append(f"| {line['title']}, {line['unit']} ({line['rows']}) | " + " | ".join(cells) + " |")
+        lines.append(f"| {named(line)} ({line['rows']}) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -56,6 +56,11 @@ def what_it_did(stage: Mapping[str, Any]) -> str:
     """A stage in a sentence."""
     said = "; ".join(stage["said"]) or "nothing is told apart from where it started"
     return f"{stage['kind']} from {'the start' if stage['start'] == 'base' else stage['start']}: {said}."
+
+
+def named(line: Mapping[str, Any]) -> str:
+    """A measure with its unit."""
+    return f"{line['title']}, {line['unit']}" if line["unit"] else str(line["title"])
 
 
 def short(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
@@ -104,7 +109,7 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
 def _table(found: Mapping[str, Any]) -> str:
     rows = []
     for line in found["measures"]:
-        cells = [f"<td>{escape(line['title'])}<small>{escape(line['unit'])}, {count(line['rows'])} rows</small></td>"]
+        cells = [f"<td>{escape(line['title'])}<small>{escape(line['unit'])} {count(line['rows'])} rows</small></td>"]
         for name, value in line["values"].items():
             change = line["changes"].get(name)
             small = f"<small>{escape(change_text(line, change))}</small>" if change is not None else ""
@@ -166,8 +171,7 @@ def _panel(line: Mapping[str, Any], names: list[str]) -> Iterator[str]:
     room = 0.1 * (high - low) or 0.1
     y = Scale(low=low - room, high=high + room, start=height - 24, end=34)
     x = Scale(low=0, high=max(1, len(values) - 1), start=80, end=width - 40)
-    unit = line["unit"] if line["kind"] == "ratio" else f"% {line['unit']}"
-    yield svg_text("title", 0, 14, f"{line['title']}, {unit}", "start")
+    yield svg_text("title", 0, 14, f"{named(line)}{'' if line['kind'] == 'ratio' else ', %'}", "start")
     for t in ticks(y.low, y.high, 4):
         yield svg_line("grid", 48, y.at(t), width, y.at(t))
         yield svg_text("", 42, y.at(t) + 4, number(t), "end")
