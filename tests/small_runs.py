@@ -91,6 +91,6 @@ class Dying(Silent):
         if report.step == self._step:
             raise MemoryError
 
-    def dev(self, step: int, loss: float, warning: str) -> None:
+    def dev(self, step: int, loss: float, warning: str, unit: str = "nats per token") -> None:
         if step == self._dev:
             raise MemoryError

@@ -136,8 +136,8 @@ class TrainScreen:
             self._last = time.monotonic()
             console.print(f"step {report.step}/{report.total_steps}  {shown}", soft_wrap=True)
 
-    def dev(self, step: int, loss: float, warning: str) -> None:
-        console.print(f"held-out loss after step {step}: [bold]{loss:.3f}[/bold] nats per token")
+    def dev(self, step: int, loss: float, warning: str, unit: str = "nats per token") -> None:
+        console.print(f"held-out loss after step {step}: [bold]{loss:.3f}[/bold] {unit}")
         if warning:
             console.print(f"[yellow]! {warning}[/yellow]", soft_wrap=True)
 

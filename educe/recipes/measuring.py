@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from educe.files.atomic import verify
 from educe.files.journal import Journal
@@ -12,9 +14,10 @@ from educe.pack.plan import plan_once
 from educe.recipes.job import TrainJob
 from educe.recipes.trainee import Trainee
 from educe.training.checkpoint import load_weights, place_of
+from educe.training.means import Means
 from educe.training.patience import History, best_step, far_above, has_stalled
 from educe.training.saver import Saver
-from educe.training.sft import held_out_loss
+from educe.training.sft import held_out_loss, sft_loss
 from educe.types import Batch
 
 
@@ -32,13 +35,28 @@ class HeldOut:
         step, world, tasks = self._t.state.step, self._job.world, self._job.prepared.tasks
         if not len(self._rows) or (self.history and self.history[-1][0] == step):
             return
-        means = held_out_loss(self._t.state.model, self._batches())
+        means = held_out_loss(self._t.state.model, self._batches(), self._t.loss if self._pairs else sft_loss)
         if world.size > 1:
             means = means.over(world, len(tasks))
         self.history.append((step, means.mean))
+        about, unit = self._of_pairs(means)
         if world.leads:
-            self._metrics.append({"kind": "dev", "step": step, "loss": means.mean, **by_name(tasks, means.by_task)})
-        self._job.screen.dev(step, means.mean, far_above(self.history))
+            line = {"kind": "dev", "step": step, "loss": means.mean, **by_name(tasks, means.by_task), **about}
+            self._metrics.append(line)
+        self._job.screen.dev(step, means.mean, far_above(self.history), unit)
+
+    def _of_pairs(self, means: Means) -> tuple[dict[str, Any], str]:
+        """What is told of pairs besides their loss, and in words."""
+        if means.pairs is None:
+            return {}, "nats per token"
+        about: dict[str, Any] = {"pairs": asdict(means.pairs)}
+        said = f"a pair, {means.pairs.accuracy:.0%} of them ranked right"
+        drift = self._t.drift
+        if drift is not None:
+            kl = sum(drift.drift(self._t.state.model).kl_R) / sum(drift.weights_R)
+            about["kl"] = max(0.0, kl)
+            said += f"; KL from the start {about['kl']:.4f} nats per token"
+        return about, said
 
     @property
     def has_stalled(self) -> bool:

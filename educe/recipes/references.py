@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save
 
 from educe.config import Recipe
 from educe.config.objective import Preference
+from educe.evaluate.drift import Texts
 from educe.files.atomic import replacing
 from educe.files.hashes import cache_dir, hash_json
+from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.model.source import Alive, Say
 from educe.pack.batch import build_batch
@@ -24,6 +26,7 @@ from educe.preference.reference import reference_log_p
 from educe.recipes.prepare import Prepared
 
 SPLITS = ("train", "dev")
+DRIFT_TOKENS = 2048  # of dev answers that the KL is measured on: a mean, which needs no more
 
 
 def preference_loss(objective: Preference, logit_bytes: int) -> PreferenceLoss:
@@ -76,3 +79,22 @@ def references(
         f"the start's log-probabilities of {num:,} answers: {time.perf_counter() - began:.1f} s, once; kept in the cache"
     )
     return found
+
+
+def start_of(recipe: Recipe, prepared: Prepared, model: CausalLM, weights: str, *, packed: bool) -> Texts | None:
+    """The chosen answers of some dev pairs, and what `model` as it was loaded says at each of their tokens: how far training moves is
+    measured on them. None without dev pairs."""
+    store = prepared.store("dev")
+    ends = np.cumsum(store.lengths[::2])
+    num = max(1, int(np.searchsorted(ends, DRIFT_TOKENS, "right"))) if len(store) else 0
+    if not num:
+        return None
+    capacity = recipe.train.micro_batch_tokens if packed else 1
+    texts = Texts([store[2 * k] for k in range(num)], range(num), capacity)
+    key = hash_json([weights, texts.key, model.device.kind, model.device.dtype])[:24]
+    file = cache_dir() / "general" / f"pairs-{key}.safetensors"
+    if not texts.read(file):
+        with uncompiled():
+            texts.remember(model)
+        texts.write(file)
+    return texts

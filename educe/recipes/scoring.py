@@ -104,7 +104,12 @@ def longest_answer(metric: str, most: int, asked: Sequence[Asked], tokenizer: Ch
 def _chosen(job: TrainJob) -> tuple[list[Asked], Grader | None]:
     """The dev rows, and what grades them on rank 0; none where the recipe asks for none, or where answers are not right or wrong."""
     recipe, metric = job.recipe, job.recipe.evaluation.metric.kind
-    if not recipe.train.score_rows or metric == "text" or not job.prepared.conversations("dev"):
+    if (
+        recipe.objective.kind != "sft"
+        or not recipe.train.score_rows
+        or metric == "text"
+        or not job.prepared.conversations("dev")
+    ):
         return [], None
     asked = questions_of(job.prepared, recipe, "dev", recipe.train.score_rows)
     grader, problem = None, ""

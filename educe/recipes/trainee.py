@@ -9,6 +9,7 @@ import torch
 
 from educe.config import LayerWise, LoraPlus, Preference, Recipe, Wsd
 from educe.errors import MachineError, RecipeError
+from educe.evaluate.drift import Texts
 from educe.loss.kernels import has_triton
 from educe.loss.reweigh import REWEIGH
 from educe.model.compiled import why_not_trained
@@ -29,7 +30,7 @@ from educe.recipes.mixing import Mixed, loss_weights
 from educe.recipes.model_of import weights_hash
 from educe.recipes.plan import plan_run
 from educe.recipes.prepare import Prepared
-from educe.recipes.references import SPLITS, preference_loss, references
+from educe.recipes.references import SPLITS, preference_loss, references, start_of
 from educe.seeds import derive
 from educe.store.token_store import TokenStore
 from educe.training.loop import LoopConfig
@@ -43,7 +44,7 @@ from educe.types import Batch
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainee:
     """All that a loop needs but its hooks. `packed`: documents share rows; `compiled`: layers are; `rows_of`: the examples of a split,
-    as they are trained."""
+    as they are trained; `drift`: of pairs, some dev answers as the start sees them."""
 
     state: State
     plan: PackPlan
@@ -53,6 +54,7 @@ class Trainee:
     loss: SftLoss | PreferenceLoss
     batches_of: Callable[[int], list[Batch]]
     rows_of: Callable[[str], TokenStore]
+    drift: Texts | None
 
 
 def trainee(
@@ -87,7 +89,7 @@ def trainee(
     if not packed:
         why = model.why_unpacked or "how it turns positions depends on the longest example of a pack"
         say(f"every row is trained alone (slower, same result): {why}")
-    stores = _stores(recipe, prepared, model, packed, world, say, alive)
+    stores, drift = _start(recipe, prepared, model, packed, world, say, alive)
     plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=planned_ranks)
     compiles, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
     if compiled is not None and compiles != compiled:
@@ -128,19 +130,21 @@ def trainee(
         loss=_loss(recipe, prepared, device, model, needed, say),
         batches_of=batches_of(recipe, prepared, stores["train"], plan, world),
         rows_of=stores.__getitem__,
+        drift=drift,
     )
 
 
-def _stores(
+def _start(
     recipe: Recipe, prepared: Prepared, model: CausalLM, packed: bool, world: World, say: Say, alive: Alive
-) -> dict[str, TokenStore]:
+) -> tuple[dict[str, TokenStore], Texts | None]:
     """The training and the dev rows; answers of preference pairs know what the model says of them before it is trained."""
     stores = {name: prepared.store(name) for name in SPLITS}
     if recipe.objective.kind != "preference":
-        return stores
+        return stores, None
     weights = weights_hash(prepared.model_dir)
     found = references(recipe, prepared, model, weights, world, say, alive, packed=packed)
-    return {name: store.referred(found[name]) for name, store in stores.items()}
+    drift = start_of(recipe, prepared, model, weights, packed=packed)
+    return {name: store.referred(found[name]) for name, store in stores.items()}, drift
 
 
 def _loss(
