@@ -105,6 +105,7 @@ CODES: dict[str, str] = {
     "E-EVAL-001": "no test rows",
     "E-EVAL-002": "stored answers missing or of other rows",
     "E-EVAL-003": "file of a benchmark cannot be read",
+    "E-EVAL-004": "task of lm-evaluation-harness cannot be used",
     "E-EVAL-101": "file of a benchmark is not in its format",
     "E-EVAL-201": "metric does not fit the expected answers",
     "E-EVAL-202": "custom metric failed",

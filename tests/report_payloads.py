@@ -55,6 +55,7 @@ PAYLOADS = [
 
 FILES = ("recipe.resolved.json", "provenance.json", "preflight.json", "ledger.jsonl", "metrics.jsonl", "samples.jsonl",
          "preview.json", "scores.json", "shift.json", "judged/mt_bench.json", "suites/ifeval.json", "suites/choices-arc.json",
+         "suites/lm-eval-tiny.json",
          "answers/untouched.jsonl", "answers/few_shot.jsonl", "answers/tuned.jsonl")  # fmt: skip
 _CHOICES = frozenset({"train", "dev", "test", "dropped", "refused", "full", "user", "system", "role", "template", "content",
                       "trained", "step", "score", "file", "untouched", "few_shot", "tuned", "pass", "warn", "skip"})  # fmt: skip

@@ -250,6 +250,21 @@ def choices_record() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def harness_record() -> dict[str, Any]:
+    systems = {name: {"value": 0.4, "stderr": 0.02} for name in ("untouched", "tuned")}
+    row = {"task": "tiny", "filter": "none", "num_rows": 400, "num_in_task": 400, "shots": 3, "systems": systems}
+    spread = {"value": 0.0, "low": -0.02, "high": 0.02}
+    return {
+        "suite": "lm-eval", "lm_eval": "0.4.13", "chat": True, "task": "tiny", "versions": {"tiny": 1},
+        "systems": {"untouched": {"seconds": 1.0}, "tuned": {"seconds": 1.0}},
+        "measures": [
+            {**row, "measure": "acc", "higher_is_better": True, "won": 4, "lost": 4, "p": 0.5, "difference": spread, "why": ""},
+            {**row, "measure": "perplexity", "higher_is_better": False, "won": None, "lost": None, "p": None, "difference": None,
+             "why": "the value is not the mean of the rows"},
+        ],
+    }  # fmt: skip
+
+
 def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = True) -> RunDir:
     """A finished run as the other rooms write it."""
     run = RunDir(path)
@@ -288,6 +303,7 @@ def make_run(path: Path, *, steps: int = 125, rows: int = 240, few_shot: bool = 
     write_file(run.judged / "mt_bench.json", judged_record())
     write_file(run.suites / "ifeval.json", suite_record())
     write_file(run.suites / "choices-arc.json", choices_record())
+    write_file(run.suites / "lm-eval-tiny.json", harness_record())
     return run
 
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-HEAVY = ("torch", "transformers", "peft", "safetensors")
+HEAVY = ("torch", "transformers", "peft", "safetensors", "lm_eval")
 ROOMS = ("types", "errors", "config", "files", "seeds", "stats", "data", "chat", "store", "pack", "report")
 
 IMPORT_ALL = """

@@ -21,13 +21,19 @@ def render_prompt(
     messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] = ()
 ) -> list[int]:
     """Ids a server would send for `messages`, control strings in them as text. Raises `ChatError`."""
+    return encode_pieces(prompt_segments(messages, tokenizer, tools), tokenizer)
+
+
+def prompt_segments(
+    messages: Sequence[Message], tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[Segment]:
+    """The text of that prompt, and who wrote each stretch of it. Raises `ChatError`."""
     row = Row(Conversation(messages=tuple(messages), source=_NOWHERE, tools=tuple(tools)), tokenizer)
     try:
         pieces = row.text(len(messages), generation=True).pieces
     except (TemplateRefusal, Unproved) as e:
         raise ChatError(102, "prompt", f"the chat template refused it: {e.args[1]}.", "Change the messages.") from e
-    segments = [Segment(text=p.text, message=p.message, part=p.part, trained=False) for p in pieces]
-    return encode_pieces(segments, tokenizer)
+    return [Segment(text=p.text, message=p.message, part=p.part, trained=False) for p in pieces]
 
 
 def expected_answer(conversation: Conversation, tokenizer: ChatTokenizer) -> str:

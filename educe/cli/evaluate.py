@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="The benchmark's prompts (default: fetched from the Hub, licence shown).",
 )
-@click.option("--suite-rows", type=click.IntRange(2), help="So many of its prompts, drawn by the seed (default: all).")
+@click.option("--suite-rows", type=click.IntRange(2), help="So many of its rows, drawn by the seed (default: all).")
 @click.option("--suite-tokens", type=click.IntRange(1), help="Longest answer to one of them (default: 1280).")
 @click.option(
     "--choices",
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Rank the options of multiple-choice questions instead: rows {query, choices, gold}.",
 )
+@click.option("--lm-eval", metavar="TASK[,TASK]", help="Run tasks of lm-evaluation-harness instead (educe[lm-eval]).")
+@click.option("--lm-eval-dir", type=click.Path(path_type=Path), metavar="DIR", help="Task files (YAML) of your own.")
+@click.option("--chat", is_flag=True, help="With --lm-eval: prompt through the run's chat template, not by bare text.")
 @click.option(
     "--general",
     type=click.Path(path_type=Path),
@@ -77,6 +80,8 @@ def evaluate(
         _alone("choices", "suite_rows")
         show_choices(Run(run).choices(choices, rows=asked["suite_rows"], say=say))
         return
+    if _harness(run, allow_code, **{name: asked.pop(name) for name in ("lm_eval", "lm_eval_dir", "chat")}, **asked):
+        return
     suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
     if any(value is not None for value in suite.values()):
         _alone("suite", *(["regrade"] if regrade else ["suite_file", "suite_rows", "suite_tokens"]))
@@ -110,6 +115,42 @@ def _stages(path: Path) -> None:
         scores = eval_stages(path, say=say, progress=screen.progress)
     show_stage_scores(scores)
     click.echo(f"Next: educe report {shown(path)}")
+
+
+def _harness(
+    run: Path | None,
+    allow_code: bool,
+    lm_eval: str | None,
+    lm_eval_dir: Path | None,
+    chat: bool,
+    suite_rows: int | None,
+    **_: Any,
+) -> bool:
+    """Whether tasks of lm-eval were asked for."""
+    from educe.cli.screens import AnswerScreen, say, shown
+    from educe.cli.suite import show_harness
+    from educe.recipes.run import Run
+
+    if lm_eval is None:
+        if chat or lm_eval_dir is not None:
+            option = "--chat" if chat else "--lm-eval-dir"
+            raise UsageError(101, option, "is of lm-eval's tasks, and none is named.", "Name them with --lm-eval.")
+        return False
+    _alone("lm_eval", "lm_eval_dir", "chat", "suite_rows", "allow_code")
+    found = Run(run)
+    with AnswerScreen() as screen:
+        scores = found.lm_eval(
+            *lm_eval.split(","),
+            directory=lm_eval_dir,
+            rows=suite_rows,
+            chat=chat,
+            allow_code=allow_code,
+            say=say,
+            progress=screen.progress,
+        )
+    show_harness(scores)
+    click.echo(f"Next: educe report {shown(found.path)}")
+    return True
 
 
 def _alone(option: str, *beside: str) -> None:

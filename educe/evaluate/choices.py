@@ -6,7 +6,7 @@ Nothing is generated. Each option stands behind its context as one text; options
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ class Scored:
         return self.log_p / {"sum": 1, "per_token": self.num_tokens, "per_byte": self.num_bytes}[what]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """The weighted tokens of a text: their log-probability in nats, their number, whether each is the likeliest in its place."""
+
+    log_p: float
+    num_tokens: int
+    greedy: bool
+
+
 def read_items(file: Path) -> list[Item]:
     """Rows {query, choices, gold}, or {context_options, continuation, gold} where options differ before what is scored (Winograd
     schemas). Raises `EvalError`."""
@@ -83,24 +92,38 @@ def _item(line: str | Refusal, place: str) -> Item:
 def option_of(context: str, option: str, tokenizer: ChatTokenizer) -> Example:
     """Both as one text, with one space between unless the context ends in white space; tokens of the context carry no weight.
 
-    The option begins with the first token that is not the context's: a token over the joint belongs to it. The begin-of-sequence
-    token stands first where the tokenizer puts it before texts; a context that is empty and has none lends its place to the
-    end-of-sequence token, since something must come before what is predicted.
+    A context that is empty, where the tokenizer puts nothing before texts, lends its place to the end-of-sequence token, since
+    something must come before what is predicted.
     """
-    bos = tokenizer.template.special.get("bos_token")
-    head = [tokenizer.control[bos]] if bos is not None and adds_bos(tokenizer.json, bos) else []
     stem = context.rstrip()
     joint = context[len(stem) :] or (" " if stem else "")
-    before, whole = tokenizer.encode_plain(stem), tokenizer.encode_plain(stem + joint + option)
+    return behind(stem, joint + option, tokenizer, tokenizer.eos)
+
+
+def behind(stem: str, text: str, tokenizer: ChatTokenizer, first: int) -> Example:
+    """`text` right behind `stem`, with weight. It begins with the first token that is not the stem's: a token over the joint belongs
+    to it. The begin-of-sequence token stands first where the tokenizer puts it before texts, else `first` before an empty stem."""
+    head = head_of(tokenizer)
+    before, whole = tokenizer.encode_plain(stem), tokenizer.encode_plain(stem + text)
     same = next(
         (k for k, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     if not head and not same:
-        head = [tokenizer.eos]
-    ids = np.array([*head, *whole], np.int32)
-    weights = np.zeros(ids.size, np.float32)
-    weights[len(head) + min(same, len(whole) - 1) :] = 1
-    return Example(ids_T=ids, weights_T=weights)
+        head = [first]
+    return weighed([*head, *whole], len(head) + min(same, len(whole) - 1))
+
+
+def head_of(tokenizer: ChatTokenizer) -> list[int]:
+    """What the tokenizer itself puts before a text: the begin-of-sequence token, or nothing."""
+    bos = tokenizer.template.special.get("bos_token")
+    return [tokenizer.control[bos]] if bos is not None and adds_bos(tokenizer.json, bos) else []
+
+
+def weighed(ids: Sequence[int], start: int) -> Example:
+    """Tokens from `start` on carry weight."""
+    weights = np.zeros(len(ids), np.float32)
+    weights[start:] = 1
+    return Example(ids_T=np.array(ids, np.int32), weights_T=weights)
 
 
 def score_options(
@@ -108,31 +131,46 @@ def score_options(
 ) -> list[list[Scored]]:
     """Every option of every question. The model reads packed rows; with a `capacity_tokens` of 1 each text is alone."""
     texts = [t for item in items for t in item.texts]
-    examples = [option_of(context, option, tokenizer) for context, option in texts]
-    nll_E = np.zeros(len(examples))
-    for group in plan_once(np.array([e.ids_T.size for e in examples], np.int64), capacity_tokens=capacity_tokens):
-        nll_N = _nll(model, [examples[k] for k in group])
-        owners_N = np.repeat(np.arange(len(group)), [int(examples[k].weights_T.sum()) for k in group])
-        nll_E[group] = np.bincount(owners_N, nll_N, len(group))
+    read = read_texts(model, [option_of(context, option, tokenizer) for context, option in texts], capacity_tokens)
     scored = iter(
-        Scored(log_p=-float(nll), num_tokens=int(e.weights_T.sum()), num_bytes=len(option.encode()))
-        for nll, e, (_, option) in zip(nll_E, examples, texts, strict=True)
+        Scored(log_p=r.log_p, num_tokens=r.num_tokens, num_bytes=len(option.encode()))
+        for r, (_, option) in zip(read, texts, strict=True)
     )
     return [[next(scored) for _ in item.texts] for item in items]
 
 
-def _nll(model: CausalLM, examples: Sequence[Example]) -> np.ndarray:
-    """Of each scored token, in their order."""
+def read_texts(
+    model: CausalLM,
+    examples: Sequence[Example],
+    capacity_tokens: int,
+    on_read: Callable[[int], None] = lambda done: None,
+) -> list[Read]:
+    """What the model makes of the weighted tokens of each text; `on_read` gets how many are done, after each packed row."""
+    nll_E, greedy_E = np.zeros(len(examples)), np.ones(len(examples), bool)
+    sizes_E = np.array([int(e.weights_T.sum()) for e in examples], np.int64)
+    lengths_E = np.array([e.ids_T.size for e in examples], np.int64)
+    for group in plan_once(lengths_E, capacity_tokens=capacity_tokens):
+        nll_N, likeliest_N = _read(model, [examples[k] for k in group])
+        owners_N = np.repeat(np.arange(len(group)), sizes_E[group])
+        nll_E[group] = np.bincount(owners_N, nll_N, len(group))
+        greedy_E[group] = np.bincount(owners_N, ~likeliest_N, len(group)) == 0
+        on_read(group[-1] + 1)
+    facts = zip(nll_E.tolist(), sizes_E.tolist(), greedy_E.tolist(), strict=True)
+    return [Read(log_p=-nll, num_tokens=size, greedy=greedy) for nll, size, greedy in facts]
+
+
+def _read(model: CausalLM, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each scored token, in their order: its nll, and whether none is likelier."""
     batch = build_batch(examples)
+    nll, likeliest = [], []
     with torch.no_grad():
         hidden_ND = model.hidden_states(batch)[model.tensor(batch.predict_N)]
         targets_N = model.tensor(batch.targets_N)
-        found = [
-            softmax_facts(model.head(hidden_ND[piece]), targets_N[piece]).nll_B.double().cpu()
-            for piece in pieces(model, len(hidden_ND))
-        ]
-    nll_N: np.ndarray = torch.cat(found).numpy()
-    return nll_N
+        for piece in pieces(model, len(hidden_ND)):
+            logits_BV = model.head(hidden_ND[piece])
+            nll.append(softmax_facts(logits_BV, targets_N[piece]).nll_B.double().cpu())
+            likeliest.append((logits_BV.argmax(-1) == targets_N[piece]).cpu())
+    return torch.cat(nll).numpy(), torch.cat(likeliest).numpy()
 
 
 def lines_of(items: Sequence[Item], scored: Sequence[Sequence[Scored]]) -> list[dict[str, Any]]:

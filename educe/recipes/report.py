@@ -43,7 +43,7 @@ def text_of(runs: Sequence[RunDir], form: str, hourly: Price | None = None) -> s
     if form == "json":
         text = json.dumps({"educe_report": FORM_VERSION, **numbers}, indent=1, ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair, as JSON writes it
-    return run_markdown(numbers, runs[0]) if len(found) == 1 else comparison_markdown(numbers)
+    return run_markdown(numbers, runs[0]) if len(found) == 1 else comparison_markdown(numbers, runs)
 
 
 def write_report(runs: Sequence[RunDir], out: Path | None, form: str, hourly: Price | None = None) -> Path:

@@ -166,6 +166,24 @@ class Run:
 
         return rank_choices(self.dir, Path(file), rows, say)
 
+    def lm_eval(
+        self,
+        *tasks: str,
+        directory: str | Path | None = None,
+        rows: int | None = None,
+        chat: bool = False,
+        allow_code: bool = False,
+        say: Say = quiet,
+        progress: Progress = no_progress,
+    ) -> list[dict[str, Any]]:
+        """Tasks of lm-evaluation-harness before and after; returns suites/lm-eval-TASK.json of each. See `recipes.harness.Wish`."""
+        need_torch()
+        from educe.recipes.harness import Wish, harness_scores
+
+        place = Path(directory) if directory is not None else None
+        wish = Wish(tasks=tasks, directory=place, rows=rows, chat=chat, allow_code=allow_code)
+        return harness_scores(self.dir, wish, say, progress)
+
     def report(self) -> Path:
         """Write report.html and return its path."""
         from educe.recipes.report import report

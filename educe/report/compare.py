@@ -12,6 +12,7 @@ from educe.report.numbers import Named, Paired, comparison_of, named, pair, sett
 from educe.report.page import render_page
 from educe.report.records import Point
 from educe.report.sections import Price
+from educe.report.suites import benchmarks
 from educe.report.visible import cut
 
 _SURE = 0.05
@@ -33,6 +34,7 @@ def build_comparison(runs: Sequence[RunDir], *, hourly: Price | None = None) -> 
         bars=_bars(found),
         training=_curves(found, "training"),
         held_out=_curves(found, "held-out"),
+        benchmarks=benchmarks([r.run for r in found]),
         differing=settings_that_differ(found),
     )
 

@@ -12,7 +12,7 @@ from educe.report.compare import headline
 from educe.report.forgotten import read_forgotten, read_shift
 from educe.report.judged import read_judged
 from educe.report.numbers import Paired
-from educe.report.suites import read_choices, read_suites
+from educe.report.suites import benchmarks, read_choices, read_harness, read_suites
 from educe.report.visible import clamp, visible
 from educe.types import Interval
 
@@ -55,6 +55,14 @@ def _besides(place: RunDir) -> Iterator[str]:
         yield f"{c.num_rows:,} questions; by chance {wording.percent(c.chance)} are right."
         rules = [(plain(title), *map(plain, cells), wording.p_value(p)) for title, cells, p in c.rules[:12]]
         yield table(("Likeliest by", *map(plain, c.systems), "difference", "McNemar"), rules)
+    for h in read_harness(place):
+        yield f"## lm-eval: {plain(h.name, 60)}"
+        yield f"{plain(h.about)}; after ± its standard error."
+        measures = [
+            (plain(title), *map(plain, cells), wording.p_value(p) if p is not None else "")
+            for title, cells, p in h.measures[:80]
+        ]
+        yield table(("Measure", *map(plain, h.systems), "difference", "paired test"), measures)
     if (forgotten := read_forgotten(place)) is not None:
         yield "## What was forgotten"
         yield (
@@ -152,8 +160,8 @@ def _cost(cost: dict[str, Any]) -> list[tuple[str, str]]:
     return [r for r in rows if r[1] != wording.ABSENT]
 
 
-def comparison_markdown(found: dict[str, Any]) -> str:
-    """Several runs, as `comparison_of` gives them."""
+def comparison_markdown(found: dict[str, Any], places: Sequence[RunDir]) -> str:
+    """Several runs, as `comparison_of` gives them, and what their benchmarks say."""
     runs = found["runs"]
     names = [plain(r["name"], 80) for r in runs]
     paired = [_paired(p) for p in found["paired"]]
@@ -162,6 +170,10 @@ def comparison_markdown(found: dict[str, Any]) -> str:
     words = wording.measure(any(r["measure"] == "mean" for r in runs))
     parts += [table(("Run", "System", words.right, words.column, "95 % interval"), rows)] if rows else []
     parts.append("\n".join(f"- {_pair(p)}" for p in paired))
+    measured = [
+        (plain(title, 120), *(plain(c) or wording.ABSENT for c in cells)) for title, cells in benchmarks(places)
+    ]
+    parts += ["## Benchmarks, tuned models", table(("Measure", *names), measured[:80])] if measured else []
     differing = [
         (plain(d["setting"]), *(plain(v, 60) or "–" for v in d["values"])) for d in found["settings_that_differ"]
     ]

@@ -22,7 +22,7 @@ from educe.report.policy import policy
 from educe.report.reading import read_run
 from educe.report.records import Point, RunFiles
 from educe.report.sections import Price
-from educe.report.suites import read_choices, read_suites
+from educe.report.suites import read_choices, read_harness, read_suites
 from educe.report.visible import block, cut, inline, marked, shown, visible
 
 
@@ -177,6 +177,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         shift=read_shift(run),
         suites=read_suites(run),
         choices=read_choices(run),
+        harness=read_harness(run),
         loss=_loss(files),
         progress_of=_graded(files),
         groups=sections.group_answers(files, names),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
 from educe.files.run_dir import RunDir
 
+_OWN = "tuned"
 MOST_SYSTEMS = 12  # as many columns as the page has
 _MEASURES = {
     "prompt_strict": "All of a prompt's instructions, strict",
@@ -19,7 +20,7 @@ _MEASURES = {
 }
 _RULES = {"sum": "The whole option", "per_token": "Its mean token", "per_byte": "Its mean byte"}
 Made = TypeVar("Made")
-_CHOICES = "choices-"  # what the names of their files begin with
+_CHOICES, _HARNESS = "choices-", "lm-eval-"  # what the names of their files begin with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +58,49 @@ class Choices:
     rules: tuple[tuple[str, tuple[str, ...], float], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Harness:
+    """A task, group or tag of lm-evaluation-harness: of each measure a cell for each system, one for the difference, and p.
+    `by`: which version measured, and whether through the template."""
+
+    name: str
+    by: str
+    about: str
+    systems: tuple[str, ...]
+    measures: tuple[tuple[str, tuple[str, ...], float | None], ...]
+
+
 def read_suites(run: RunDir) -> tuple[Suite, ...]:
     """All benchmarks that the run answered, by name."""
-    return tuple(_read(run, lambda name, found: None if name.startswith(_CHOICES) else _suite(found)))
+    return tuple(_read(run, lambda name, found: None if name.startswith((_CHOICES, _HARNESS)) else _suite(found)))
 
 
 def read_choices(run: RunDir) -> tuple[Choices, ...]:
     """All files of multiple-choice questions that the run ranked, by name."""
     return tuple(_read(run, lambda name, found: _choices(name, found) if name.startswith(_CHOICES) else None))
+
+
+def read_harness(run: RunDir) -> tuple[Harness, ...]:
+    """All tasks of lm-eval that the run was put before, by name."""
+    return tuple(_read(run, lambda name, found: _harness(found) if name.startswith(_HARNESS) else None))
+
+
+def benchmarks(runs: Sequence[RunDir]) -> list[tuple[str, tuple[str, ...]]]:
+    """Every measure that the tuned model of a run has, beside those of the other runs."""
+    rows: dict[str, list[str]] = {}
+    for k, run in enumerate(runs):
+        for title, cells in _tuned(run):
+            rows.setdefault(title, [""] * len(runs))[k] = cells
+    return [(title, tuple(cells)) for title, cells in rows.items()]
+
+
+def _tuned(run: RunDir) -> Iterator[tuple[str, str]]:
+    for s in read_suites(run):
+        yield from ((f"IFEval: {title}", c[s.systems.index(_OWN)]) for title, c in s.measures if _OWN in s.systems)
+    for q in read_choices(run):
+        yield from ((f"{q.name}: {title}", c[q.systems.index(_OWN)]) for title, c, _ in q.rules if _OWN in q.systems)
+    for h in read_harness(run):
+        yield from ((f"{h.by}: {t}", c[h.systems.index(_OWN)]) for t, c, _ in h.measures if _OWN in h.systems)
 
 
 def _read(run: RunDir, make: Callable[[str, dict[str, Any]], Made | None]) -> Iterator[Made]:
@@ -91,6 +127,36 @@ def _choices(name: str, found: dict[str, Any]) -> Choices:
         systems=tuple(systems),
         rules=tuple(rules),
     )
+
+
+def _harness(found: dict[str, Any]) -> Harness:
+    systems = tuple(islice(found["systems"], MOST_SYSTEMS))
+    measures = []
+    for m in found["measures"]:
+        filtered = "" if m["filter"] == "none" else f", {m['filter']}"
+        shots = f", {int(m['shots'])} examples" if m["shots"] else ""
+        rows = f", {int(m['num_rows']):,} rows" if m["num_rows"] is not None else ""
+        better = {True: ", higher is better", False: ", lower is better"}.get(m["higher_is_better"], "")
+        cells = [_with_error(m["systems"][n]) for n in systems]
+        d = m["difference"]
+        apart = str(m["why"]) if d is None else _apart(*(float(d[k]) for k in ("value", "low", "high")))
+        title = f"{m['task']}: {m['measure']}{filtered}{shots}{rows}{better}"
+        measures.append((title, (*cells, apart), float(m["p"]) if m["p"] is not None else None))
+    how = "through the chat template" if found["chat"] is True else "by bare text"
+    about = f"lm-evaluation-harness {found['lm_eval']}, prompted {how}"
+    by = f"lm-eval {found['lm_eval']}{', chat' if found['chat'] is True else ''}"
+    return Harness(name=str(found["task"]), by=by, about=about, systems=systems, measures=tuple(measures))
+
+
+def _with_error(s: dict[str, Any]) -> str:
+    value, error = s["value"], s["stderr"]
+    if value is None:
+        return "not finite"
+    return f"{float(value):.4g}" + (f" ± {float(error):.2g}" if error is not None else "")
+
+
+def _apart(value: float, low: float, high: float) -> str:
+    return f"{value:+.4g} ({low:+.4g} to {high:+.4g})"
 
 
 def _suite(found: dict[str, Any]) -> Suite:
