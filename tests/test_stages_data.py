@@ -1,0 +1,246 @@
+"""What stages read: recipes whose mistakes are told by their place, pairs that are never taken apart, texts that lose nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from educe.chat.documents import document_made
+from educe.chat.tokens import load_tokenizer
+from educe.config import Recipe, StagedRecipe, load_any, load_recipe, stage_of
+from educe.config.recipe import NamedTemplate
+from educe.errors import EduceError
+from educe.files.jsonl import read_jsonl
+from educe.pack.batch import build_batch, halved
+from educe.pack.plan import both_of, plan_once, plan_pairs
+from educe.recipes.mixing import mix
+from educe.recipes.prepare import prepare
+from educe.recipes.run import quiet
+from educe.types import Example
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+few = settings(max_examples=50, deadline=None, derandomize=True)
+
+WHOLE = """name: medic
+model: tiny
+stages:
+  - kind: pretrain
+    data: {train: texts.txt}
+  - kind: sft
+    data: {train: rows.jsonl}
+  - kind: preference
+    loss: {kind: dpo, beta: 0.2}
+    data: {train: pairs.jsonl, max_tokens: 128}
+    train: {batch_tokens: 1024, micro_batch_tokens: 256}
+  - kind: preference
+    name: direct
+    start: base
+    loss: ipo
+    data: {train: pairs.jsonl}
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(tmp_path: Path, old: str, new: str) -> str:
+    assert old in WHOLE
+    with pytest.raises(EduceError) as e:
+        load_any(written(tmp_path, WHOLE.replace(old, new, 1)))
+    return str(e.value)
+
+
+# The recipe
+
+
+def test_a_stage_is_a_recipe_of_its_own(tmp_path: Path) -> None:
+    path = written(tmp_path, WHOLE)
+    staged = load_any(path)
+    assert isinstance(staged, StagedRecipe)
+    assert staged.names == ("pretrain", "sft", "preference", "direct")
+    assert [staged.start_of(k) for k in range(4)] == [None, 0, 1, None]
+    recipe = load_recipe(path.with_name("r.yaml#preference"))
+    assert recipe.objective.kind == "preference"
+    assert recipe.run_path() == tmp_path / "runs" / "medic" / "3-preference"
+    assert recipe.model == "tiny"  # nothing is trained yet
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
+    before = staged.stage_path(0)
+    before.mkdir(parents=True)
+    (before / "recipe.resolved.json").touch()
+    assert stage_of(staged, 1).model == str(before)
+    assert stage_of(staged, 2).model == str(before)  # the nearest that is trained
+    assert stage_of(staged, 3).model == "tiny"
+
+
+@pytest.mark.parametrize(
+    "old,new,said",
+    [
+        ("beta: 0.2", "bta: 0.2", "r.yaml:9:23 stages.2.loss.bta is not a known key. Did you mean 'beta'?"),
+        ("kind: sft", "kind: stf", "r.yaml:6:5 stages.1.kind is 'stf'. Did you mean 'sft'?"),
+        ("beta: 0.2", "beta: 0", "stages.2.loss.beta is 0. It must be above 0"),
+        ("loss: ipo", "loss: ppo", "stages.3.loss is 'ppo'. Did you mean 'ipo'?"),
+        ("name: direct", "name: sft", "stages[3]: 'sft' is the name of another one"),
+        ("start: base", "start: rlhf", "stages[3].start is 'rlhf', and before it there are base, pretrain, sft, preference"),
+        ("micro_batch_tokens: 256", "micro_batch_tokens: 255", "must hold two rows of data.max_tokens (128)"),
+        ("max_tokens: 128}", "max_tokens: 128, train_on: last}", "stages[2]: data.train_on means nothing"),
+        ("train: texts.txt}", "train: texts.txt, prompt_weight: 0.5}", "stages[0]: data.prompt_weight means nothing"),
+        ("batch_tokens: 1024,", "kl_to_base: 1.0, batch_tokens: 1024,", "train.kl_to_base means nothing"),
+        ("model: tiny", "model: {init: random, layer: 2}", "r.yaml:2:23 model.layer is not a known key. Did you mean 'layers'?"),
+        ("model: tiny", "model: {init: random, width: 30}", "width (30) must be a multiple"),
+        ("kind: pretrain", "kind: sft\n    name: first", ""),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_by_their_place(tmp_path: Path, old: str, new: str, said: str) -> None:
+    if said:
+        assert said in refused(tmp_path, old, new)
+    else:
+        load_any(written(tmp_path, WHOLE.replace(old, new, 1)))
+
+
+def test_what_is_no_stage_is_said(tmp_path: Path) -> None:
+    path = written(tmp_path, WHOLE)
+    for name in ("r.yaml", "r.yaml#rlhf"):
+        with pytest.raises(EduceError, match=r"has 4 stages, and this takes one run. Name one: .*r\.yaml#pretrain, "):
+            load_recipe(path.with_name(name))
+    path = written(tmp_path, "name: x\nmodel: tiny\ndata: {train: a.jsonl}\n")
+    with pytest.raises(EduceError, match="has no stages"):
+        load_recipe(path.with_name("r.yaml#sft"))
+    path = written(tmp_path, "name: x\nmodel: tiny\nobjective: pretrain\ndata: {train: a.jsonl}\n")
+    with pytest.raises(EduceError, match=r"r.yaml:3:1 objective is not a known key. Write a stage"):
+        load_recipe(path)
+    text = WHOLE.replace("model: tiny", "model: {init: random}").replace("kind: pretrain", "kind: sft\n    name: first")
+    with pytest.raises(EduceError, match="needs a first stage of `kind: pretrain`"):
+        load_any(written(tmp_path, text))
+
+
+# The plan of pairs
+
+
+@few
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=60),
+    st.integers(0, 3),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+)
+def test_pairs_stay_together(pairs: list[tuple[int, int]], seed: int, ranks: int, packed: bool) -> None:
+    lengths = np.array(pairs, np.int64).reshape(-1)
+    order = both_of(np.array([k for k in range(len(pairs)) for _ in range(1 + (k + seed) % 2)]))
+    plan = plan_pairs(lengths, order, batch_tokens=160, capacity_tokens=80, seed=seed, num_ranks=ranks, packed=packed)
+    packs = [pack for s in range(plan.num_steps) for pack in plan.step(s)]
+    assert Counter(i for pack in packs for i in pack) == Counter(order.tolist())
+    for pack in packs:
+        assert all(a % 2 == 0 and b == a + 1 for a, b in zip(pack[::2], pack[1::2], strict=True))
+        assert sum(int(lengths[i]) for i in pack) <= 80
+    assert plan.num_tokens == int(lengths[order].sum())
+    once = plan_once(lengths, capacity_tokens=80, pairs=True)
+    assert [i for group in once for i in group] == list(range(lengths.size))
+    assert all(len(group) % 2 == 0 for group in once)
+
+
+def answer(n: int, reference: float | None) -> Example:
+    weights = np.r_[np.float32(0), np.ones(n - 1, np.float32)]
+    return Example(ids_T=np.arange(n, dtype=np.int32), weights_T=weights, reference=reference)
+
+
+@few
+@given(st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=7))
+def test_a_batch_of_pairs_is_halved_between_them(sizes: list[tuple[int, int]]) -> None:
+    examples = [answer(n, float(-n)) for pair in sizes for n in pair]
+    batch = build_batch(examples)
+    assert batch.denominator == len(sizes)
+    pieces = halved(batch)
+    assert sum(p.denominator for p in pieces) == len(sizes)
+    assert all(p.lengths_D.size % 2 == 0 for p in pieces)
+    assert len(pieces) == (2 if len(sizes) > 1 else 1)
+    references = np.concatenate([p.reference_D for p in pieces if p.reference_D is not None])
+    assert references.tolist() == [-float(e.ids_T.size) for e in examples]
+    with pytest.raises(ValueError, match="two answers each"):
+        build_batch([*examples, answer(3, None)])
+    with pytest.raises(ValueError, match="two answers each"):
+        build_batch(examples[:-1])
+
+
+# Rows and what a stage learns from them
+
+PAIR = {"prompt": "the user said hello", "chosen": "yes", "rejected": "no the"}
+
+
+def lines(path: Path, *rows: object) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDUCE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny").symlink_to(tiny_model)
+    talk = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}
+    for name in ("rows", "pairs"):
+        lines(tmp_path / f"{name}.jsonl", talk, PAIR | {"prompt": "one"}, {"text": "the model"}, PAIR)
+    lines(tmp_path / "texts.jsonl", talk, PAIR, {"text": "the model"}, {"text": "the user"})
+    text = WHOLE.replace("texts.txt", "texts.jsonl")
+    for name in ("texts", "rows", "pairs"):
+        text = text.replace(f"train: {name}.jsonl", f"train: {{files: {name}.jsonl, format: mixed}}")
+    shares = "dev: {kind: share, share: 0.000001}, test: {kind: share, share: 0.000001}, max_unused: 1.0, "
+    written(tmp_path, text.replace("data: {", f"data: {{{shares}"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name,kept,refused", [("pretrain", 2, 2), ("sft", 2, 2), ("preference", 2, 2)])
+def test_each_stage_learns_from_rows_of_its_kind(place: Path, name: str, kept: int, refused: int) -> None:
+    prepared = prepare(load_recipe(place / f"r.yaml#{name}"), quiet)
+    ledger = read_jsonl(prepared.path / "ledger.jsonl")
+    assert Counter(line["code"] for line in ledger)["E-DATA-150"] == refused
+    assert sum(line["status"] != "refused" for line in ledger) == kept
+    told = next(line["reason"] for line in ledger if line["code"])
+    assert "this stage learns from" in told
+    assert "stage of `kind: " in told
+
+
+def test_a_pair_is_two_answers_behind_one_prompt(place: Path) -> None:
+    other = {"chosen": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}],
+             "rejected": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "no"}]}  # fmt: skip
+    words = ("the", "user", "said", "hello", "model", "yes", "no", "one", "two", "three")
+    rows = [PAIR | {"prompt": f"{a} {b}"} for a in words for b in words]
+    lines(place / "pairs.jsonl", PAIR | {"rejected": "yes"}, other, *rows)
+    recipe = load_recipe(place / "r.yaml#preference")
+    prepared = prepare(recipe, quiet)
+    ledger = read_jsonl(prepared.path / "ledger.jsonl")
+    assert [line["code"] for line in ledger[:2]] == ["E-DATA-154", "E-DATA-153"]
+    store = prepared.store("train")
+    assert len(store) == 2 * prepared.summary["rows"]["train"]
+    assert (store.rows[::2] == store.rows[1::2]).all()
+    for k in range(0, len(store), 2):
+        one, two = store[k], store[k + 1]
+        starts = [int(np.argmax(e.weights_T > 0)) for e in (one, two)]
+        assert starts[0] == starts[1]
+        assert np.array_equal(one.ids_T[: starts[0]], two.ids_T[: starts[0]])
+        said = [prepared.tokenizer.decode(e.ids_T[e.weights_T > 0].tolist()) for e in (one, two)]
+        assert ["yes" in said[0], "no the" in said[1]] == [True, True]
+    mixed = mix(recipe, prepared)
+    assert (mixed.order_K[::2] % 2 == 0).all()
+    assert (mixed.order_K[1::2] == mixed.order_K[::2] + 1).all()
+    assert mixed.tasks[0].draws == mixed.order_K.size // 2
+
+
+@few
+@given(st.text(alphabet=st.sampled_from("the user said\nαβ🙂 <|end|>."), max_size=200), st.integers(8, 40))
+def test_a_long_document_loses_no_text(tiny_model: Path, text: str, room: int) -> None:
+    tokenizer = load_tokenizer(tiny_model, NamedTemplate(kind="plain"))
+    made = document_made(text, tokenizer, room)
+    ids = [i for e in made.examples for i in e.ids_T.tolist()]
+    bos = [tokenizer.control["<s>"]] if "<s>" in tokenizer.control else []
+    heads = [i for i in ids if i in bos]
+    kept = [i for i in ids if i not in bos]
+    assert all(e.ids_T.size <= room for e in made.examples)
+    whole = [*tokenizer.encode_plain(text), tokenizer.eos]
+    assert kept == whole or (kept == whole[:-1] and len(whole) % (room - bool(heads)) == 1)
+    for e in made.examples:
+        assert (e.weights_T[1:] == 1).all()
