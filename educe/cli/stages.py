@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from educe.cli.screens import console
@@ -21,6 +22,13 @@ def show_stage_scores(found: dict[str, Any]) -> None:
     for line in found["measures"]:
         cells = [escape(value_text(line, v)) for v in line["values"].values()]
         table.add_row(named(line), f"{line['rows']:,}", *cells)
-    console.print(table)
+    wide = Measurement.get(console, console.options.update(max_width=1000), table)
+    if wide.maximum <= console.width:
+        console.print(table)
+    else:
+        for line in found["measures"]:
+            values = "  ".join(f"{n} {value_text(line, v)}" for n, v in line["values"].items())
+            console.print(f"[bold]{escape(named(line))}[/bold] ({line['rows']:,} rows)", soft_wrap=True)
+            console.print(f"  {escape(values)}", soft_wrap=True)
     for name, stage in found["stages"].items():
         console.print(f"[bold]{escape(name)}[/bold], {escape(what_it_did(stage))}", soft_wrap=True)

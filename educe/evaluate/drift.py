@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ class Texts:
         """Measure a model against the base model that was remembered."""
         nll_R = kl_R = np.zeros(self.num_rows)
         for batch, kept in zip(self._batches, self._base, strict=True):
-            nll_N, kl_N = _measured(model, batch, kept)
+            nll_N, kl_N = model.whole(partial(_measured, model, batch, kept))
             nll_R = nll_R + self._summed(batch, nll_N * batch.weights_N)
             kl_R = kl_R + self._summed(batch, kl_N * batch.weights_N)
         return Drift(nll_R=tuple(nll_R.tolist()), kl_R=tuple(kl_R.tolist()))

@@ -19,11 +19,13 @@ from educe.training.watchdog import Watchdog
 @dataclass(frozen=True, slots=True, kw_only=True)
 class How:
     """What a command says of how a run goes, none of which is in the recipe. `devices`: the number of ranks where somebody chose one;
-    `stop_at` (time.monotonic): when it must have ended; `allow`: settings that may change in the middle of a run."""
+    `stop_at` (time.monotonic): when it must have ended; `allow`: settings that may change in the middle of a run; `stays`: ranks stay
+    connected, since another run follows (a connection that was closed cannot be opened again)."""
 
     devices: int | None = None
     stop_at: float | None = None
     allow: tuple[str, ...] = ()
+    stays: bool = False
 
 
 class Screen(Protocol):

@@ -7,7 +7,8 @@ where that is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def train_stages(
         recipe, start = stage_of(staged, k), staged.start_of(k)
         begins = "the model" if start is None else f"stage {staged.names[start]}"
         say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
-        _one(lambda recipe=recipe: train(recipe, text, say, screen, how, dog), name)  # type: ignore[misc]
+        going = replace(how, stays=k + 1 < len(runs))
+        _one(partial(train, recipe, text, say, screen, going, dog), name)
         release_free_memory()
     return made
 

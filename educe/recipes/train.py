@@ -85,7 +85,10 @@ def train(
         else:
             with told_of_memory("training"), deterministic(recipe.train.deterministic):
                 _train(job, begun)
-    leave()
+    if how.stays:
+        world.share("")  # no rank begins what follows before rank 0 has written the last of this
+    else:
+        leave()
     return run
 
 

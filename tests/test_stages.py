@@ -1,0 +1,271 @@
+"""A run of stages: each begins where another ended, stands where nothing changed, goes on where it was killed, and is compared."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import educe  # noqa: E402
+from educe.errors import EduceError  # noqa: E402
+from educe.files.jsonl import read_jsonl  # noqa: E402
+from educe.model.describe import describe_model  # noqa: E402
+from educe.recipes.machine import chosen_device  # noqa: E402
+from educe.recipes.run_stages import check_stages, eval_stages  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from small_runs import Dying, final, same  # noqa: E402
+from test_engine import _one_thread  # noqa: E402, F401
+from test_export import command  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+WORDS = ("the", "user", "said", "hello", "model", "yes", "no", "one", "two", "three", "four", "order")
+TRAIN = "batch_tokens: 256, micro_batch_tokens: 128"
+
+
+def sentence(numbers: random.Random, least: int = 3) -> str:
+    return " ".join(numbers.choices(WORDS, k=numbers.randint(least, least + 5)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    place, numbers = tmp_path_factory.mktemp("stages"), random.Random(3)
+    texts = [{"text": sentence(numbers, 10)} for _ in range(40)]
+    rows = [{"prompt": f"{sentence(numbers)} {k}", "response": numbers.choice(WORDS)} for k in range(40)]
+    pairs = [
+        {"prompt": f"{sentence(numbers)} {k}", "chosen": "yes yes", "rejected": sentence(numbers)} for k in range(40)
+    ]
+    for name, lines in (("texts", texts), ("rows", rows), ("pairs", pairs)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDUCE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.chdir(place)
+        chosen_device.cache_clear()
+        shutil.copytree(tiny_model, place / "tiny")
+        yield place
+    chosen_device.cache_clear()
+
+
+def recipe(place: Path, name: str, rate: str = "5e-3", model: str = "./tiny", more: str = "") -> Path:
+    path = place / f"{name}.yaml"
+    path.write_text(
+        f"""name: {name}
+model: {model}
+device: cpu
+dtype: float32
+stages:
+  - kind: pretrain
+    data: {{train: texts.jsonl, test: {{kind: share, share: 0.2}}, max_tokens: 64}}
+    train: {{{TRAIN}, learning_rate: 1e-2, checkpoint_every_steps: 2}}
+  - kind: sft
+    data: {{train: rows.jsonl, test: {{kind: share, share: 0.2}}, max_tokens: 64}}
+    train: {{{TRAIN}, learning_rate: {rate}, checkpoint_every_steps: 2}}
+  - kind: preference
+    loss: {{kind: dpo, beta: 0.5}}
+    data: {{train: pairs.jsonl, test: {{kind: share, share: 0.2}}, max_tokens: 64}}
+    train: {{{TRAIN}, learning_rate: 5e-3, checkpoint_every_steps: 2}}
+{more}evaluation: {{metric: exact, max_new_tokens: 4}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+DIRECT = """  - kind: preference
+    name: direct
+    start: base
+    loss: orpo
+    tuning: {kind: lora, rank: 4}
+    data: {train: pairs.jsonl, test: {kind: share, share: 0.2}, max_tokens: 64}
+    train: {batch_tokens: 256, micro_batch_tokens: 128, learning_rate: 1e-2}
+"""
+
+
+@pytest.fixture(scope="module")
+def chain(place: Path) -> Path:
+    """All stages in one go."""
+    made = educe.train(recipe(place, "chain", more=DIRECT))
+    assert made.path == place / "runs" / "chain"
+    return made.path
+
+
+def losses(run: Path, kind: str = "step") -> list[dict[str, Any]]:
+    return [x for x in read_jsonl(run / "metrics.jsonl") if x["kind"] == kind]
+
+
+def test_each_stage_begins_where_another_ended(chain: Path, place: Path) -> None:
+    names = ["1-pretrain", "2-sft", "3-preference", "4-direct"]
+    assert sorted(p.name for p in chain.iterdir() if p.name[0].isdigit()) == names
+    models = [json.loads((chain / n / "provenance.json").read_text())["model"]["name"] for n in names]
+    assert models == [str(place / "tiny"), str(chain / names[0]), str(chain / names[1]), str(place / "tiny")]
+    text = losses(chain / names[0], "dev")
+    assert text[-1]["loss"] < text[0]["loss"]
+    trained = losses(chain / names[0])[0]
+    assert trained["trained_tokens"] > 0.9 * trained["tokens"]  # all but the first of each text
+
+
+def test_pairs_start_at_their_reference_and_part(chain: Path) -> None:
+    first, *_, last = losses(chain / "3-preference")
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert first["pairs"]["margin"] == pytest.approx(0, abs=1e-4)
+    assert last["loss"] < first["loss"]
+    before, *_, after = losses(chain / "3-preference", "dev")
+    assert before["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert after["loss"] < before["loss"]
+    assert after["pairs"]["accuracy"] > 0.5
+    assert before["kl"] == pytest.approx(0, abs=1e-6)
+    assert after["kl"] > 1e-4
+    assert not [x for x in read_jsonl(chain / "3-preference" / "metrics.jsonl") if x["kind"] == "score"]
+
+
+def test_what_stands_is_passed_over(chain: Path, place: Path) -> None:
+    before = {p: p.read_bytes() for p in chain.glob("*/metrics.jsonl")}
+    said: list[str] = []
+    educe.train(recipe(place, "chain", more=DIRECT), say=said.append)
+    assert sum("is trained already" in line for line in said) == 4
+    assert {p: p.read_bytes() for p in chain.glob("*/metrics.jsonl")} == before
+
+
+def test_a_changed_stage_is_refused_and_made_anew_on_request(place: Path) -> None:
+    path = recipe(place, "redone")
+    run = educe.train(path).path
+    first, second = final(run / "1-pretrain"), final(run / "2-sft")
+    with pytest.raises(EduceError, match=r"train.learning_rate was 0.005, now 0.004.*--redo sft"):
+        educe.train(recipe(place, "redone", rate="4e-3"))
+    with pytest.raises(EduceError, match="'rlhf' is no stage"):
+        educe.train(path, redo="rlhf")
+    said: list[str] = []
+    educe.train(recipe(place, "redone", rate="4e-3"), redo="sft", say=said.append)
+    assert sum("is deleted, to be made anew" in line for line in said) == 2  # the stage after it starts from it
+    assert same(final(run / "1-pretrain"), first)
+    assert not same(final(run / "2-sft"), second)
+
+
+@pytest.mark.parametrize(
+    "stage,step", [("sft", 3), ("preference", 3), pytest.param("preference", 1, marks=pytest.mark.slow)]
+)
+def test_a_killed_run_goes_on_in_its_stage_to_the_same_bits(chain: Path, place: Path, stage: str, step: int) -> None:
+    name = f"killed-{stage}-{step}"
+    path, others = recipe(place, name), {"sft": ["pretrain"], "preference": ["pretrain", "sft"]}[stage]
+    k = len(others)
+
+    class Later(Dying):
+        """Dies in the stage that is meant."""
+
+        def step(self, report: Any) -> None:
+            if (place / "runs" / name / f"{k + 1}-{stage}").is_dir():
+                super().step(report)
+
+    with pytest.raises(MemoryError):
+        educe.train(path, screen=Later(step=step))
+    said: list[str] = []
+    run = educe.train(path, say=said.append).path
+    assert sum("is trained already" in line for line in said) == k
+    for n in ("1-pretrain", "2-sft", "3-preference"):
+        assert same(final(run / n), final(chain / n)), n
+        assert [x["loss"] for x in losses(run / n)] == [x["loss"] for x in losses(chain / n)]
+
+
+def test_a_model_from_scratch(place: Path) -> None:
+    path = recipe(
+        place, "scratch", model="{init: random, vocabulary: 320, layers: 1, width: 32, heads: 2, kv_heads: 1}"
+    )
+    assert set(check_stages(path)) == {"pretrain", "sft", "preference"}
+    made = educe.train(path).path
+    facts = describe_model(made / "0-random", "scratch")
+    assert facts.hidden_size == 32
+    assert 257 < facts.vocab_size <= 320  # few texts have few pairs of bytes to join
+    weights = load_file(made / "0-random" / "model.safetensors")
+    shutil.rmtree(made)
+    again = educe.train(path).path
+    assert same(load_file(again / "0-random" / "model.safetensors"), weights)
+    dev = losses(again / "1-pretrain", "dev")
+    assert dev[-1]["loss"] < dev[0]["loss"]
+    (place / "texts.jsonl").write_text((place / "texts.jsonl").read_text() + '{"text": "one two"}\n')
+    with pytest.raises(EduceError, match="was made of other texts"):
+        educe.train(path)
+
+
+# What each stage gave and took
+
+
+class Cells(HTMLParser):
+    """Texts of a page, and whether anything in it would run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.live: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "script" or any(name.startswith("on") for name, _ in attrs):
+            self.live.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def scores(chain: Path) -> dict[str, Any]:
+    return eval_stages(chain)
+
+
+def test_every_model_is_measured_on_the_same_sets(chain: Path, scores: dict[str, Any]) -> None:
+    names = ["base", "pretrain", "sft", "preference", "direct"]
+    by = {line["key"]: line for line in scores["measures"]}
+    assert set(by) == {"domain", "general", "task", "ends", "questions", "questions_end", "pairs", "kl"}
+    assert all(list(line["values"]) == names for line in by.values())
+    for values in (line["values"][n] for line in by.values() for n in names):
+        assert values["low"] <= values["value"] <= values["high"]
+    assert by["kl"]["values"]["base"]["value"] == pytest.approx(0, abs=1e-6)
+    assert by["domain"]["changes"]["pretrain"]["high"] < 0
+    assert set(by["domain"]["changes"]) == set(names[1:])
+    assert scores["stages"]["direct"]["start"] == "base"
+    assert scores["stages"]["direct"]["tuning"] == "lora"
+    assert any(said.startswith("domain text better by") for said in scores["stages"]["pretrain"]["said"])
+    change = by["domain"]["changes"]["direct"]["value"]
+    assert change == pytest.approx(by["domain"]["values"]["direct"]["value"] - by["domain"]["values"]["base"]["value"])
+
+
+def test_nothing_is_measured_twice(chain: Path, scores: dict[str, Any]) -> None:
+    said: list[str] = []
+    assert eval_stages(chain, say=said.append) == scores
+    assert not [line for line in said if "measured on" in line]
+    answers = [read_jsonl(p) for p in (chain / "measured").glob("*/answers.jsonl")]
+    assert len(answers) == 5
+    assert {line["set"] for line in answers[0]} == {"task", "general"}
+
+
+def test_a_stage_that_is_not_trained_is_named(place: Path) -> None:
+    path = recipe(place, "half")
+    with pytest.raises(MemoryError):
+        educe.train(path, screen=Dying(step=1))
+    with pytest.raises(EduceError, match=r"1-pretrain.*is not trained to its end"):
+        eval_stages(place / "runs" / "half")
+
+
+def test_the_verbs_end_well(chain: Path, scores: dict[str, Any], place: Path) -> None:
+    code, out = command("eval", "runs/chain")
+    assert code == 0
+    assert "domain text, bits/byte" in out
+    assert "Next: educe report runs/chain" in out
+    assert "runs/chain/report.html" in command("report", "runs/chain")[1]
+    page = Cells()
+    page.feed((chain / "report.html").read_text(encoding="utf-8"))
+    assert not page.live
+    assert "What each stage gave and took" in page.texts
+    assert (chain / "2-sft" / "report.html").is_file()
+    assert command("report", "runs/chain", "--format", "md")[1].startswith("# chain: its stages")
+    assert json.loads(command("report", "runs/chain", "--format", "json")[1])["measures"] == scores["measures"]
+    code, said = command("check", "chain.yaml")
+    assert code == 0
+    assert "stage 4 of 4: direct (preference)" in said
+    assert "all stages" in said
