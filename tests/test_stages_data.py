@@ -18,7 +18,7 @@ from educe.pack.batch import build_batch, halved
 from educe.pack.plan import both_of, plan_once, plan_pairs
 from educe.recipes.mixing import mix
 from educe.recipes.prepare import prepare
-from educe.recipes.run import quiet
+from educe.recipes.run import init, quiet
 from educe.types import Example
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -244,3 +244,23 @@ def test_a_long_document_loses_no_text(tiny_model: Path, text: str, room: int) -
     assert kept == whole or (kept == whole[:-1] and len(whole) % (room - bool(heads)) == 1)
     for e in made.examples:
         assert (e.weights_T[1:] == 1).all()
+
+
+# A recipe for them
+
+
+@pytest.mark.parametrize(
+    "rows,kind", [([{"text": "the user said"}, {"text": "the model"}] * 9, "pretrain"), ([PAIR] * 9, "preference")]
+)
+def test_init_writes_a_stage_for_texts_and_for_pairs(
+    tmp_path: Path, tiny_model: Path, rows: list[dict[str, str]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "data.jsonl", *rows)
+    path = init("data.jsonl", model=str(tiny_model), out="r.yaml")
+    staged = load_any(path)
+    assert isinstance(staged, StagedRecipe)
+    assert staged.names == (kind,)
+    assert staged.recipe(0, "x").data.max_tokens <= 512
+    with pytest.raises(EduceError, match=r"--dev is for conversations"):
+        init("data.jsonl", model=str(tiny_model), out="other.yaml", dev="data.jsonl")

@@ -16,7 +16,7 @@ from educe.chat.settle import settle
 from educe.chat.tokens import ChatTokenizer, load_tokenizer
 from educe.config import parse_recipe
 from educe.data.finding import HUB, find_files
-from educe.data.reading import PLAIN, reading_for, to_conversation
+from educe.data.reading import PLAIN, read_row, reading_for, to_conversation
 from educe.data.sources import read_rows
 from educe.data.trees import joined
 from educe.errors import Refusal, UsageError
@@ -25,11 +25,13 @@ from educe.model.describe import describe_model
 from educe.model.source import DEFAULT_MODEL, Say
 from educe.recipes.advise import Looked, recipe_text
 from educe.recipes.build import no_usable_row
+from educe.recipes.init_stage import seen, stage_text
 from educe.recipes.model_of import model_of
-from educe.types import Conversation
+from educe.types import Conversation, Document, Pair
 
 # Rows that are looked at: enough for lengths and forms, quick for a file of any size.
 SAMPLE_ROWS = 5000
+_SAMPLE_OTHERS = 500  # of raw text or pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +68,15 @@ def init(
     model_dir = model_of(chosen, say)
     facts = describe_model(model_dir, chosen)
     tokenizer = load_tokenizer(model_dir)
-    looked = _look(data, tokenizer, facts.max_positions)
     run_name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name.split(".")[0]).strip("-.") or "run"
+    if (other := _no_talk(data)) is not None:
+        _refuse_files(dev, test)
+        about = seen(*other, tokenizer)
+        text = stage_text(about, facts, name=run_name, model=(chosen, why_model), train=_from(out, data))
+        parse_recipe(text, str(out))
+        write_text(out, text)
+        return out
+    looked = _look(data, tokenizer, facts.max_positions)
     memory = _gpu_memory_gb() * 1e9 or psutil.virtual_memory().available
     text = recipe_text(
         looked,
@@ -83,6 +92,28 @@ def init(
     parse_recipe(text, str(out))
     write_text(out, text)
     return out
+
+
+def _no_talk(data: str) -> tuple[int, list[Document | Pair]] | None:
+    """The number of rows and some of them, where the first that can be read is raw text or a preference pair."""
+    rows, sample = 0, list[Document | Pair]()
+    for file in find_files(data):
+        reading = reading_for(PLAIN, file)
+        for source, row in joined(read_rows(file), messages=reading.of_messages):
+            rows += 1
+            for item in read_row(row, source, reading) if not isinstance(row, Refusal) else ():
+                if isinstance(item, Conversation) and not sample:
+                    return None
+                if isinstance(item, Document | Pair) and len(sample) < _SAMPLE_OTHERS:
+                    sample.append(item)
+    return (rows, sample) if sample else None
+
+
+def _refuse_files(dev: str | None, test: str | None) -> None:
+    if dev is not None or test is not None:
+        option = "--dev" if dev is not None else "--test"
+        found = "is for conversations; these rows are raw text or pairs."
+        raise UsageError(101, option, found, "Leave it out, and write data.dev or data.test {kind: file, file: ...}.")
 
 
 def suit_model() -> tuple[str, str]:

@@ -150,15 +150,17 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
     if not advice.low <= rate <= advice.high:
         way = "high" if rate > advice.high else "low"
         what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"
+        tries = "" if recipe.objective.kind == "preference" else "; `educe lr` tries rates on your rows"
         said.append(
             f"train.learning_rate {rate:g} is {way}: {advice.span} is advised for {what} of this model "
-            f"({advice.value:g} = {advice.why}); `educe lr` tries rates on your rows"
+            f"({advice.value:g} = {advice.why}){tries}"
         )
     return said
 
 
 def advised_rate(recipe: Recipe, facts: ModelFacts, plan: PackPlan) -> RateAdvice:
     """The rates that are advised for this run."""
-    rows = plan.examples_K.size / plan.num_steps
+    pairs = recipe.objective.kind == "preference"
+    rows = plan.examples_K.size / plan.num_steps / (2 if pairs else 1)
     lora, stretch = isinstance(recipe.tuning, Lora), stretch_of(recipe.tuning)
-    return advise_rate(facts, lora=lora, rows_per_step=rows, num_steps=plan.num_steps, stretch=stretch)
+    return advise_rate(facts, lora=lora, rows_per_step=rows, num_steps=plan.num_steps, stretch=stretch, pairs=pairs)

@@ -16,6 +16,7 @@ _WIDTHS = (512, 8192)
 _ROWS = 128  # rows a step of those sweeps
 _SHORT_FULL, _SHORT_LORA = 1000, 100  # steps
 _RANKS = (16, 256)
+_GENTLE = 1 / 20  # of the rate for answers, for preferences
 _ALPHA = 32.0  # of those sweeps, with a scale of alpha / rank
 
 
@@ -35,7 +36,7 @@ class RateAdvice:
 
 
 def advise_rate(
-    facts: ModelFacts, *, lora: bool, rows_per_step: float, num_steps: int, stretch: float = 1.0
+    facts: ModelFacts, *, lora: bool, rows_per_step: float, num_steps: int, stretch: float = 1.0, pairs: bool = False
 ) -> RateAdvice:
     """The range and a rate in it.
 
@@ -44,7 +45,9 @@ def advise_rate(
     thinkingmachines.ai/blog/lora). Full tuning in under 1,000 steps: twice that (docs/decisions/003). The range goes from a third
     of the centre, or from the centre times sqrt(rows / 128) where that is less, to three times the rate: published advice
     disagrees by as much. The rate itself is not scaled by the rows: on the data of decision 003, with 5 rows a step, that would
-    have been five times too low. `stretch`: see `stretch_of`; all rates are divided by it.
+    have been five times too low. `stretch`: see `stretch_of`; all rates are divided by it. `pairs`: for preferences,
+    a twentieth, and the range three times as wide (published: 1/10 in Tulu 3, arXiv 2411.15124, 1/20 in TRL's defaults, 1/40 in
+    Zephyr, arXiv 2310.16944).
     """
     width = min(max(facts.hidden_size, _WIDTHS[0]), _WIDTHS[1])
     family = next((f for f in _EXPONENTS if facts.model_type.startswith(f)), None)
@@ -55,12 +58,13 @@ def advise_rate(
     short = num_steps <= _SHORT_LORA if lora else num_steps < _SHORT_FULL
     factor = (15.0 if lora else 2.0) / stretch if short else usual
     lowest = usual * min(fits) * min(1 / 3, math.sqrt(rows_per_step / _ROWS))
-    value = centre * factor
+    value, gentle, wide = centre * factor, _GENTLE if pairs else 1.0, 3.0 if pairs else 1.0
+    why = _why(facts, family, width, factor * stretch, lora=lora, short=short, stretch=stretch)
     return RateAdvice(
-        low=_two_digits(lowest),
-        high=_two_digits(3 * factor * max(fits)),
-        value=_two_digits(value),
-        why=_why(facts, family, width, factor * stretch, lora=lora, short=short, stretch=stretch),
+        low=_two_digits(lowest * gentle / wide),
+        high=_two_digits(3 * factor * max(fits) * gentle * wide),
+        value=_two_digits(value * gentle),
+        why=f"{why} / {1 / gentle:g}, preferences" if pairs else why,
         guess=family is None,
     )
 
