@@ -12,14 +12,15 @@ from educe.chat.documents import document_made
 from educe.chat.tokens import load_tokenizer
 from educe.config import Recipe, StagedRecipe, load_any, load_recipe, stage_of
 from educe.config.recipe import NamedTemplate
-from educe.errors import EduceError
+from educe.data.reading import read_row
+from educe.errors import EduceError, Refusal
 from educe.files.jsonl import read_jsonl
 from educe.pack.batch import build_batch, halved
 from educe.pack.plan import both_of, plan_once, plan_pairs
 from educe.recipes.mixing import mix
 from educe.recipes.prepare import prepare
 from educe.recipes.run import init, quiet
-from educe.types import Example
+from educe.types import Document, Example, Source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -264,3 +265,15 @@ def test_init_writes_a_stage_for_texts_and_for_pairs(
     assert staged.recipe(0, "x").data.max_tokens <= 512
     with pytest.raises(EduceError, match=r"--dev is for conversations"):
         init("data.jsonl", model=str(tiny_model), out="other.yaml", dev="data.jsonl")
+
+
+def test_questions_about_a_text_stand_behind_it() -> None:
+    at = Source(file="a.jsonl", line=1)
+    one = {"question": "Who?", "answer": "The user."}
+    (made,) = read_row({"text": "the user said", "qa": [one, one]}, at)
+    assert isinstance(made, Document)
+    assert made.text == "the user said" + 2 * "\n\nQuestion: Who?\nAnswer: The user."
+    for bad in ("Who?", [["Who?", "I"]], [{"question": "Who?"}], [{"question": "Who?", "answer": 3}]):
+        (refused,) = read_row({"text": "the user said", "qa": bad}, at)
+        assert isinstance(refused, Refusal)
+        assert refused.code == "E-DATA-151"

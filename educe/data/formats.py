@@ -178,7 +178,7 @@ FORMATS: dict[str, Format] = {
         optional=_keys("message_tree_id", "replies", "rank", "lang", "deleted", "review_result"),
     ),
     "natural instructions": Format(_keys("Definition", "Instances"), None),
-    "text": Format(_keys("text"), None),
+    "text": Format(_keys("text"), None, optional=_keys("qa")),
 }
 # Told only where nothing else fits: many rows of other formats carry a text.
 LAST = frozenset({"text"})

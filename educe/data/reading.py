@@ -289,7 +289,18 @@ def _text(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise Unfit("E-DATA-151", "text is empty or no text.", "Give text, or remove the row.")
-    yield Document(text=text, source=source)
+    yield Document(text=text + "".join(_questions(row.get("qa"))), source=source)
+
+
+def _questions(qa: Any) -> Iterator[str]:
+    """Questions about a text, with their answers, as they are written behind it (Cheng et al. 2024, arXiv 2406.14491)."""
+    if qa is None:
+        return
+    fits = isinstance(qa, list) and all(isinstance(q, dict) for q in qa)
+    if not fits or any(not _is_text(q.get(key)) for q in qa for key in ("question", "answer")):
+        raise Unfit("E-DATA-151", "qa is no list of {question, answer}.", "Write texts there, or leave it out.")
+    for q in qa:
+        yield f"\n\nQuestion: {q['question']}\nAnswer: {q['answer']}"
 
 
 def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
