@@ -134,6 +134,21 @@ def test_weights_may_be_negative(n: int, seed: int, chunk: int | None) -> None:
     assert apart(our_d_head, d_head) < EXACT
 
 
+def test_where_no_gradient_is_wanted_none_is_computed() -> None:
+    a, asked = make(9, 8, 20, 2), list[bool]()
+    hidden, head = torch.tensor(a["hidden"]), torch.tensor(a["head"]).requires_grad_()
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        asked.append(torch.is_grad_enabled())
+        return rows @ head.T
+
+    with torch.no_grad():
+        targets, weights = torch.tensor(a["targets"]), torch.tensor(a["weights"])
+        out = token_nll(hidden, logits, targets, weights, parameters=[head], denominator=3.0, chunk=4)
+    assert not any(asked)
+    assert out.loss.item() == ours(a, 3.0, chunk=4)[0].loss.item()
+
+
 def test_weights_scale_a_row_and_leave_the_others() -> None:
     a = make(6, 8, 20, 4)
     before = ours(a, 3.0)[1]

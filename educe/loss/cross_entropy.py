@@ -84,7 +84,8 @@ def token_nll(
     """
     shares_N = weights_N / denominator
     work = _Work(head=head, targets_N=targets_N, shares_N=shares_N, chunk=chunk, reweigh=reweigh, anchor=anchor)
-    loss, nll_N, entropy_N, kl_N = _TokenNll.apply(work, hidden_ND, *parameters)
+    trained = parameters if torch.is_grad_enabled() else ()  # autograd asks for their gradients there too
+    loss, nll_N, entropy_N, kl_N = _TokenNll.apply(work, hidden_ND, *trained)
     return LossOut(loss=loss, nll_N=nll_N, entropy_N=entropy_N, kl_N=kl_N if anchor is not None else None)
 
 
