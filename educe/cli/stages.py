@@ -31,4 +31,4 @@ def show_stage_scores(found: dict[str, Any]) -> None:
             console.print(f"[bold]{escape(named(line))}[/bold] ({line['rows']:,} rows)", soft_wrap=True)
             console.print(f"  {escape(values)}", soft_wrap=True)
     for name, stage in found["stages"].items():
-        console.print(f"[bold]{escape(name)}[/bold], {escape(what_it_did(stage))}", soft_wrap=True)
+        console.print(escape(what_it_did(name, stage)), soft_wrap=True)

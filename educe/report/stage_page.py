@@ -14,7 +14,9 @@ from educe.report.wording import count, number
 
 _PANEL = (380.0, 190.0)
 _MORE_CSS = """
-h2{font-size:1rem;margin:2rem 0 0}ul{margin:.5rem 0;padding-left:1.2rem}td{vertical-align:top}td small{color:var(--soft);display:block}
+main{max-width:66rem}.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
+.panels svg{min-width:0;margin:.5rem 0}h2{font-size:1rem;margin:2rem 0 0}
+ul{margin:.5rem 0;padding-left:1.2rem}td{vertical-align:top}td small{color:var(--soft);display:block}
 td.better small{color:var(--mark)}td.worse small{color:var(--bad)}svg text.title{fill:var(--ink);font-weight:600}
 """
 # What the headline looks for, first to last.
@@ -29,7 +31,7 @@ def build_stage_page(found: Mapping[str, Any], path: Path) -> str:
 def stages_markdown(found: Mapping[str, Any]) -> str:
     """The same as Markdown."""
     lines = [f"# {found['name']}: its stages", "", headline(found), ""]
-    lines += [f"- **{name}**: {what_it_did(stage)}" for name, stage in found["stages"].items()]
+    lines += [f"- {what_it_did(name, stage)}" for name, stage in found["stages"].items()]
     names = ["start", *found["stages"]]
     lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for line in found["measures"]:
@@ -52,10 +54,11 @@ def headline(found: Mapping[str, Any]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def what_it_did(stage: Mapping[str, Any]) -> str:
+def what_it_did(name: str, stage: Mapping[str, Any]) -> str:
     """A stage in a sentence."""
     said = "; ".join(stage["said"]) or "nothing is told apart from where it started"
-    return f"{stage['kind']} from {'the start' if stage['start'] == 'base' else stage['start']}: {said}."
+    what = name if name == stage["kind"] else f"{name} ({stage['kind']})"
+    return f"{what} from {'the start' if stage['start'] == 'base' else stage['start']}: {said}."
 
 
 def named(line: Mapping[str, Any]) -> str:
@@ -79,7 +82,7 @@ def change_text(line: Mapping[str, Any], change: Mapping[str, float]) -> str:
     """How a stage's model differs from the one it starts from."""
     factor, form, unit = (1.0, "+.3f", "") if line["kind"] == "ratio" else (100.0, "+.1f", " points")
     value, low, high = (format(factor * change[k], form) for k in ("value", "low", "high"))
-    return f"{value}{unit} ({low} to {high})"
+    return f"{value}{unit} ({low} to {high})".replace("-", "−")
 
 
 def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
@@ -89,7 +92,7 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
     yield f'<p class="said">{escape(headline(found))}</p>'
     yield "<ul>"
     for name, stage in stages.items():
-        yield f"<li><b>{escape(name)}</b>, {escape(what_it_did(stage))}</li>"
+        yield f"<li>{escape(what_it_did(name, stage))}</li>"
     yield "</ul>"
     yield "<h2>What each stage gave and took</h2>"
     yield _table(found)
@@ -109,7 +112,8 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
 def _table(found: Mapping[str, Any]) -> str:
     rows = []
     for line in found["measures"]:
-        cells = [f"<td>{escape(line['title'])}<small>{escape(line['unit'])} {count(line['rows'])} rows</small></td>"]
+        unit = f"{line['unit']}, " if line["unit"] else ""
+        cells = [f"<td>{escape(line['title'])}<small>{escape(unit)}{count(line['rows'])} rows</small></td>"]
         for name, value in line["values"].items():
             change = line["changes"].get(name)
             small = f"<small>{escape(change_text(line, change))}</small>" if change is not None else ""
@@ -145,19 +149,13 @@ def _costs(found: Mapping[str, Any], path: Path) -> str:
 
 
 def _figure(found: Mapping[str, Any]) -> str:
-    """A panel for each measure, two in a row: its value under the start and under each stage's model."""
-    lines = found["measures"]
-    width, height = _PANEL
-    parts = []
-    for k, line in enumerate(lines):
-        parts.append(f'<g transform="translate({k % 2 * (width + 40):g},{k // 2 * (height + 30):g})">')
-        parts += _panel(line, ["start", *found["stages"]])
-        parts.append("</g>")
-    said = "; ".join(
-        f"{line['title']}: " + ", ".join(f"{n} {short(line, v)}" for n, v in line["values"].items()) for line in lines
-    )
-    size = (2 * width + 40, -(-len(lines) // 2) * (height + 30))
-    return draw_svg(size, "measures stage by stage", said, parts)
+    """A panel for each measure: its value under the start and under each stage's model."""
+    names = ["start", *found["stages"]]
+    panels = []
+    for line in found["measures"]:
+        said = ", ".join(f"{n} {short(line, v)}" for n, v in zip(names, line["values"].values(), strict=True))
+        panels.append(draw_svg(_PANEL, f"{named(line)} stage by stage", said, _panel(line, names)))
+    return f'<div class="panels">{"".join(panels)}</div>'
 
 
 def _panel(line: Mapping[str, Any], names: list[str]) -> Iterator[str]:
