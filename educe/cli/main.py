@@ -77,9 +77,14 @@ def init(data: str, dev: str | None, test: str | None, model: str | None, out: P
 @click.option(
     "--on-model", is_flag=True, help="Load the model too: no leak, the same gradients, save and load, a step."
 )
+@click.option(
+    "--without-weights",
+    is_flag=True,
+    help="Plan with the model's configs and tokenizer alone: its weights are not fetched.",
+)
 @click.option("--all", "every", is_flag=True, help="List every check, those that passed too.")
 @click.option("--json", "as_json", is_flag=True, help="Print verdict, estimate and findings as JSON.")
-def check(recipe: Path, on_model: bool, every: bool, as_json: bool) -> None:
+def check(recipe: Path, on_model: bool, without_weights: bool, every: bool, as_json: bool) -> None:
     """Say what a run will do, cost and need before anything is spent."""
     from educe.cli.check import show_check, show_stage_checks
     from educe.cli.screens import say
@@ -87,13 +92,14 @@ def check(recipe: Path, on_model: bool, every: bool, as_json: bool) -> None:
     from educe.recipes.run_stages import check_stages
 
     told = (lambda line: click.echo(line, err=True)) if as_json else say
-    if stages := check_stages(recipe, on_model=on_model, argv=sys.argv[1:], say=told):
+    how = {"on_model": on_model, "without_weights": without_weights}
+    if stages := check_stages(recipe, **how, argv=sys.argv[1:], say=told):
         if as_json:
             click.echo(json.dumps({name: c.as_json() for name, c in stages.items()}, indent=1))
         else:
             show_stage_checks(stages, recipe, every=every)
         sys.exit(0 if all(c.ready for c in stages.values()) else 2)
-    found = run_check(recipe, on_model=on_model, argv=sys.argv[1:], say=told)
+    found = run_check(recipe, **how, argv=sys.argv[1:], say=told)
     show_check(found, recipe, every=every) if not as_json else click.echo(json.dumps(found.as_json(), indent=1))
     sys.exit(0 if found.ready else 2)
 

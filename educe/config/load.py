@@ -96,7 +96,7 @@ def parse_recipe(text: str, shown: str) -> Recipe | StagedRecipe:
     if not isinstance(tree, Mapping):
         raise RecipeError(101, shown, "is not a mapping of keys.", "Start from `educe init --data FILE`.")
     root: type[Recipe | StagedRecipe] = StagedRecipe if "stages" in tree else Recipe
-    if root is Recipe and "objective" in tree:
+    if root is Recipe and tree.get("objective", "sft") not in ("sft", {"kind": "sft"}):
         at = _position(tree, ("objective",), shown)
         raise RecipeError(
             102, at, "objective is not a known key.", "Write a stage: stages: [{kind: preference, data: ...}]."

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from educe.errors import MachineError, ModelError
@@ -28,6 +28,20 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 Say = Callable[[str], None]
 Alive = Callable[[], None]
 """A sign of life, given at each piece of something long."""
+
+
+def find_configs(model: str, say: Say) -> Path:
+    """The directory of a model's configs and tokenizer: the model's own, or fetched from the Hub without its weights."""
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+        raise ModelError(1, model, "is neither a directory nor a Hub id.", "Give a path that exists, or ORG/NAME.")
+    cached = _hub_cached(model)
+    found = cached if cached is not None else _from_hub(model, say, [p for p in _PATTERNS if p != "*.safetensors"])
+    if isinstance(found, Path):
+        return found
+    raise ModelError(1, model, f"is not on this machine, and the Hub {found}.", "Give a directory with its configs.")
 
 
 def find_model(model: str, say: Say) -> Path:
@@ -73,7 +87,7 @@ def _hub_cached(model: str) -> Path | None:
     return found if any(found.glob("*.safetensors")) and (found / "config.json").is_file() else None
 
 
-def _from_hub(model: str, say: Say) -> Path | str:
+def _from_hub(model: str, say: Say, patterns: Sequence[str] = _PATTERNS) -> Path | str:
     """The snapshot's directory, or why the Hub was of no use. Never hangs: the first contact has a deadline."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -103,7 +117,7 @@ def _from_hub(model: str, say: Say) -> Path | str:
         return f"cannot be reached ({type(answer).__name__})"
     say(f"fetching {model} from the Hub")
     try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS, token=_token()))
+        return Path(snapshot_download(model, allow_patterns=list(patterns), token=_token()))
     except GatedRepoError as e:
         raise ModelError(1, model, "is gated.", token_fix) from e
     except (HfHubHTTPError, OSError) as e:

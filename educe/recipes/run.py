@@ -294,15 +294,32 @@ def init(
     return run_init(str(data), model, Path(out), say, held[0], held[1], name)
 
 
-def check(recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (), say: Say = quiet) -> Check:
-    """Everything that can be known before training; with `on_model` also what only the loaded model can show."""
+def check(
+    recipe: str | Path,
+    *,
+    on_model: bool = False,
+    without_weights: bool = False,
+    argv: Sequence[str] = (),
+    say: Say = quiet,
+) -> Check:
+    """Everything that can be known before training; with `on_model` also what only the loaded model can show. `without_weights`: of a
+    model of which only configs and tokenizer are read, or fetched."""
     from educe.recipes.check import check as run_check
 
     path = Path(recipe)
-    loaded = load_recipe(path)
+    loaded, text = load_recipe(path), text_of(path)
+    if not without_weights:
+        if on_model:
+            need_torch()
+        return run_check(loaded, say, text=text, argv=argv, on_model=on_model)
     if on_model:
-        need_torch()
-    return run_check(loaded, say, text=text_of(path), argv=argv, on_model=on_model)
+        raise UsageError(101, "--without-weights", "leaves no model for --on-model.", "Leave out one of them.")
+    need_torch()
+    from educe.model.bare import stand_in
+    from educe.model.source import find_configs
+
+    with stand_in(find_configs(loaded.model, say)) as place:
+        return run_check(loaded.model_copy(update={"model": str(place)}), say, text=text, argv=argv)
 
 
 def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def check_stages(
-    recipe: str | Path, *, on_model: bool = False, argv: Sequence[str] = (), say: Say = quiet
+    recipe: str | Path,
+    *,
+    on_model: bool = False,
+    without_weights: bool = False,
+    argv: Sequence[str] = (),
+    say: Say = quiet,
 ) -> dict[str, Check]:
     """`check` of every stage of a recipe, by name; empty for a recipe of one run. A stage whose start is not trained yet is checked
     with the model that all begin with."""
@@ -29,7 +34,8 @@ def check_stages(
 
         make_scratch(staged, staged.model, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
-    return {name: check(stage, on_model=on_model, argv=argv, say=say) for name, stage in stages.items()}
+    how = {"on_model": on_model, "without_weights": without_weights}
+    return {name: check(stage, **how, argv=argv, say=say) for name, stage in stages.items()}
 
 
 def eval_stages(path: str | Path, *, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:
