@@ -277,3 +277,26 @@ def test_questions_about_a_text_stand_behind_it() -> None:
         (refused,) = read_row({"text": "the user said", "qa": bad}, at)
         assert isinstance(refused, Refusal)
         assert refused.code == "E-DATA-151"
+
+
+def test_a_text_file_is_parted_or_one_document(place: Path) -> None:
+    (place / "books").mkdir()
+    (place / "books" / "a.txt").write_text("the user\n\n\nsaid   hello\n\nyes\n")
+    (place / "books" / "b.txt").write_text("one<|endoftext|>two\n\nthree")
+    text = WHOLE.replace(
+        "train: texts.txt",
+        "train: {files: books, format: FORMAT}, near_copies: keep, dev: {kind: share, share: 0.00001}",
+    )
+    found = {}
+    for form in ("text", "document"):
+        path = written(place, text.replace("FORMAT", form))
+        prepared = prepare(load_recipe(path.with_name("r.yaml#pretrain")), quiet)
+        stores = [prepared.store(split) for split in ("train", "dev", "test")]
+        decode = prepared.tokenizer.decode
+        found[form] = {
+            decode(s[i].ids_T.tolist()).removeprefix("<s>").removesuffix("<|im_end|>")
+            for s in stores
+            for i in range(len(s))
+        }
+    assert found["document"] == {"the user\n\n\nsaid   hello\n\nyes", "one", "two\n\nthree"}
+    assert found["text"] == {"the user", "said   hello", "yes", "one", "two\n\nthree"}

@@ -31,6 +31,8 @@ from educe.types import Conversation, Document, Message, Pair, Role, Source
 Item = Conversation | Document | Pair | Refusal
 # The recipe's word for files whose rows are of several formats.
 MIXED = "mixed"
+# Of text files: each is one text, however many blank lines it has.
+DOCUMENT = "document"
 OASST_MESSAGE = "oasst message"
 
 
@@ -66,7 +68,7 @@ class Reading:
     """`format` is a name in `FORMATS` (None: told by each row's keys), `of_file` the one that the rows of the file have been found
     to have: a row of another one is refused; `columns` make a new row of expressions on the given one, by
     key; `where` keeps the rows for which it is true; `roles` are this source's names of roles; `system` stands before rows
-    that have none; `best`, `max_rank` and `languages` are for trees (see `trees.paths_of`)."""
+    that have none; `best`, `max_rank` and `languages` are for trees (see `trees.paths_of`); `documents`: a text file is one text."""
 
     format: str | None = None
     of_file: str | None = None
@@ -77,6 +79,7 @@ class Reading:
     best: bool = True
     max_rank: int | None = None
     languages: Sequence[str] = ()
+    documents: bool = False
 
     @property
     def of_messages(self) -> bool:

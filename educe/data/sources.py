@@ -21,10 +21,10 @@ from educe.files.jsonl import lines_of, parse_json
 from educe.types import Source
 
 Row = tuple[Source, dict[str, Any] | Refusal]
-Container = Literal["lines", "array", "object", "parquet", "csv", "tsv", "text"]
+Container = Literal["lines", "array", "object", "parquet", "csv", "tsv", "text", "document"]
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".txt")
 MOST_OBJECT_BYTES = 10**9
-# What parts texts in a .txt file: this mark, or else blank lines.
+# What parts texts in a .txt file: this mark, or else blank lines; of a "document", read whole, the mark alone.
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -47,9 +47,12 @@ def read_rows(path: Path, header: Sequence[str] = ()) -> Iterator[Row]:
         yield from read_span(span)
 
 
-def spans_of(path: Path, about_bytes: int | None, header: Sequence[str] = ()) -> list[Span]:
-    """The file in stretches of about so many bytes where it is plain lines or Parquet, else (and with None) in one."""
+def spans_of(path: Path, about_bytes: int | None, header: Sequence[str] = (), *, documents: bool = False) -> list[Span]:
+    """The file in stretches of about so many bytes where it is plain lines or Parquet, else (and with None) in one. `documents`: a
+    text file is one text."""
     container = container_of(path)
+    if documents and container == "text":
+        container = "document"
     whole = Span(path=path, container=container, header=tuple(header))
     if about_bytes is None:
         return [whole]
@@ -195,7 +198,7 @@ def _table(stream: BinaryIO, span: Span) -> Iterator[Row]:
 def _texts(stream: BinaryIO, span: Span) -> Iterator[Row]:
     """Texts by the line they begin on."""
     shown = str(span.path)
-    marked = _holds(span.path, END_OF_TEXT.encode())
+    marked, parted = _holds(span.path, END_OF_TEXT.encode()), span.container == "text"
     begun, parts, spoilt = 0, list[str](), None  # of the text being read; what is wrong with it
     for number, _, line in lines_of(stream, shown, 1, blank=True):
         begun = begun or number
@@ -206,7 +209,7 @@ def _texts(stream: BinaryIO, span: Span) -> Iterator[Row]:
         for k, piece in enumerate(pieces):
             parts.append(piece)
             begun = begun or number
-            if k < len(pieces) - 1 if marked else not piece.strip():
+            if k < len(pieces) - 1 if marked else parted and not piece.strip():
                 yield from _text(shown, begun, parts, spoilt)
                 begun, parts, spoilt = 0, [], None
     yield from _text(shown, begun, parts, spoilt)
@@ -246,4 +249,5 @@ _READERS: dict[str, Any] = {
     "csv": _table,
     "tsv": _table,
     "text": _texts,
+    "document": _texts,
 }

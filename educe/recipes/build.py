@@ -134,7 +134,7 @@ def _parts(inputs: Sequence[Input], about_bytes: int) -> list[Part]:
         for file in i.files:
             reading = reading_for(i.reading, file, i.header)
             whole = reading.of_messages  # rows that need each other
-            for span in spans_of(file, None if whole else about_bytes, i.header):
+            for span in spans_of(file, None if whole else about_bytes, i.header, documents=reading.documents):
                 part = Part(
                     number=len(parts), role=i.role, task=i.task, span=span, reading=reading, held_out=i.held_out
                 )

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from educe.config import Lora, Recipe
+from educe.config import Lora, Preference, Recipe
 from educe.errors import MachineError
 from educe.files.atomic import write_json
 from educe.files.hashes import cache_dir
@@ -71,11 +71,12 @@ def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Pr
     dev_rows = int(prepared.summary["rows"]["dev"])
     answers_s = recipe.evaluation.max_new_tokens * word_s if dev_rows else 0.0
     graded = min(recipe.train.score_rows, dev_rows) if recipe.evaluation.metric.kind != "text" else 0
+    graded *= recipe.objective.kind == "sft"
     measured_s = held_out_s + -(-graded // _ROWS_AT_ONCE) * answers_s
     return Estimate(
         tokens_per_s=plan.num_tokens / seconds,
         measured=speed is not None,
-        start_s=_START_S + checks_s,
+        start_s=_START_S + checks_s + _references_s(recipe, prepared, token_s),
         training_s=seconds,
         beside_s=len(measured_at(recipe, plan.num_steps)) * measured_s
         + len(looked_at(recipe, plan.num_steps)) * answers_s
@@ -83,6 +84,14 @@ def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Pr
         disk_bytes=checkpoint_bytes(recipe, trained) * _most_checkpoints(recipe, plan.num_steps)
         + facts.num_parameters * 2,
     )
+
+
+def _references_s(recipe: Recipe, prepared: Prepared, token_s: float) -> float:
+    """One pass forward of all answers, before a preference stage whose loss has a reference."""
+    objective = recipe.objective
+    if not isinstance(objective, Preference) or objective.loss.kind not in ("dpo", "ipo"):
+        return 0.0
+    return _FORWARD * token_s * sum(int(prepared.store(name).lengths.sum()) for name in ("train", "dev"))
 
 
 def checkpoint_bytes(recipe: Recipe, trained: int) -> int:

@@ -24,7 +24,7 @@ from educe.config.data import ONLY, REPLAY, Data, FileSplit, Task
 from educe.config.recipe import FileTemplate
 from educe.data.finding import find_files
 from educe.data.formats import FORMATS
-from educe.data.reading import MIXED, Expression, Reading
+from educe.data.reading import DOCUMENT, MIXED, Expression, Reading
 from educe.data.sources import container_of
 from educe.errors import DataError, RecipeError
 from educe.files.atomic import MANIFEST
@@ -194,12 +194,14 @@ def reading_of(name: str, data: Data) -> Reading:
     rows = data.sources[name]
     place = "data.train" if data.train is not None and name == ONLY else f"data.tasks.{name}"
     place = "data.replay" if name == REPLAY else place
-    if rows.format is not None and rows.format not in (*FORMATS, MIXED):
-        near = difflib.get_close_matches(rows.format, (*FORMATS, MIXED), 1, 0.5)
-        fix = f"Did you mean {near[0]!r}?" if near else f"One of {', '.join((*FORMATS, MIXED))}."
+    known = (*FORMATS, DOCUMENT, MIXED)
+    if rows.format is not None and rows.format not in known:
+        near = difflib.get_close_matches(rows.format, known, 1, 0.5)
+        fix = f"Did you mean {near[0]!r}?" if near else f"One of {', '.join(known)}."
         raise RecipeError(103, f"{place}.format", f"{rows.format!r} is no format.", fix)
     return Reading(
-        format=None if rows.format == MIXED else rows.format,
+        format={MIXED: None, DOCUMENT: "text"}.get(rows.format or "", rows.format),
+        documents=rows.format == DOCUMENT,
         of_file=MIXED if rows.format == MIXED else None,
         columns={key: Expression(text, f"{place}.columns.{key}") for key, text in rows.columns.items()},
         where=Expression(rows.where, f"{place}.where") if rows.where is not None else None,

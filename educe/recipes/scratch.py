@@ -103,7 +103,7 @@ def _texts(first: Recipe, alive: Alive) -> Iterator[str]:
     for i in inputs_of(first)[0]:
         for file in i.files if i.role == "train" else ():
             reading = reading_for(i.reading, file, i.header)
-            for span in spans_of(file, None, i.header):
+            for span in spans_of(file, None, i.header, documents=reading.documents):
                 for source, value in read_span(span):
                     alive()
                     for item in read_row(value, source, reading) if not isinstance(value, Refusal) else ():
