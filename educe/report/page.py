@@ -92,9 +92,9 @@ def render_page(template: str, *, title: str, live: str = "", **values: Any) -> 
 
 
 def _headline(verdict: str) -> tuple[str, str]:
-    """The first sentence, to be set large, and the rest."""
+    """The first sentence, to be set large, and the rest. No line ends between a number and its %."""
     first, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z])", verdict.strip(), maxsplit=1)
-    return first, " ".join(rest)
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", first), " ".join(rest)
 
 
 def _loss(files: RunFiles) -> LossView | None:
