@@ -55,6 +55,7 @@ CODES: dict[str, str] = {
     "E-DATA-152": "tree of messages holds no usable path",
     "E-DATA-153": "answers of a preference pair have different prompts",
     "E-DATA-154": "answers of a preference pair are the same",
+    "E-DATA-155": "preference pair without a prompt",
     "E-DATA-201": "row is longer than the sequence length",
     "E-DATA-202": "row left out by the recipe's filter",
     "E-DATA-203": "row nearly repeats a held-out row",

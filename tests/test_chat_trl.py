@@ -258,7 +258,7 @@ def _family(tokenizer: ChatTokenizer, training: str) -> Iterator[str]:
             yield f"   {reason}: {'; '.join(shapes)}"
 
 
-@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_trained_characters_are_trls_or_it_is_known_why(shared: Path, fitted: Path, every: int) -> None:
     pytest.importorskip("trl")
     pytest.importorskip("transformers")

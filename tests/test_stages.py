@@ -269,3 +269,24 @@ def test_the_verbs_end_well(chain: Path, scores: dict[str, Any], place: Path) ->
     assert code == 0
     assert "stage 4 of 4: direct (preference)" in said
     assert "all stages" in said
+
+
+def test_a_row_that_is_trained_here_and_tested_there_is_told(place: Path) -> None:
+    text = (recipe(place, "leaks")).read_text(encoding="utf-8")
+    other = "  - kind: sft\n    name: again\n    data: {train: rows.jsonl, test: {kind: share, share: 0.5}, max_tokens: 64}\n"
+    (place / "leaks.yaml").write_text(
+        text.replace("  - kind: preference", other + "  - kind: preference"), encoding="utf-8"
+    )
+    said: list[str] = []
+    check_stages("leaks.yaml", say=said.append)
+    assert [line for line in said if "stage sft trains on" in line and "stage again is tested on, rows.jsonl:" in line]
+    assert not [line for line in said if "stage preference" in line and "trains on" in line]
+
+
+def test_the_loop_alone_goes_backward() -> None:
+    """Every objective is trained by one loop; the probe of compiled layers makes a pass of its own and no step."""
+    root = Path(educe.__file__).parent
+    callers = {
+        p.relative_to(root).as_posix() for p in root.rglob("*.py") if ".backward(" in p.read_text(encoding="utf-8")
+    }
+    assert callers == {"training/loop.py", "model/compiled.py"}

@@ -20,7 +20,7 @@ from educe.pack.plan import both_of, plan_once, plan_pairs
 from educe.recipes.mixing import mix
 from educe.recipes.prepare import prepare
 from educe.recipes.run import init, quiet
-from educe.types import Document, Example, Source
+from educe.types import Document, Example, Pair, Source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,8 +74,13 @@ def test_a_stage_is_a_recipe_of_its_own(tmp_path: Path) -> None:
     assert Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
     before = staged.stage_path(0)
     before.mkdir(parents=True)
-    (before / "recipe.resolved.json").touch()
-    assert stage_of(staged, 1).model == str(before)
+    (before / "provenance.json").write_text('{"finished": null}')
+    assert stage_of(staged, 1).model == "tiny"  # begun alone
+    with pytest.raises(EduceError, match="stage sft starts from stage pretrain, which is not trained to its end"):
+        stage_of(staged, 1, to_train=True)
+    (before / "provenance.json").write_text('{"finished": "2026-01-01"}')
+    assert stage_of(staged, 1, to_train=True).model == str(before)
+    assert stage_of(staged, 1, untrained=True).model == "tiny"
     assert stage_of(staged, 2).model == str(before)  # the nearest that is trained
     assert stage_of(staged, 3).model == "tiny"
 
@@ -300,3 +305,30 @@ def test_a_text_file_is_parted_or_one_document(place: Path) -> None:
         }
     assert found["document"] == {"the user\n\n\nsaid   hello\n\nyes", "one", "two\n\nthree"}
     assert found["text"] == {"the user", "said   hello", "yes", "one", "two\n\nthree"}
+
+
+def pair_of(row: dict[str, object]) -> list[str]:
+    """The chosen conversation as roles and texts, or the code of its refusal."""
+    (item,) = read_row(row, Source(file="a.jsonl", line=1))
+    if isinstance(item, Refusal):
+        return [item.code]
+    assert isinstance(item, Pair)
+    return [f"{m.role}: {m.content}" for m in item.chosen.messages]
+
+
+def test_a_pair_keeps_its_question_and_its_system_prompt() -> None:
+    answers = {"chosen": "four", "rejected": "five"}
+    talks = {
+        k: [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": v}] for k, v in answers.items()
+    }
+    asked, full = ["user: 2 + 2?", "assistant: four"], ["system: Be brief.", "user: 2 + 2?", "assistant: four"]
+    system = {"system": "Be brief."}
+    assert pair_of({"question": "2 + 2?", **answers, **system}) == full
+    assert pair_of({"prompt": "2 + 2?", **answers, **system}) == full
+    assert pair_of({**talks, **system}) == full
+    assert pair_of({**talks, "prompt": "2 + 2?"}) == asked
+    texts = {k: f"\n\nHuman: 2 + 2?\n\nAssistant: {v}" for k, v in answers.items()}
+    assert pair_of({**texts, **system}) == full
+    assert pair_of(answers) == ["E-DATA-155"]
+    assert pair_of({**answers, **system}) == ["E-DATA-155"]
+    assert pair_of({**talks, "prompt": "3 + 3?"}) == ["E-DATA-153"]

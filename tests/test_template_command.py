@@ -197,7 +197,7 @@ def test_named_templates(name: str, stop: str) -> None:
 
 
 def test_a_models_own_tokenizer_is_used(shared: Path) -> None:
-    report = educe.template(shared / "tokenizers" / "gemma2")
+    report = educe.template(shared / "tokenizers" / "smollm2")
     assert report.kind == "model"
     base = educe.template(shared / "tokenizers" / "gpt2")
     assert base.source.endswith("has no chat template; educe uses plain")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +30,8 @@ _Path = Sequence[str | int]
 _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read, validate and anchor a recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own."""
+def load_recipe(path: Path, *, to_train: bool = False, untrained: bool = False) -> Recipe:
+    """Read, validate and anchor a recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own (see `stage_of`)."""
     file, name = _parts(path)
     loaded = load_any(file)
     if isinstance(loaded, Recipe):
@@ -40,7 +41,7 @@ def load_recipe(path: Path) -> Recipe:
     if name not in loaded.names:
         found = f"has {len(loaded.names)} stages, and this takes one run."
         raise RecipeError(101, str(file), found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
-    return stage_of(loaded, loaded.names.index(name))
+    return stage_of(loaded, loaded.names.index(name), to_train=to_train, untrained=untrained)
 
 
 def text_of(path: Path) -> str:
@@ -54,14 +55,26 @@ def _parts(path: Path) -> tuple[Path, str]:
     return (Path(file), name) if file and not path.exists() else (path, "")
 
 
-def stage_of(staged: StagedRecipe, k: int) -> Recipe:
-    """Stage k as a run: from what it starts with where that is trained, else from the model that all begins with."""
+def stage_of(staged: StagedRecipe, k: int, *, to_train: bool = False, untrained: bool = False) -> Recipe:
+    """Stage k as a run, from what it starts with. Where that is not trained to its end: the nearest before it that is, or the model
+    that all begin with, to look and plan with. `to_train` refuses that; `untrained` asks for that model. Raises `RecipeError`."""
     before = staged.start_of(k)
-    while before is not None and not (staged.stage_path(before) / "recipe.resolved.json").is_file():
+    while before is not None and (untrained or not _has_ended(staged.stage_path(before))):
+        if to_train:
+            name = staged.names[before]
+            found = f"starts from stage {name}, which is not trained to its end."
+            raise RecipeError(201, f"stage {staged.names[k]}", found, "Train the whole recipe, or that stage first.")
         before = staged.start_of(before)
     if before is not None:
         return staged.recipe(k, str(staged.stage_path(before)))
     return staged.recipe(k, staged.model if isinstance(staged.model, str) else str(staged.scratch_path()))
+
+
+def _has_ended(run: Path) -> bool:
+    try:
+        return json.loads((run / "provenance.json").read_text(encoding="utf-8"))["finished"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_any(path: Path) -> Recipe | StagedRecipe:

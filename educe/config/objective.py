@@ -74,5 +74,10 @@ class Preference(Knobs):
         default=0.0, ge=0, le=100, description="of the chosen answer's mean nll, added to the loss of its pair"
     )
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether its loss compares with what the start says; others do without."""
+        return isinstance(self.loss, Dpo | Ipo)
+
 
 Objective = Annotated[Sft | Pretrain | Preference, Field(discriminator="kind"), BeforeValidator(by_name)]

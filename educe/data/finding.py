@@ -30,12 +30,21 @@ def find_files(spec: str, without: Path | None = None) -> list[Path]:
     where there are none.
     """
     try:
-        found = [f for f in _found(spec) if without is None or not f.resolve().is_relative_to(without)]
+        found = [f for f in _found(spec) if without is None or not _made_by_educe(f.resolve(), without)]
     except (RuntimeError, OSError) as e:  # a link that leads to itself
         raise DataError(2, spec, f"cannot be read: {e}.", "Check the path.") from e
     if not found:
         raise DataError(10, spec, "holds only what educe wrote.", "Name files of your own.")
     return found
+
+
+# What stands in a directory that educe wrote: a run, a run of stages, prepared data.
+_MARKS = ("recipe.resolved.json", "stages.json", "near_copies.json")
+
+
+def _made_by_educe(file: Path, place: Path) -> bool:
+    """Whether it lies in `place`, or in a run, a chain of runs or prepared data anywhere."""
+    return file.is_relative_to(place) or any((above / mark).is_file() for above in file.parents for mark in _MARKS)
 
 
 def _found(spec: str) -> list[Path]:

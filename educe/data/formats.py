@@ -168,7 +168,9 @@ FORMATS: dict[str, Format] = {
     "prompt/response": Format(_keys("prompt", "response"), _prompt_response, without=_keys("instruction")),
     "question/answer": Format(_keys("question", "answer"), _question_answer),
     "preference": Format(
-        _keys("chosen", "rejected"), None, optional=_keys("prompt", "messages", "conversations", "system", "tools")
+        _keys("chosen", "rejected"),
+        None,
+        optional=_keys("prompt", "question", "messages", "conversations", "system", "tools"),
     ),
     "preference messages": Format(_keys("chosen_messages", "rejected_messages"), None),
     "oasst tree": Format(_keys("message_tree_id", "prompt"), None, optional=_keys("tree_state")),

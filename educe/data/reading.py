@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from jmespath.exceptions import (
 
 from educe.data.formats import FORMATS, Turns, detect, unread_keys
 from educe.data.messages import read_message, row_weight, unread_of
+from educe.data.pairs import both_answers
 from educe.data.sources import read_rows, sample_rows
 from educe.data.tools import Row, Unfit, a_kind, check_results, read_tools
 from educe.data.trees import paths_of, turns_of
@@ -307,49 +307,14 @@ def _questions(qa: Any) -> Iterator[str]:
 
 
 def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
-    keys = ("chosen", "rejected") if "chosen" in row else ("chosen_messages", "rejected_messages")
-    before = _before(row)
     beside: Row = {key: row[key] for key in ("tools", "functions") if key in row}
-    one, other = (_conversation(_said(row[k], before), source, reading, {"": None, **beside}) for k in keys)
+    one, other = (_conversation(turns, source, reading, {"": None, **beside}) for turns in both_answers(row))
+    if not any(m.role in ("user", "tool") for m in one.messages):
+        said = "nothing is asked before the two answers."
+        raise Unfit(
+            "E-DATA-155", said, "Name the key of the question: columns: {prompt: ..., chosen: ..., rejected: ...}."
+        )
     yield Pair(chosen=one, rejected=other)
-
-
-def _before(row: Row) -> list[Row]:
-    """What both answers answer: `prompt` as text or messages, or the turns of `messages` or `conversations`."""
-    prompt = row.get("prompt")
-    given = (
-        prompt if isinstance(prompt, list) else next((row[k] for k in ("messages", "conversations") if row.get(k)), [])
-    )
-    turns = [_turn(t) for t in given] if isinstance(given, list) else []
-    if isinstance(prompt, str):
-        turns.append({"role": "user", "content": prompt})
-    system = row.get("system")
-    return [{"role": "system", "content": system}, *turns] if system else turns
-
-
-def _said(answer: Any, before: list[Row]) -> list[Row]:
-    """The whole conversation with an answer: text, a message, messages, or a whole conversation (also as hh-rlhf writes it)."""
-    if isinstance(answer, str) and re.match(r"\s*Human: ", answer):
-        parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + answer.lstrip())[1:]
-        roles = {"Human": "user", "Assistant": "assistant"}
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        return [{"role": roles[who], "content": text.strip()} for who, text in pairs]
-    if isinstance(answer, str):
-        return [*before, {"role": "assistant", "content": answer}]
-    turns = [_turn(t) for t in (answer if isinstance(answer, list) else [answer])]
-    whole = bool(turns) and turns[0].get("role") in ("user", "system", "developer")
-    return turns if whole else [*before, *turns]
-
-
-def _turn(turn: Any) -> Row:
-    if not isinstance(turn, dict):
-        raise Unfit("E-DATA-141", f"a turn is {a_kind(turn)}, no object.", "Give {role, content} objects.")
-    names = {"human": "user", "gpt": "assistant"}
-    return (
-        {**turn, "role": names.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        if "from" in turn
-        else turn
-    )
 
 
 def _or_refusal(make: Callable[[], Item], at: Source) -> Item:

@@ -5,7 +5,8 @@ Shape legend: R rows, N predicted positions of a micro-batch, D hidden size, C p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from educe.files.hashes import hash_json
 from educe.loss.anchor import Kept, kept_of
 from educe.loss.cross_entropy import chunk_positions
 from educe.loss.kernels import softmax_facts
+from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.pack.batch import build_batch
 from educe.pack.plan import plan_once
@@ -65,7 +67,8 @@ class Texts:
 
     def remember(self, base: CausalLM) -> None:
         """Keep what the base model says; it is not needed afterwards."""
-        found = [_kept(base, batch) for batch in self._batches]
+        with _as_served(base):
+            found = [_kept(base, batch) for batch in self._batches]
         self._base = [kept for kept, _ in found]
         sums = [self._summed(b, nll_N * b.weights_N) for b, (_, nll_N) in zip(self._batches, found, strict=True)]
         self.base_nll_R = tuple(np.sum(sums, 0).tolist())
@@ -96,10 +99,11 @@ class Texts:
     def drift(self, model: CausalLM) -> Drift:
         """Measure a model against the base model that was remembered."""
         nll_R = kl_R = np.zeros(self.num_rows)
-        for batch, kept in zip(self._batches, self._base, strict=True):
-            nll_N, kl_N = model.whole(partial(_measured, model, batch, kept))
-            nll_R = nll_R + self._summed(batch, nll_N * batch.weights_N)
-            kl_R = kl_R + self._summed(batch, kl_N * batch.weights_N)
+        with _as_served(model):
+            for batch, kept in zip(self._batches, self._base, strict=True):
+                nll_N, kl_N = model.whole(partial(_measured, model, batch, kept))
+                nll_R = nll_R + self._summed(batch, nll_N * batch.weights_N)
+                kl_R = kl_R + self._summed(batch, kl_N * batch.weights_N)
         return Drift(nll_R=tuple(nll_R.tolist()), kl_R=tuple(kl_R.tolist()))
 
     def nll(self, model: CausalLM) -> tuple[float, ...]:
@@ -109,6 +113,18 @@ class Texts:
 
     def _summed(self, batch: Batch, values_N: np.ndarray) -> np.ndarray:
         return np.bincount(batch.tasks_N, values_N.astype(np.float64), self.num_rows)
+
+
+@contextlib.contextmanager
+def _as_served(model: CausalLM) -> Iterator[None]:
+    """A model that is being trained, without dropout and with its layers as they are written."""
+    was_training = model.network.training
+    model.network.eval()
+    try:
+        with uncompiled():
+            yield
+    finally:
+        model.network.train(was_training)
 
 
 def _by_row(examples: Sequence[Example], rows: np.ndarray, group: list[int]) -> Batch:
@@ -127,7 +143,7 @@ def _kept(model: CausalLM, batch: Batch) -> tuple[Kept, np.ndarray]:
             logits_CV = model.head(hidden_ND[piece])
             kept = kept_of(logits_CV, 1.0)
             nll_C = softmax_facts(logits_CV, targets_N[piece]).nll_B
-            parts.append((kept.ids_BK.int().cpu(), kept.log_p_BK.cpu(), kept.log_rest_B.cpu(), nll_C.double().cpu()))
+            parts.append((kept.ids_BK.int().cpu(), kept.log_p_BK.cpu(), kept.log_rest_B.cpu(), nll_C.cpu().double()))
     ids, log_p, log_rest, nll_N = (torch.cat(p) for p in zip(*parts, strict=True))
     return Kept(ids_BK=ids, log_p_BK=log_p, log_rest_B=log_rest, beta=1.0), nll_N.numpy()
 
@@ -137,7 +153,7 @@ def _nll(model: CausalLM, batch: Batch) -> np.ndarray:
         hidden_ND = model.hidden_states(batch)[model.tensor(batch.predict_N)]
         targets_N = model.tensor(batch.targets_N)
         found = [softmax_facts(model.head(hidden_ND[p]), targets_N[p]).nll_B for p in pieces(model, len(hidden_ND))]
-    nll_N: np.ndarray = torch.cat(found).double().cpu().numpy()
+    nll_N: np.ndarray = torch.cat(found).cpu().double().numpy()
     return nll_N
 
 
@@ -153,7 +169,7 @@ def _measured(model: CausalLM, batch: Batch, base: Kept) -> tuple[np.ndarray, np
             pull = _there(base.rows(piece), logits_CV).pull(
                 logits_CV, facts.log_total_B, torch.ones_like(facts.log_total_B)
             )
-            found.append(torch.stack([facts.nll_B, pull.kl_B]).double().cpu())
+            found.append(torch.stack([facts.nll_B, pull.kl_B]).cpu().double())
     nll_N, kl_N = torch.cat(found, 1).numpy()
     return nll_N, kl_N
 

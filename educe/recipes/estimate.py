@@ -89,7 +89,7 @@ def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Pr
 def _references_s(recipe: Recipe, prepared: Prepared, token_s: float) -> float:
     """One pass forward of all answers, before a preference stage whose loss has a reference."""
     objective = recipe.objective
-    if not isinstance(objective, Preference) or objective.loss.kind not in ("dpo", "ipo"):
+    if not isinstance(objective, Preference) or not objective.has_reference:
         return 0.0
     return _FORWARD * token_s * sum(int(prepared.store(name).lengths.sum()) for name in ("train", "dev"))
 

@@ -139,8 +139,8 @@ def before(
     """Read the ledger and a sample of rows. `odd`: what `odd_rows` found, where it was asked already."""
     rows = prepared.conversations("shots")
     order = permute(len(rows), derive(recipe.train.seed, "preflight"))[:NUM_SAMPLED]
-    chosen = [rows[k] for k in order.tolist()]
-    counts, numbers = _read_ledger(prepared.path / "ledger.jsonl", chosen)
+    chosen = {k: rows[k] for k in order.tolist()}
+    counts, numbers = _read_ledger(prepared.path / "ledger.jsonl", list(chosen.values()))
     return Before(
         recipe=recipe,
         run=RunDir(recipe.run_path()),
@@ -191,17 +191,19 @@ def _read_ledger(path: Path, rows: Sequence[Conversation]) -> tuple[LedgerCounts
 
 
 def _sampled(
-    recipe: Recipe, prepared: Prepared, rows: Sequence[Conversation], numbers: Mapping[Any, int]
+    recipe: Recipe, prepared: Prepared, rows: Mapping[int, Conversation], numbers: Mapping[Any, int]
 ) -> tuple[Sampled, ...]:
+    """Rows by their numbers in the sample, where chosen and rejected answers of pairs take turns."""
     store, renderer = prepared.store("train"), Renderer(prepared.tokenizer)
-    pairs = recipe.objective.kind == "preference"  # of which the chosen answer is looked at
+    pairs = recipe.objective.kind == "preference"
     weighing = ANSWER if pairs else weighing_of(recipe.data)
     found = []
-    for c in rows:
+    for k, c in rows.items():
         if (n := numbers.get(_place(c))) is None:  # dropped since, as a copy of a held-out row
             continue
         try:
-            stored = tuple(store[i] for i in np.flatnonzero(store.rows == n).tolist()[: 1 if pairs else None])
+            numbered = np.flatnonzero(store.rows == n).tolist()
+            stored = tuple(store[i] for i in (numbered[k % 2 : k % 2 + 1] if pairs else numbered))
         except ValueError:  # no example at all
             stored = ()
         found.append(Sampled(row=c, made=made_of(c, renderer, weighing, recipe.data.max_tokens), stored=stored))

@@ -87,7 +87,7 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
         order_K = both_of(order_K // 2)
         indices = [both_of(i // 2) for i in indices]
     draws_N = np.bincount(order_K, minlength=len(store)).astype(np.int64)
-    weights_N = store.weight_of * draws_N
+    weights_N = draws_N / 2 if pairs else store.weight_of * draws_N  # a step is a mean over pairs
     trained = [float(weights_N[i].sum()) * weight for i, weight in zip(indices, loss_weights(data, names), strict=True)]
     tasks_of = prepared.summary["tasks"]
     table = [

@@ -349,7 +349,7 @@ class _Work:
         if len(self._shown) < NUM_PREVIEWS:
             self._shown += talks
         if digest < self._bar:
-            done.shots[digest] = as_line(c)
+            done.shots[digest] = b"".join(map(as_line, talks))
 
     def _nearer(self, split: HeldOut, key: str) -> None:
         """Note a key if it is one of the two that a larger share would take first (the other share may need one of them)."""

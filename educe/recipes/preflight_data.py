@@ -110,6 +110,8 @@ def turns_end_in_a_stop(b: Before) -> Finding:
         ends, open_ends = ends + at.size, open_ends + int((~stops).sum())
         if first < 0 and not stops.all():
             first = block.first + int(np.searchsorted(block.edges, at[~stops][0], "right")) - 1
+    if not ends:
+        return finding("P06", "turns end in a stop token", "-", "there is raw text alone, and no turn", skip=True)
     cut = int(b.prepared.summary["unfinished_answers"])
     said = ", ".join(f"{word} {n:,}" for word, n in b.prepared.summary["stop"].items())
     if open_ends:

@@ -28,7 +28,7 @@ from educe.recipes.trainee import Trainee
 from educe.seeds import derive, permute
 from educe.store.token_store import TokenStore
 from educe.training.loop import accumulate, counts_of
-from educe.training.sft import held_out_loss
+from educe.training.sft import held_out_loss, sft_loss
 from educe.training.state import State
 from educe.training.streamed import local
 from educe.types import Batch, Example
@@ -114,8 +114,8 @@ def gradients_do_not_depend_on_the_split(o: OnModel) -> list[Finding]:
     """P26: a step's gradient as one micro-batch, as one of each row, and unevenly cut; over ranks, on one of them and dealt to all."""
     name, dtype = "gradient and split", o.model.device.dtype
     rows = short_rows(o)
-    if len(rows) < 2:
-        return [finding("P26", name, "-", "there is one example", skip=True)]
+    if len(rows) < 2 * o.together:
+        return [finding("P26", name, "-", "there is one example, or one pair", skip=True)]
     ways = _ways_over_ranks(o, rows) if o.world.size > 1 else _ways(o, rows)
     o.model.network.eval()  # without dropout, which is drawn for each micro-batch anew
     kept: dict[str, Tensor] = {}
@@ -159,17 +159,21 @@ def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
     name = "held-out loss and batch"
     if o.world.size == 1 and not o.t.packed:
         return [finding("P50", name, "-", "rows are measured one by one", skip=True)]
-    store = o.prepared.store("dev")  # of pairs too, nll alone
-    order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:8].tolist()
-    rows = _first_of([store[i] for i in order], _TOKENS)
-    if len(rows) < 2:
+    store = o.t.rows_of("dev")
+    if o.together == 2:
+        rows = _short_pairs(store, np.arange(0, min(len(store), _LOOKED_AT), 2), 2 * _TOKENS) if len(store) else []
+    else:
+        order = store.lengths[:_LOOKED_AT].argsort(kind="stable")[:8].tolist()
+        rows = _first_of([store[i] for i in order], _TOKENS)
+    if len(rows) < 2 * o.together:
         return [finding("P50", name, "-", "fewer than two rows are held out", skip=True)]
-    packed, alone = ([build_batch(g) for g in groups] for groups in ([rows], [[e] for e in rows]))
+    packed, alone = ([build_batch(g) for g in groups] for groups in ([rows], units_of(rows, o.together)))
     way = "packed"
     if o.world.size > 1:  # each rank measures every row by itself, then its share of them
         way, mine = "over the ranks", alone[o.world.rank :: o.world.size]
         packed = even(mine, -(-len(alone) // o.world.size))
-    one, two = (held_out_loss(o.model, batches) for batches in (packed, alone))
+    loss = o.t.loss if o.together == 2 else sft_loss
+    one, two = (held_out_loss(o.model, batches, loss) for batches in (packed, alone))
     counted = [sum(b.total_weight for b in batches) for batches in (packed, alone)]
     if o.world.size > 1:
         one = one.over(o.world, len(o.prepared.tasks))
@@ -221,7 +225,7 @@ def short_rows(o: OnModel) -> list[Example]:
     """A few short rows of the run that differ as much as can be in how many of their tokens are trained."""
     store, plan = o.t.rows_of("train"), o.t.plan
     if o.together == 2:
-        return _short_pairs(store, plan.examples_K[:_LOOKED_AT:2])
+        return _short_pairs(store, plan.examples_K[:_LOOKED_AT:2], min(2 * _TOKENS, plan.capacity_tokens))
     first = np.unique(plan.examples_K[:_LOOKED_AT])
     short = first[store.lengths[first].argsort(kind="stable")][: 4 * _ROWS]
     by_trained = short[store.trained_of[short].argsort(kind="stable")]
@@ -230,11 +234,13 @@ def short_rows(o: OnModel) -> list[Example]:
     return _first_of([store[int(i)] for i in chosen], min(_TOKENS, plan.capacity_tokens))
 
 
-def _short_pairs(store: TokenStore, first_K: np.ndarray) -> list[Example]:
-    """The answers of the shortest of some pairs, that are given by their first answers."""
+def _short_pairs(store: TokenStore, first_K: np.ndarray, num_tokens: int) -> list[Example]:
+    """The answers of the shortest of some pairs, that are given by their first answers: of so many tokens, but of one pair."""
     first = np.unique(first_K)
-    short = first[(store.lengths[first] + store.lengths[first + 1]).argsort(kind="stable")][:_PAIRS]
-    return [store[int(i) + k] for i in short for k in (0, 1)]
+    sizes = store.lengths[first] + store.lengths[first + 1]
+    order = sizes.argsort(kind="stable")[:_PAIRS]
+    num = max(1, int(np.searchsorted(np.cumsum(sizes[order]), num_tokens, "right")))
+    return [store[int(i) + k] for i in first[order[:num]] for k in (0, 1)]
 
 
 def units_of(rows: Sequence[Example], together: int) -> list[Sequence[Example]]:
@@ -272,8 +278,8 @@ def _off(kept: Mapping[str, Tensor], gradients: Mapping[str, Tensor], world: Wor
 
 def _part_of(batch: Batch, num_tokens: int) -> Batch:
     """Its first documents, of about so many tokens."""
-    while batch.num_tokens > num_tokens and batch.lengths_D.size > 1:
-        batch = halved(batch)[0]
+    while batch.num_tokens > num_tokens and len(halves := halved(batch)) > 1:
+        batch = halves[0]
     return batch
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from educe.config import Recipe
+from educe.config import Lora, Recipe
 from educe.config.objective import Preference
 from educe.evaluate.drift import Texts
 from educe.files.atomic import replacing
 from educe.files.hashes import cache_dir, hash_json
-from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.model.source import Alive, Say
 from educe.pack.batch import build_batch
 from educe.pack.plan import plan_once
 from educe.parallel.world import World
 from educe.preference.loss import PreferenceLoss
-from educe.preference.losses import LOSSES, WITH_REFERENCE
+from educe.preference.losses import LOSSES
 from educe.preference.reference import reference_log_p
 from educe.recipes.prepare import Prepared
+from educe.store.token_store import TokenStore
+from educe.types import Batch
 
 SPLITS = ("train", "dev")
+# Bump when the same model would say something else of the same answers.
+REFERENCE_VERSION = 1
 DRIFT_TOKENS = 2048  # of dev answers that the KL is measured on: a mean, which needs no more
 
 
@@ -50,9 +55,9 @@ def references(
     a loss that has no reference. Every rank calls it and does its part."""
     assert isinstance(recipe.objective, Preference)
     stores = {name: prepared.store(name) for name in SPLITS}
-    if recipe.objective.loss.kind not in WITH_REFERENCE:
+    if not recipe.objective.has_reference:
         return {name: np.zeros(len(store)) for name, store in stores.items()}
-    key = hash_json([weights, prepared.key, model.device.kind, model.device.dtype, world.size])[:24]
+    key = hash_json([_made_by(recipe, model, weights), prepared.whole, world.size])[:24]
     file = cache_dir() / "references" / f"{key}.safetensors"
     try:
         kept = load_file(file) if file.is_file() else {}
@@ -67,9 +72,7 @@ def references(
         capacity = recipe.train.micro_batch_tokens if packed else 1
         groups = plan_once(store.lengths, capacity_tokens=capacity)[world.rank :: world.size]
         values_N = np.zeros(len(store))
-        for group in groups:
-            alive()
-            values_N[group] = reference_log_p(model, [build_batch([store[i] for i in group])])
+        values_N[[i for group in groups for i in group]] = reference_log_p(model, _packs(store, groups, alive))
         found[name] = world.sum(values_N) if world.size > 1 else values_N
     if world.leads:
         with replacing(file) as part:
@@ -79,6 +82,12 @@ def references(
         f"the start's log-probabilities of {num:,} answers: {time.perf_counter() - began:.1f} s, once; kept in the cache"
     )
     return found
+
+
+def _packs(store: TokenStore, groups: Sequence[Sequence[int]], alive: Alive) -> Iterator[Batch]:
+    for group in groups:
+        alive()
+        yield build_batch([store[i] for i in group])
 
 
 def start_of(recipe: Recipe, prepared: Prepared, model: CausalLM, weights: str, *, packed: bool) -> Texts | None:
@@ -91,10 +100,16 @@ def start_of(recipe: Recipe, prepared: Prepared, model: CausalLM, weights: str, 
         return None
     capacity = recipe.train.micro_batch_tokens if packed else 1
     texts = Texts([store[2 * k] for k in range(num)], range(num), capacity)
-    key = hash_json([weights, texts.key, model.device.kind, model.device.dtype])[:24]
+    key = hash_json([_made_by(recipe, model, weights), texts.key])[:24]
     file = cache_dir() / "general" / f"pairs-{key}.safetensors"
     if not texts.read(file):
-        with uncompiled():
-            texts.remember(model)
+        texts.remember(model)
         texts.write(file)
     return texts
+
+
+def _made_by(recipe: Recipe, model: CausalLM, weights: str) -> list[Any]:
+    """All that decides what the start says of a text."""
+    tuning = recipe.tuning
+    bits = tuning.base_bits if isinstance(tuning, Lora) else 16
+    return [REFERENCE_VERSION, weights, bits, model.device.kind, model.device.dtype]

@@ -307,7 +307,7 @@ def check(
     from educe.recipes.check import check as run_check
 
     path = Path(recipe)
-    loaded, text = load_recipe(path), text_of(path)
+    loaded, text = load_recipe(path, untrained=without_weights), text_of(path)
     if not without_weights:
         if on_model:
             need_torch()
@@ -357,7 +357,7 @@ def lr(
     from educe.recipes.lr import lr as run_lr
 
     shown = screen if screen is not None else SilentProbe()
-    return run_lr(load_recipe(Path(recipe)), say, shown, rates=rates, steps=steps, minutes=minutes)
+    return run_lr(load_recipe(Path(recipe), to_train=True), say, shown, rates=rates, steps=steps, minutes=minutes)
 
 
 def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: Any) -> Curve:
@@ -368,7 +368,7 @@ def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: A
     from educe.recipes.curve_plan import Wish
 
     shown = screen if screen is not None else SilentCurve()
-    return run_curve(load_recipe(Path(recipe)), Wish(**wish), say, shown)
+    return run_curve(load_recipe(Path(recipe), to_train=True), Wish(**wish), say, shown)
 
 
 def train(
@@ -397,7 +397,7 @@ def train(
     from educe.training.watchdog import watched
 
     path = Path(recipe)
-    loaded = load_recipe(path) if "#" in path.name else load_any(path)
+    loaded = load_recipe(path, to_train=True) if "#" in path.name else load_any(path)
     if redo and isinstance(loaded, Recipe):
         raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     shown = screen if screen is not None and leads() else Silent()

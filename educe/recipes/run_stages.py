@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from educe.config import Scratch, StagedRecipe, load_any
 from educe.recipes.machine import need_torch
 from educe.recipes.run import Progress, Say, check, no_progress, quiet
+from educe.recipes.stage_leaks import leaks_between
 
 if TYPE_CHECKING:
     from educe.recipes.check import Check
@@ -35,7 +36,10 @@ def check_stages(
         make_scratch(staged, staged.model, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
     how = {"on_model": on_model, "without_weights": without_weights}
-    return {name: check(stage, **how, argv=argv, say=say) for name, stage in stages.items()}
+    found = {name: check(stage, **how, argv=argv, say=say) for name, stage in stages.items()}
+    for line in leaks_between({name: c.prepared for name, c in found.items()}):
+        say(f"warning: {line}")
+    return found
 
 
 def eval_stages(path: str | Path, *, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def make_scratch(staged: StagedRecipe, model: Scratch, say: Say, alive: Alive = 
     """The model directory, made where it is not there. Raises `RunError` where it was made of other texts or settings."""
     path, first = staged.scratch_path(), staged.recipe(0, "random")
     files = [hash_file_once(f, alive) for i in inputs_of(first)[0] if i.role == "train" for f in i.files]
-    key = hash_json([SCRATCH_VERSION, model.model_dump(), files, first.train.seed])
+    read = {name: rows.model_dump(exclude={"files"}) for name, rows in first.data.sources.items()}
+    key = hash_json([SCRATCH_VERSION, model.model_dump(), files, read, first.train.seed])
     with one_at_a_time(cache_dir() / "locks" / key[:24], partial(say, f"another process makes {path}: waiting for it")):
         if path.is_dir():
             manifest = verify(path)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from educe.chat.prompt import render_prompt
 from educe.config import Recipe, StagedRecipe
+from educe.config.recipe import CustomMetric
 from educe.evaluate.compare import grade
 from educe.evaluate.drift import Texts
 from educe.evaluate.general_prompts import MOST_NEW_TOKENS, GeneralPrompt, is_right
 from educe.evaluate.stages import Rows
-from educe.files.hashes import hash_json
+from educe.files.hashes import hash_file, hash_json
 from educe.files.run_dir import RunDir
 from educe.model.device import Device
 from educe.model.load import CausalLM
@@ -28,6 +30,7 @@ from educe.recipes.expected import after_prompts
 from educe.recipes.forgetting import general_questions, general_texts, heard
 from educe.recipes.grading import Grading, check_fit, grading_of
 from educe.recipes.prepare import Prepared
+from educe.recipes.stage_leaks import leaks_between
 from educe.seeds import derive, permute
 from educe.types import Answer, Example
 
@@ -63,21 +66,27 @@ class Scale:
         e, tokenizer = self.recipe.evaluation, self.asking.tokenizer
         texts = [t.key for t in (self.domain, self.general, self.expected) if t is not None]
         asked = [[a.question.row, list(a.question.prompt), a.question.expected] for a in self.asked]
-        pairs = [e.ids_T.tolist() for e in self.pairs]
-        how = [
+        pairs = [p.ids_T.tolist() for p in self.pairs]
+        how: list[Any] = [
             sorted(tokenizer.stop),
             tokenizer.tokenizer_hash,
             tokenizer.template_hash,
             self.device.kind,
             self.device.dtype,
         ]
-        return hash_json([texts, asked, e.model_dump(mode="json"), self.prompt_ids, pairs, how])[:24]
+        if isinstance(e.metric, CustomMetric):  # what it is called is not what it does
+            how.append(hash_file(Path(e.metric.function.rpartition(":")[0])))
+        return hash_json([texts, asked, self.recipe.evaluation.model_dump(mode="json"), self.prompt_ids, pairs, how])[
+            :24
+        ]
 
 
 def scale_of(staged: StagedRecipe, runs: Sequence[RunDir], say: Say) -> Scale:
     """The sets of the last stage of each kind that has one. Raises what `eval` raises."""
     recipes = [recipe_of(run) for run in runs]
     prepared = [data_of(run, recipe, say) for run, recipe in zip(runs, recipes, strict=True)]
+    for line in leaks_between(dict(zip(staged.names, prepared, strict=True))):
+        say(f"warning: {line}")
     last = {recipe.objective.kind: k for k, recipe in enumerate(recipes)}
     k = last.get("sft", len(runs) - 1)
     recipe, asking = recipes[k], prepared[k]

@@ -39,7 +39,7 @@ def score_stages(path: Path, say: Say, on_answers: OnAnswers) -> dict[str, Any]:
     for stage in run.runs.values():
         if not stage.resolved.is_file():
             raise RunError(
-                2, str(stage.path), "is not trained yet.", f"Run `educe train {run.path / 'recipe.yaml'}` first."
+                2, str(stage.path), "is not trained yet.", "Give the same `educe train RECIPE` again: it goes on."
             )
         final_manifest(stage, say)
     scale = scale_of(staged, list(run.runs.values()), say)
@@ -106,7 +106,8 @@ def _remember(base_dir: Path, scale: Scale) -> None:
     """What the start says of the general text: once, kept in the cache."""
     if scale.general.base_nll_R:
         return
-    key = hash_json([weights_hash(base_dir), scale.general.key, scale.device.kind, scale.device.dtype])[:24]
+    template = scale.asking.tokenizer.template_hash  # its tokens are added to the vocabulary
+    key = hash_json([weights_hash(base_dir), template, scale.general.key, scale.device.kind, scale.device.dtype])[:24]
     file = cache_dir() / "general" / f"stages-{key}.safetensors"
     if not scale.general.read(file):
         scale.general.remember(_loaded(base_dir, scale))

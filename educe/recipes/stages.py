@@ -16,7 +16,7 @@ from educe.config import Recipe, Scratch, StagedRecipe, stage_of
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
 from educe.files.atomic import make_private, remove, told, write_json, write_text
-from educe.files.run_dir import STAGES, RunDir
+from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir
 from educe.model.device import release_free_memory
 from educe.model.source import Say
 from educe.parallel.launch import leads
@@ -71,10 +71,11 @@ def train_stages(
     if isinstance(staged.model, Scratch):
         make_scratch(staged, staged.model, say, dog.alive)
     for k, name in enumerate(staged.names):
-        recipe, start = stage_of(staged, k), staged.start_of(k)
+        recipe, start = stage_of(staged, k, to_train=True), staged.start_of(k)
         begins = "the model" if start is None else f"stage {staged.names[start]}"
         say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
-        going = replace(how, stays=k + 1 < len(runs))
+        mine = tuple(f for f in how.allow if recipe.objective.kind == "preference" or not f.startswith("objective."))
+        going = replace(how, allow=mine, stays=k + 1 < len(runs))
         _one(partial(train, recipe, text, say, screen, going, dog), name)
         release_free_memory()
     return made
@@ -112,6 +113,8 @@ def _delete(staged: StagedRecipe, redo: str, say: Say) -> None:
         except EduceError as e:
             raise RunError(202, str(run.path), e.found, e.fix) from e
         say(f"{run.path} is deleted, to be made anew")
+    for told_of in (STAGE_SCORES, "report.html"):  # of the stages as they were
+        (staged.run_path() / told_of).unlink(missing_ok=True)
 
 
 def summary_of(run: RunDir, recipe: Recipe, start: str | None) -> dict[str, Any]:

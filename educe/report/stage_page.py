@@ -43,7 +43,7 @@ def stages_markdown(found: Mapping[str, Any]) -> str:
 def headline(found: Mapping[str, Any]) -> str:
     """The chief measure and the general text, from the start to the last stage."""
     by = {line["key"]: line for line in found["measures"]}
-    last = list(found["stages"])[-1]
+    last = end_of(found["stages"])
     told = [by[k] for k in [next((k for k in _FIRST if k in by), ""), "general"] if k in by]
     said = [
         f"{line['title']} {short(line, line['values']['base'])} → {short(line, line['values'][last])}"
@@ -52,6 +52,14 @@ def headline(found: Mapping[str, Any]) -> str:
     ]
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def end_of(stages: Mapping[str, Any]) -> str:
+    """The stage that the longest chain ends with; the first of several."""
+    lengths = {"base": 0}
+    for name, stage in stages.items():
+        lengths[name] = lengths[stage["start"]] + 1
+    return max(stages, key=lambda name: lengths[name])
 
 
 def what_it_did(name: str, stage: Mapping[str, Any]) -> str:
@@ -98,7 +106,8 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
     yield _table(found)
     yield (
         '<p class="soft">Every model on the same held-out rows, with 95 % intervals over rows, not over training seeds. Small print: '
-        "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0. KL: "
+        "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0, as one "
+        "in twenty does by chance. KL: "
         "what the start says against what the model says, over the start’s 64 likeliest tokens and all others together. "
         "Preferred answers: pairs whose chosen answer the model finds likelier, per token.</p>"
     )
@@ -154,11 +163,14 @@ def _figure(found: Mapping[str, Any]) -> str:
     panels = []
     for line in found["measures"]:
         said = ", ".join(f"{n} {short(line, v)}" for n, v in zip(names, line["values"].values(), strict=True))
-        panels.append(draw_svg(_PANEL, f"{named(line)} stage by stage", said, _panel(line, names)))
+        starts = ["base", *(stage["start"] for stage in found["stages"].values())]
+        at = [list(line["values"]).index(start) for start in starts]
+        panels.append(draw_svg(_PANEL, f"{named(line)} stage by stage", said, _panel(line, names, at)))
     return f'<div class="panels">{"".join(panels)}</div>'
 
 
-def _panel(line: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+def _panel(line: Mapping[str, Any], names: list[str], starts: list[int]) -> Iterator[str]:
+    """`starts`: the place of the model that each one starts from, to which it is joined."""
     width, height = _PANEL
     values = list(line["values"].values())
     factor = 1.0 if line["kind"] == "ratio" else 100.0
@@ -174,7 +186,9 @@ def _panel(line: Mapping[str, Any], names: list[str]) -> Iterator[str]:
         yield svg_line("grid", 48, y.at(t), width, y.at(t))
         yield svg_text("", 42, y.at(t) + 4, number(t), "end")
     at = [(x.at(k), y.at(factor * v["value"])) for k, v in enumerate(values)]
-    yield f'<path class="join" d="M{" L".join(f"{px:.1f} {py:.1f}" for px, py in at)}"/>'
+    for k, start in enumerate(starts[1:], 1):
+        (x0, y0), (x1, y1) = at[start], at[k]
+        yield f'<path class="join" d="M{x0:.1f} {y0:.1f} L{x1:.1f} {y1:.1f}"/>'
     for (px, py), v in zip(at, values, strict=True):
         if math.isfinite(v["low"]) and math.isfinite(v["high"]):
             yield svg_line("bar", px, y.at(factor * v["low"]), px, y.at(factor * v["high"]))

@@ -114,5 +114,5 @@ def mean_of(batches: Sequence[Batch], outs: Sequence[LossOut], world: World = AL
 
 
 def _numpy(values: Tensor) -> np.ndarray:
-    array: np.ndarray = values.double().cpu().numpy()
+    array: np.ndarray = values.cpu().double().numpy()
     return array
