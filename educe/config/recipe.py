@@ -221,7 +221,7 @@ class Recipe(Knobs):
     """A whole job: one model, one data set, one run directory. `objective` is said by a recipe of stages alone (see `stages`)."""
 
     name: Annotated[str, Name] = Field(description="name of the run")
-    model: str = Field(min_length=1, description="a directory or a Hub id")
+    model: str = Field(min_length=1, description="a directory, a Hub id, an earlier run, or pypi:PACKAGE")
     runs: str = Field(default="runs", description="directory that holds the run directories")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         default="auto", description="auto: the fastest, by a timed matmul"

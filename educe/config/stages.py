@@ -92,7 +92,7 @@ class StagedRecipe(Knobs):
 
     name: Annotated[str, Name] = Field(description="name of the run")
     model: Annotated[str, Field(min_length=1)] | Scratch = Field(
-        description="a directory, a Hub id, or {init: random, ...} for a small model from scratch"
+        description="a directory, a Hub id, pypi:PACKAGE, or {init: random, ...} for a small model from scratch"
     )
     runs: str = Field(default="runs", description="directory that holds the run directories")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(default="auto", description="auto: the fastest")

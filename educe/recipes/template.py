@@ -13,6 +13,7 @@ from educe.chat.named import NAMED
 from educe.chat.tokens import ChatTokenizer, load_tokenizer, read_template
 from educe.config.recipe import FileTemplate
 from educe.errors import ChatError, ModelError
+from educe.model.packaged import PREFIX
 from educe.model.source import DEFAULT_MODEL, HUB_DEADLINE_S, Say, find_model
 from educe.recipes.template_facts import Facts, Unusable, facts_of, why_unproved
 from educe.recipes.template_fix import Fix, propose
@@ -111,7 +112,9 @@ def _by_text(source: str, where: str, words: tuple[str, ...], place: Path) -> Ca
 
 
 def _files_of(model: str, say: Say) -> Path:
-    """The directory of a Hub model's tokenizer and template: no weights are fetched."""
+    """The directory of a model's tokenizer and template: of one on the Hub no weights are fetched."""
+    if model.startswith(PREFIX):
+        return find_model(model, say)
     if model.startswith(("/", ".", "~")) or model.count("/") != 1 or model.endswith((".jinja", ".j2")):
         fix = "Give a .jinja file, a model's directory, ORG/NAME, plain, chatml or alpaca."
         raise ModelError(1, model, "is no file, no directory and no Hub id.", fix)
