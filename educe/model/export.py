@@ -36,6 +36,8 @@ _COPIED = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+# Files of these names say under which terms a model, and what was made of it, may be passed on.
+_TERMS = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def merged(
@@ -161,10 +163,10 @@ def write_stops(directory: Path, tokenizer: ChatTokenizer) -> None:
 
 
 def write_tokenizer(base: Path, tokenizer: ChatTokenizer, directory: Path, *, system: str | None = None) -> None:
-    """Tokenizer and chat template into a directory being built; see `write_model`."""
-    for name in _COPIED:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, directory / name)
+    """Tokenizer, chat template and the base model's terms into a directory being built; see `write_model`."""
+    for file in sorted(base.iterdir()):
+        if file.is_file() and (file.name in _COPIED or file.name.startswith(_TERMS)):
+            shutil.copyfile(file, directory / file.name)
     (directory / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     (directory / "chat_template.jinja").write_text(served_template(tokenizer.template.source, system), encoding="utf-8")
     if tokenizer.tool_use is not None:

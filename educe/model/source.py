@@ -14,7 +14,7 @@ from educe.secrets import redacted
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_DEADLINE_S = 6.0
-_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*"]
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md", "LICENSE*", "NOTICE*"]
 
 Say = Callable[[str], None]
 Alive = Callable[[], None]
