@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from educe.config import Recipe, parse_recipe
+from educe.config import Recipe, load_any, parse_recipe
 from educe.config.elsewhere import ELSEWHERE
 from educe.config.hints import hint_of, knobs_of
 from educe.errors import RecipeError
@@ -66,3 +68,18 @@ def test_bounds_are_said_with_what_they_bound(text: str, fix: str) -> None:
     e = refused(text)
     assert e.code == "E-RECIPE-103"
     assert e.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ("train: {measure_every_share: 1}", r"stages\.0\.train\.measure_every_share is 1.*below 1"),
+        ("train: {learning_rate: fast}", r"stages\.0\.train\.learning_rate is 'fast'.*valid number"),
+        ("tuning: {kind: full, base_bits: 4}", r"stages\.0\.tuning\.base_bits is not a known key.*kind: lora"),
+    ],
+)
+def test_a_mistake_in_a_stage_is_told_as_in_a_recipe_of_one(stage: str, says: str, tmp_path: Path) -> None:
+    text = f"name: a\nmodel: m\nstages:\n  - kind: sft\n    data: {{train: t}}\n    {stage}\n"
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=says):
+        load_any(tmp_path / "r.yaml")

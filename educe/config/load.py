@@ -327,7 +327,13 @@ def _walked(
 
 
 def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -> RecipeError:
-    errors = error.errors()
+    found_at = [e["loc"] for e in error.errors()]
+    # A list is called too short where what stands in it is wrong.
+    errors = [
+        e
+        for e in error.errors()
+        if e["type"] != "too_short" or not any(at != e["loc"] and at[: len(e["loc"])] == e["loc"] for at in found_at)
+    ]
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
     written, _, kinds = _walked(first["loc"], root)
     dotted = ".".join(map(str, written))
