@@ -172,7 +172,8 @@ def held_out_loss_counts_every_row(o: OnModel) -> list[Finding]:
     if o.world.size > 1:  # each rank measures every row by itself, then its share of them
         way, mine = "over the ranks", alone[o.world.rank :: o.world.size]
         packed = even(mine, -(-len(alone) // o.world.size))
-    loss = o.t.loss if o.together == 2 else sft_loss
+    # of pairs in 16 bits the nll: a margin is a sum over hundreds of tokens, and rounding alone moves it by a nat
+    loss = o.t.loss if o.together == 2 and o.model.device.dtype == "float32" else sft_loss
     one, two = (held_out_loss(o.model, batches, loss) for batches in (packed, alone))
     counted = [sum(b.total_weight for b in batches) for batches in (packed, alone)]
     if o.world.size > 1:
