@@ -67,6 +67,13 @@ def test_lines_become_names_and_finite_numbers() -> None:
     assert values_of({"kind": "score", "step": 3, **graded_line(3, 8), "rows": 32})["dev/right"] == 0.25
     assert set(values_of({"kind": "score", "step": 9, **graded_line(3, 8), "rows": 32})) == {"kept/right", "kept/score"}
     assert values_of({"kind": "other", "step": 3}) == {}
+    pairs = {"accuracy": 0.75, "margin": 1.5}
+    assert values_of({"kind": "step", "step": 3, "pairs": pairs}) == {
+        "train/pairs/accuracy": 0.75,
+        "train/pairs/margin": 1.5,
+    }
+    found = values_of({"kind": "dev", "step": 3, "loss": 0.5, "pairs": pairs, "kl": 0.01})
+    assert found == {"dev/loss": 0.5, "dev/kl": 0.01, "dev/pairs/accuracy": 0.75, "dev/pairs/margin": 1.5}
 
 
 def test_tensorboard_has_each_step_of_a_killed_run_once(place: Path) -> None:

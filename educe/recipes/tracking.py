@@ -155,8 +155,11 @@ def values_of(line: Mapping[str, Any]) -> dict[str, float]:
     if line["kind"] == "step":
         made = {f"train/{name}": line.get(name) for name in _STEP}
         made |= {f"train/task_loss/{task}": loss for task, loss in line.get("tasks", {}).items()}
+        made |= {f"train/pairs/{name}": value for name, value in line.get("pairs", {}).items()}
     elif line["kind"] == "dev":
-        made = {"dev/loss": line["loss"]} | {f"dev/task_loss/{t}": loss for t, loss in line.get("tasks", {}).items()}
+        made = {"dev/loss": line["loss"], "dev/kl": line.get("kl")}
+        made |= {f"dev/task_loss/{task}": loss for task, loss in line.get("tasks", {}).items()}
+        made |= {f"dev/pairs/{name}": value for name, value in line.get("pairs", {}).items()}
     elif line["kind"] == "score":
         of = "dev" if line["weights_step"] == line["step"] else "kept"  # the best weights, measured after the last step
         made = {f"{of}/right": line["right"] / line["rows"], f"{of}/score": line["score"]["value"]}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from educe.report.records import Point
-from educe.report.wording import number
+from educe.report.wording import OF_TOKENS, number
 from educe.types import Interval
 
 MOST_POINTS = 400
@@ -243,8 +243,8 @@ def _spots(curve: Curve, x: Scale, y: Scale, most: int) -> list[Markup]:
     ]
 
 
-def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
-    """Training loss, thin as measured and bold as a mean, with the held-out measurements."""
+def draw_loss(curve: Curve, narrow: bool = False, *, what: str = OF_TOKENS.axis) -> Markup:
+    """Training loss, thin as measured and bold as a mean, with the held-out measurements; `what` it is a loss of."""
     width, height = (343.0, 270.0) if narrow else (832.0, 350.0)
     shown = [*curve.raw, *curve.dev]
     top = max((p.loss for p in shown), default=1.0)
@@ -252,7 +252,7 @@ def draw_loss(curve: Curve, narrow: bool = False) -> Markup:
     last = max((p.step for p in shown), default=1)
     x = Scale(low=0, high=max(1, last), start=44, end=width - 8)
     y = Scale(low=floor, high=top * 1.05 if top > 0 else 1.0, start=height - 46, end=38)
-    parts = axes(x, y, narrow, "loss per trained token")
+    parts = axes(x, y, narrow, what)
     if len(curve.raw) == 1:
         only = curve.raw[0]
         parts.append(Markup(f'<circle class="only" cx="{x.at(only.step):.1f}" cy="{y.at(only.loss):.1f}" r="3.5"/>'))

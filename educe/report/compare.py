@@ -34,6 +34,7 @@ def build_comparison(runs: Sequence[RunDir], *, hourly: Price | None = None) -> 
         bars=_bars(found),
         training=_curves(found, "training"),
         held_out=_curves(found, "held-out"),
+        lost=_caption(found),
         benchmarks=benchmarks([r.run for r in found]),
         differing=settings_that_differ(found),
     )
@@ -77,6 +78,19 @@ def _bars(runs: Sequence[Named]) -> Drawn | None:
     return Drawn(wide=wide, narrow=narrow) if bars else None
 
 
+def _lost(runs: Sequence[Named]) -> str:
+    """What the losses are of, where it is the same for all."""
+    words = {wording.losses(r.files.objective).axis for r in runs}
+    return words.pop() if len(words) == 1 else "loss"
+
+
+def _caption(runs: Sequence[Named]) -> str:
+    kinds = {r.files.objective == "preference" for r in runs}
+    if len(kinds) > 1:
+        return "nats per trained token, and of preference runs the loss of a pair: not on one scale"
+    return "loss of a preference pair" if True in kinds else "nats per trained token"
+
+
 def _curves(runs: Sequence[Named], what: str) -> Drawn | None:
     """One line a run: the mean of neighbouring steps, or each held-out measurement."""
     lines = []
@@ -92,7 +106,5 @@ def _curves(runs: Sequence[Named], what: str) -> Drawn | None:
         ]
         if dots:
             lines.append(Line(name=name, number=k, dots=tuple(dots), marked=what == "held-out"))
-    plan = LinesPlan(
-        name=what.replace("-", ""), title=f"{what.capitalize()} loss", what="loss per trained token", top=None
-    )
+    plan = LinesPlan(name=what.replace("-", ""), title=f"{what.capitalize()} loss", what=_lost(runs), top=None)
     return draw_lines(lines, plan) if lines else None

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from educe.report.charts import Drawn, Scale, axes, label, line, spot, svg
-from educe.report.records import Graded
+from educe.report.charts import LARGEST, Drawn, Scale, axes, label, line, spot, svg
+from educe.report.records import DevPairs, Graded
 from educe.report.wording import number, percent, span
 
 MOST_LINES = 8  # as many as can be told apart, by colour and by dashes
@@ -73,7 +73,7 @@ def _draw(lines: Sequence[Line], plan: LinesPlan, narrow: bool) -> Markup:
         for i, d in enumerate(one.dots):
             if i % every == 0 or i == len(one.dots) - 1:
                 parts.append(spot(css, x.at(d.step), y.at(d.value), d.said, first=i == 0 and one is lines[0]))
-    if len(lines) == 1 and len(lines[0].dots) <= 8:
+    if len(lines) == 1 and len(lines[0].dots) <= (4 if narrow else 8):
         parts += _values(lines[0], x, y, plan)
     desc = "; ".join(f"{one.name}: {one.dots[0].said}; {one.dots[-1].said}" for one in lines[:MOST_LINES] if one.dots)
     return svg(f"{plan.name}-{'narrow' if narrow else 'wide'}", (width, height), plan.title, desc, parts)
@@ -101,6 +101,29 @@ def draw_graded(graded: Sequence[Graded]) -> Drawn:
         name="graded", title=f"{name} to dev rows during training", what=name.lower(), top=1.0, word=_share
     )
     return draw_lines([Line(name=name, number=0, dots=tuple(dots), marked=True)], plan)
+
+
+def draw_ranked(pairs: Sequence[DevPairs]) -> Drawn:
+    """The share of dev pairs that are ranked right over steps."""
+    dots = []
+    for p in pairs:
+        said = f"Step {p.step:,}: {percent(p.accuracy)} of the dev pairs ranked right, mean margin {number(p.margin)}"
+        dots.append(Dot(step=p.step, value=p.accuracy, said=said))
+    plan = LinesPlan(
+        name="ranked", title="Dev pairs ranked right during training", what="pairs ranked right", top=1.0, word=_share
+    )
+    return draw_lines([Line(name="Dev pairs ranked right", number=0, dots=tuple(dots), marked=True)], plan)
+
+
+def draw_kl(pairs: Sequence[DevPairs]) -> Drawn | None:
+    """How far the model has moved from its start over steps; None where that was not measured."""
+    dots = [
+        Dot(step=p.step, value=p.kl, said=f"Step {p.step:,}: KL from the start {number(p.kl)} nats per token")
+        for p in pairs
+        if p.kl is not None and 0 <= p.kl < LARGEST
+    ]
+    plan = LinesPlan(name="kl", title="KL from the start during training", what="nats per token", top=None)
+    return draw_lines([Line(name="KL from the start", number=1, dots=tuple(dots), marked=True)], plan) if dots else None
 
 
 def shares(graded: Sequence[Graded]) -> bool:

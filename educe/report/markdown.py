@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from educe.files.run_dir import RunDir
-from educe.report import wording
+from educe.report import sections, wording
 from educe.report.compare import headline
 from educe.report.forgotten import read_forgotten, read_shift
 from educe.report.judged import read_judged
@@ -83,7 +83,12 @@ def _scores(run: dict[str, Any]) -> Iterator[str]:
     yield f"# {plain(run['name'])}"
     about = [plain(run["model"]), run["tuning"], plain((run["provenance"] or {}).get("device"))]
     yield " · ".join(a for a in about if a) or "no settings are recorded"
-    yield f"**{plain(run['verdict'], 600)}**" if run["verdict"] else "Not evaluated yet: run `educe eval`."
+    if run["verdict"]:
+        yield f"**{plain(run['verdict'], 600)}**"
+    elif run["objective"] == "sft":
+        yield "Not evaluated yet: run `educe eval`."
+    else:
+        yield f"**{plain(run['headline'])}**" if run["headline"] else "Not trained to its end yet."
     if run["systems"]:
         words = wording.measure(run["measure"] == "mean")
         labels = {s["name"]: s["label"] for s in run["systems"]}
@@ -99,7 +104,11 @@ def _training(run: dict[str, Any]) -> Iterator[str]:
     if steps:
         yield "## Training"
         right = "Dev rows fully right" if run["measure"] == "mean" else "Dev rows right"
-        yield table(("Step", "Held-out loss", right), steps)
+        loss = f"Held-out loss{', of a pair' if run['dev_pairs'] else ''}"
+        yield table(("Step", loss, *([right] if run["dev_right"] else [])), steps)
+    if run["dev_pairs"]:
+        head = ("Step", "Dev pairs ranked right", "Margin", "Log-ratio of chosen", "of rejected", "KL from the start")
+        yield table(head, [_pairs_line(p) for p in sections.spread(run["dev_pairs"], 20)])
     if run["data"]:
         yield "## Data"
         yield table(
@@ -135,13 +144,18 @@ def _comparison(c: dict[str, Any], labels: dict[str, str], words: wording.Measur
     return f"{names}: {wording.points(d)} (95 %: {wording.points_span(d)}); {changed}"
 
 
-def _losses(run: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _pairs_line(p: dict[str, Any]) -> tuple[str, ...]:
+    numbers = (wording.number(p[k]) for k in ("margin", "chosen", "rejected", "kl"))
+    return f"{p['step']:,}", wording.percent(p["accuracy"]), *numbers
+
+
+def _losses(run: dict[str, Any]) -> list[tuple[str, ...]]:
     loss = {p["step"]: p["loss"] for p in run["dev_loss"]}
     right = {g["step"]: f"{g['right']} of {g['rows']}" for g in run["dev_right"]}
     steps = sorted({*loss, *right})
     every = max(1, len(steps) // 20)
     return [
-        (f"{s:,}", wording.number(loss.get(s)), right.get(s, wording.ABSENT))
+        (f"{s:,}", wording.number(loss.get(s)), *([right.get(s, wording.ABSENT)] if right else []))
         for s in steps
         if s in (*steps[::every], steps[-1])
     ]

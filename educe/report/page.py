@@ -11,16 +11,16 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from educe.files.run_dir import RunDir
+from educe.files.run_dir import RunDir, is_staged
 from educe.report import sections, wording
 from educe.report.charts import LARGEST, MOST_MEASURED, Curve, Drawn, draw_bars, draw_loss, plan_curve
 from educe.report.forgotten import read_forgotten, read_shift
 from educe.report.judged import read_judged
-from educe.report.lines import draw_graded, shares
+from educe.report.lines import draw_graded, draw_kl, draw_ranked, shares
 from educe.report.opening import Kept
 from educe.report.policy import policy
 from educe.report.reading import read_run
-from educe.report.records import Point, RunFiles
+from educe.report.records import DevPairs, Point, RunFiles
 from educe.report.sections import Price
 from educe.report.suites import read_choices, read_harness, read_suites
 from educe.report.visible import block, cut, inline, marked, shown, visible
@@ -28,10 +28,11 @@ from educe.report.visible import block, cut, inline, marked, shown, visible
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossView:
-    """The loss section: two drawings, what they show, and the numbers."""
+    """The loss section: two drawings, what they show, `note` on what is lost, and the numbers."""
 
     wide: Markup
     narrow: Markup
+    note: str
     curve: Curve
     table: tuple[sections.TableStep, ...]
     every: int
@@ -98,6 +99,7 @@ def _headline(verdict: str) -> tuple[str, str]:
 
 
 def _loss(files: RunFiles) -> LossView | None:
+    words = wording.losses(files.objective, files.settings.pair_loss if files.settings else "")
     train = [Point(step=s.step, loss=s.loss) for s in files.steps if s.loss is not None and abs(s.loss) < LARGEST]
     dev = [p for p in files.dev if abs(p.loss) < LARGEST]
     if not train and not dev:
@@ -105,8 +107,9 @@ def _loss(files: RunFiles) -> LossView | None:
     curve = plan_curve(train, dev)
     table, every = sections.loss_table(files.steps, files.dev)
     return LossView(
-        wide=draw_loss(curve),
-        narrow=draw_loss(curve, narrow=True),
+        wide=draw_loss(curve, what=words.axis),
+        narrow=draw_loss(curve, narrow=True, what=words.axis),
+        note=words.note,
         curve=curve,
         table=table,
         every=every,
@@ -147,6 +150,30 @@ def _graded(files: RunFiles) -> GradedView | None:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairsView:
+    """Dev pairs over steps: how many are ranked right, and how far the model has moved from its start."""
+
+    ranked: Drawn
+    drift: Drawn | None
+    rows: int
+    table: tuple[DevPairs, ...]
+
+
+def _pairs(files: RunFiles) -> PairsView | None:
+    if not files.pairs:
+        return None
+    chosen = sections.spread(files.pairs, MOST_MEASURED)
+    dev = sum(t.rows for t in files.ledger.terms if t.label == "dev") if files.ledger else 0
+    return PairsView(ranked=draw_ranked(chosen), drift=draw_kl(chosen), rows=dev, table=chosen)
+
+
+def _chain(run: RunDir) -> str:
+    """The name of the run of stages that a run is a part of; empty where it is none."""
+    above = run.path.resolve().parent
+    return above.name if is_staged(above) else ""
+
+
 def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", kept: Kept | None = None) -> str:
     """The page of `run` as HTML, without network. A section without files says which command makes them.
 
@@ -180,6 +207,10 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         harness=read_harness(run),
         loss=_loss(files),
         progress_of=_graded(files),
+        pairs=_pairs(files),
+        objective=files.objective,
+        headline=sections.headline(files),
+        chain=_chain(run),
         groups=sections.group_answers(files, names),
         stories=sections.tell_stories(files.samples),
         ledger=files.ledger,

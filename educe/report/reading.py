@@ -16,6 +16,7 @@ from educe.report.records import (
     Answered,
     Checked,
     Comparison,
+    DevPairs,
     Field,
     Graded,
     MaskRow,
@@ -81,8 +82,11 @@ def _settings(loaded: Any) -> Settings:
     recipe = _dict(_dict(loaded).get("recipe"))
     tuning, evaluation = _dict(recipe.get("tuning")), _dict(recipe.get("evaluation"))
     words = {"full": "all weights tuned", "lora": f"LoRA adapters of rank {_whole(tuning, 'rank') or '?'}"}
+    objective = _dict(recipe.get("objective"))
     return Settings(
         name=_text(recipe, "name"),
+        objective=_text(objective, "kind") or "sft",
+        pair_loss=_text(_dict(objective.get("loss")), "kind"),
         model=_text(recipe, "model"),
         tuning=words.get(_text(tuning, "kind"), ""),
         metric=_text(_dict(evaluation.get("metric")), "kind"),
@@ -189,6 +193,19 @@ def _graded(rows: list[Row]) -> tuple[Graded, ...]:
             step=step, metric=metric, value=value, low=low, high=high, right=right, rows=asked, seconds=seconds
         )
         made = {i: g for i, g in made.items() if (g.metric, g.rows) == (metric, asked)} | {step: found}
+    return tuple(made[i] for i in sorted(made))
+
+
+def _pairs(rows: list[Row]) -> tuple[DevPairs, ...]:
+    """Measurements of dev pairs; a share that cannot be is left out."""
+    made: dict[int, DevPairs] = {}
+    for r in (r for r in rows if r.get("kind") == "dev" and r.get("pairs")):
+        step, of = _whole(r, "step") or 0, _dict(r.get("pairs"))
+        accuracy, margin, chosen, rejected = (_real(of, key) for key in ("accuracy", "margin", "chosen", "rejected"))
+        if accuracy is not None and 0 <= accuracy <= 1:
+            made[step] = DevPairs(
+                step=step, accuracy=accuracy, margin=margin, chosen=chosen, rejected=rejected, kl=_real(r, "kl")
+            )
     return tuple(made[i] for i in sorted(made))
 
 
@@ -317,12 +334,15 @@ class Metrics(NamedTuple):
     steps: tuple[Step, ...] = ()
     dev: tuple[Point, ...] = ()
     graded: tuple[Graded, ...] = ()
+    pairs: tuple[DevPairs, ...] = ()
     tasks: tuple[TaskLoss, ...] = ()
 
 
 def _metrics(lines: Iterator[Row]) -> Metrics:
     rows = list(lines)
-    return Metrics(steps=_steps(rows), dev=_dev(rows), graded=_graded(rows), tasks=_task_losses(rows))
+    return Metrics(
+        steps=_steps(rows), dev=_dev(rows), graded=_graded(rows), pairs=_pairs(rows), tasks=_task_losses(rows)
+    )
 
 
 def _each(read: Callable[[Row], T]) -> Callable[[Iterator[Row]], tuple[T, ...]]:
@@ -356,6 +376,7 @@ def read_run(run: RunDir, kept: Kept | None = None) -> RunFiles:
         steps=metrics.steps,
         dev=metrics.dev,
         graded=metrics.graded,
+        pairs=metrics.pairs,
         tasks=metrics.tasks,
         samples=get(run.samples, _each(_sample)) or (),
         masks=get(run.path / "preview.json", lambda rows: tuple(map(_mask, filter(_dict, _list(rows))))) or (),

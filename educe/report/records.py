@@ -19,9 +19,11 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The recipe. `rows` is every knob under its dotted name."""
+    """The recipe. `rows` is every knob under its dotted name. `objective`: sft, pretrain or preference; `pair_loss`: of preference."""
 
     name: str
+    objective: str
+    pair_loss: str
     model: str
     tuning: str
     metric: str
@@ -76,6 +78,19 @@ class Point:
 
     step: int
     loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevPairs:
+    """Dev pairs at a step: the share whose chosen answer is ranked first, the mean margin that the loss compares, mean log-ratios of
+    both answers to the start in nats per token; `kl` from the start, in nats per token, where it was measured."""
+
+    step: int
+    accuracy: float
+    margin: float | None
+    chosen: float | None
+    rejected: float | None
+    kl: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +245,7 @@ class RunFiles:
     steps: tuple[Step, ...]
     dev: tuple[Point, ...]
     graded: tuple[Graded, ...]
+    pairs: tuple[DevPairs, ...]
     tasks: tuple[TaskLoss, ...]
     samples: tuple[Sample, ...]
     masks: tuple[MaskRow, ...]
@@ -237,3 +253,8 @@ class RunFiles:
     scores: Scores | None
     checks: tuple[Checked, ...]
     unreadable: tuple[str, ...]
+
+    @property
+    def objective(self) -> str:
+        """What the run learns from: answers (sft) where nothing else is said."""
+        return self.settings.objective if self.settings else "sft"

@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from educe.report import wording
 from educe.report.charts import Bar
@@ -209,10 +209,18 @@ def _steps_done(files: RunFiles) -> str:
     return wording.count(done) if planned in (None, done) else f"{done:,} of {planned:,}"
 
 
-def _kept(files: RunFiles) -> Point:
+class _Measured(Protocol):
+    @property
+    def step(self) -> int: ...
+
+
+M = TypeVar("M", bound=_Measured)
+
+
+def at_kept(files: RunFiles, measured: Sequence[M]) -> M:
     """The held-out measurement of the weights that the run keeps."""
     step = files.provenance.weights_step if files.provenance else None
-    return next((p for p in files.dev if p.step == step), files.dev[-1])
+    return next((p for p in measured if p.step == step), measured[-1])
 
 
 def _weights(files: RunFiles) -> str:
@@ -247,12 +255,35 @@ def _price(files: RunFiles, hourly: Price) -> Figure | None:
 def progress(files: RunFiles) -> str:
     """Where a run stands that is not evaluated yet."""
     if files.provenance and files.provenance.finished:
-        return "Trained to its end, not evaluated yet."
+        return headline(files) or "Trained to its end, not evaluated yet."
     if not files.steps:
         return "Preparing: no step was made yet."
     step, loss = f"Step {_steps_done(files)}", files.steps[-1].loss
     held = f", held-out loss {wording.number(files.dev[-1].loss)}" if files.dev else ""
+    if files.pairs:
+        held += f", {wording.percent(files.pairs[-1].accuracy)} of the dev pairs ranked right"
     return f"{step}: training loss {wording.number(loss)}{held}."
+
+
+def headline(files: RunFiles) -> str:
+    """What a run shows without questions that have a right answer: raw text and pairs have none. Empty for others."""
+    if files.objective == "sft":
+        return ""
+    if len(files.pairs) > 1:
+        kept = at_kept(files, files.pairs)
+        before, after = (wording.percent(p.accuracy) for p in (files.pairs[0], kept))
+        return f"{before} → {after} of the dev pairs ranked right."
+    if files.objective == "pretrain" and len(files.dev) > 1:
+        last = at_kept(files, files.dev)
+        return f"Held-out loss {wording.number(files.dev[0].loss)} → {wording.number(last.loss)} nats per token."
+    return "Trained to its end." if files.provenance and files.provenance.finished else ""
+
+
+def _ranked(files: RunFiles) -> Figure:
+    first, kept = files.pairs[0], at_kept(files, files.pairs)
+    moved = f"; KL from the start {wording.number(kept.kl)} nats per token" if kept.kl is not None else ""
+    value = f"{wording.percent(first.accuracy)} → {wording.percent(kept.accuracy)}"
+    return Figure(label="Dev pairs ranked right", value=value, note=f"step 0 → step {kept.step:,}{moved}")
 
 
 def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
@@ -266,8 +297,10 @@ def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
         note = f"95 % interval after tuning: {interval}. {files.scores.num_rows:,} test rows"
         of = "Mean score" if files.scores.measure == "mean" else "Right answers"
         made.append(Figure(label=f"{of} ({graded_as(files.scores.metric)})", value=value, note=note))
+    elif len(files.pairs) > 1:
+        made.append(_ranked(files))
     elif len(files.dev) > 1:
-        kept = _kept(files)
+        kept = at_kept(files, files.dev)
         value = f"{wording.number(files.dev[0].loss)} → {wording.number(kept.loss)}"
         made.append(Figure(label="Held-out loss", value=value, note=f"step 0 → step {kept.step:,}"))
     if hourly is not None and (price := _price(files, hourly)) is not None:

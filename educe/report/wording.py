@@ -49,6 +49,28 @@ def measure(mean: bool) -> Measure:
     return MEAN if mean else SHARE
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What a page calls the losses of a run: `axis` on a chart, `note` below it."""
+
+    axis: str
+    note: str
+
+
+OF_TOKENS = Loss(
+    axis="loss per trained token", note="Mean negative log-likelihood per trained token, in nats; lower is better."
+)
+
+
+def losses(objective: str, pair_loss: str = "") -> Loss:
+    """`pair_loss`: that of a preference run."""
+    if objective != "preference":
+        return OF_TOKENS
+    named = f" ({pair_loss[:40]})" if pair_loss else ""
+    note = f"Mean loss of a preference pair{named}; lower is better, and to be compared under the same loss alone."
+    return Loss(axis="loss of a pair", note=note)
+
+
 def number(value: float | None) -> str:
     """At most three significant digits: 0.0123, 1.5, 343, 123,000."""
     if value is None or not math.isfinite(value):
