@@ -71,11 +71,13 @@ def evaluate(
     from educe.cli.suite import show_choices
     from educe.files.run_dir import is_staged
     from educe.recipes.run import Run
+    from educe.recipes.which import run_or_stages
 
-    if run is not None and is_staged(run):
-        _alone("run")
-        _stages(run)
+    if is_staged(place := run_or_stages(run)):
+        _plain(place)
+        _stages(place)
         return
+    run = place
     if (choices := asked.pop("choices")) is not None:
         _alone("choices", "suite_rows")
         show_choices(Run(run).choices(choices, rows=asked["suite_rows"], say=say))
@@ -151,6 +153,19 @@ def _harness(
     show_harness(scores)
     click.echo(f"Next: educe report {shown(found.path)}")
     return True
+
+
+def _plain(path: Path) -> None:
+    """Refuses options beside a run of stages. Raises `UsageError`."""
+    from educe.cli.screens import shown
+    from educe.files.run_dir import stages_of
+
+    context = click.get_current_context()
+    for p in context.command.params:
+        if p.name and p.name != "run" and context.get_parameter_source(p.name) is ParameterSource.COMMANDLINE:
+            places = ", ".join(shown(run.path) for run in stages_of(path).values())
+            found = f"is of one run, and {shown(path)} is a run of stages."
+            raise UsageError(101, p.opts[0], found, f"Name one of its stages: {places}; or leave {p.opts[0]} out.")
 
 
 def _alone(option: str, *beside: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from educe.errors import UsageError
+from educe.files.run_dir import is_staged
 
 
 @click.command()
@@ -25,9 +26,10 @@ def export(places: tuple[Path, ...], form: str, push: str | None) -> None:
     """Write the tuned model to DIR for a server, read back and compared."""
     from educe.cli.screens import say
     from educe.recipes.run import Run
+    from educe.recipes.which import run_or_last_stage
 
     run_dir, target = _ordered(places)
-    run = Run(run_dir)
+    run = Run(run_or_last_stage(run_dir, say))
     run.export(target, form=form, push=push, say=say)
     settings = run.dir.load(run.dir.provenance).get("template_settings")
     serve = ""
@@ -45,7 +47,7 @@ def _ordered(places: tuple[Path, ...]) -> tuple[Path | None, Path]:
     """RUN, if it is named, and DIR. Raises `UsageError`, for the two the other way round too."""
     if len(places) > 2:
         raise UsageError(101, "export", f"takes RUN and DIR, not {len(places)} paths.", "educe export [RUN] DIR")
-    are_runs = [(p / "recipe.resolved.json").is_file() for p in places]
+    are_runs = [(p / "recipe.resolved.json").is_file() or is_staged(p) for p in places]
     if are_runs == [False, True]:
         found = f"{places[0]} is no run, and {places[1]} is one: RUN comes first."
         raise UsageError(101, "export", found, f"educe export {places[1]} {places[0]}")

@@ -146,9 +146,11 @@ cli.add_command(report)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 def chat(run: Path | None, base: bool, max_new_tokens: int) -> None:
     """Talk to the tuned model in the terminal."""
+    from educe.cli.screens import say
     from educe.cli.talk import talk
+    from educe.recipes.which import run_or_last_stage
 
-    talk(_run(run).dir, base=base, max_new_tokens=max_new_tokens)
+    talk(_run(run_or_last_stage(run, say)).dir, base=base, max_new_tokens=max_new_tokens)
 
 
 cli.add_command(export)

@@ -24,14 +24,15 @@ PATH = click.Path(path_type=Path)
     "--hourly", metavar="PRICE", help="What an hour of the machine costs, such as '2.50 EUR': the page says the price."
 )
 def report(runs: tuple[Path, ...], form: str, out: Path | None, hourly: str | None) -> None:
-    """Write a run's report, one HTML page that needs no network. Several runs are compared with the first."""
+    """Write a run's report, one HTML page that needs no network. Several runs (or stages) are compared with the first."""
     from educe.cli.screens import shown
     from educe.files.run_dir import is_staged
     from educe.recipes.report import price_of, report_stages, text_of, write_report
     from educe.recipes.run import Run
+    from educe.recipes.which import run_or_stages
 
-    if len(runs) == 1 and is_staged(runs[0]):
-        written = report_stages(runs[0], out, form, price_of(hourly) if hourly is not None else None)
+    if len(runs) < 2 and is_staged(place := run_or_stages(runs[0] if runs else None)):
+        written = report_stages(place, out, form, price_of(hourly) if hourly is not None else None)
         click.echo(f"Report: {shown(written)}" if isinstance(written, Path) else written, nl=isinstance(written, Path))
         return
     found = [Run(path).dir for path in runs or (None,)]

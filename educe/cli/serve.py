@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from educe.cli.ending import ended_by
+from educe.files.run_dir import is_staged
 
 
 @click.command()
@@ -20,13 +21,13 @@ def serve(run: Path | None, port: int, beside: str | None) -> None:
     """Serve the tuned model on this machine, OpenAI-compatible: by vLLM where it is installed, else by transformers' own server."""
     from educe.cli.screens import say
     from educe.recipes.machine import need_torch
-    from educe.recipes.run import Run
+    from educe.recipes.which import run_or_last_stage
 
     need_torch()
     from educe.recipes.serve import serve as run_serve
 
-    exported = run is not None and not (run / "recipe.resolved.json").is_file()
-    place = run if exported and run is not None else Run(run).path
+    named = run is None or "#" in run.name or is_staged(run) or (run / "recipe.resolved.json").is_file()
+    place = run_or_last_stage(run, say) if run is None or named else run  # else a directory that was exported
     with _ended_with_the_terminal():
         code = run_serve(place, say, port=port, base=beside == "base")
     sys.exit(code)

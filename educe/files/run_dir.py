@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,24 +110,57 @@ def is_staged(path: Path) -> bool:
     return (path / STAGES).is_file()
 
 
+def stages_of(path: Path) -> dict[str, RunDir]:
+    """The runs of a run of stages, by the stages' names, in order. Raises `RunError`."""
+    held = RunDir(path).load(path / STAGES)
+    places = held.get("stages") if isinstance(held, dict) else None
+    if not isinstance(places, dict) or not all(
+        isinstance(p, str) and re.fullmatch(r"\d+-\w[\w.-]*", p, re.ASCII) for p in places.values()
+    ):
+        found = "is damaged, or was written by another version."
+        raise RunError(2, str(path / STAGES), found, "Give the same `educe train` again.")
+    return {name: RunDir(path / place) for name, place in places.items()}
+
+
+def last_stage(path: Path) -> RunDir:
+    """The run of the last stage. Raises `RunError` where it has not begun."""
+    *_, last = stages_of(path).values()
+    if not last.resolved.is_file():
+        raise RunError(2, str(last.path), "is not trained yet.", f"Run `educe train {path / 'recipe.yaml'}` first.")
+    return last
+
+
 def find_run(given: Path | None, runs: Path) -> RunDir:
-    """The run at `given`, or the latest one under `runs` or under a directory of that name one level below.
+    """The run that `find_place` finds; a run of stages is refused, and its stages are named."""
+    place = find_place(given, runs)
+    if is_staged(place):
+        there = [str(run.path) for run in stages_of(place).values()]
+        found = "is a run of stages." if given is not None else "is the latest run, and one of stages."
+        raise RunError(1, str(place), found, f"Name one of its stages: {', '.join(there)}.")
+    return RunDir(place)
+
+
+def find_place(given: Path | None, runs: Path) -> Path:
+    """The run or run of stages at `given`, or the latest one under `runs` or under a directory of that name one level below.
 
     Latest by the last write of settings or metrics.
     """
     if given is not None:
-        if not (given / "recipe.resolved.json").is_file():
+        if not (given / "recipe.resolved.json").is_file() and not is_staged(given):
             raise _no_run(given, _known(runs))
-        return RunDir(given)
+        return given
     found = _known(runs)
     if not found:
         raise RunError(1, str(runs), "holds no run.", "Train one with `educe train RECIPE`, or name its directory.")
-    return RunDir(max(found, key=_last_touched))
+    return max(found, key=last_touched)
 
 
 def _known(runs: Path) -> list[Path]:
-    resolved = [*runs.glob("*/recipe.resolved.json"), *runs.parent.glob(f"*/{runs.name}/*/recipe.resolved.json")]
-    return [p.parent for p in resolved]
+    return [
+        p.parent
+        for name in ("recipe.resolved.json", STAGES)
+        for p in (*runs.glob(f"*/{name}"), *runs.parent.glob(f"*/{runs.name}/*/{name}"))
+    ]
 
 
 def _no_run(given: Path, known: list[Path]) -> RunError:
@@ -136,18 +170,21 @@ def _no_run(given: Path, known: list[Path]) -> RunError:
     if near:
         fix = f"Did you mean {next(p for p in known if p.name == near[0])}?"
     elif known:
-        fix = f"Give one that `educe train` made, such as {max(known, key=_last_touched)}."
+        fix = f"Give one that `educe train` made, such as {max(known, key=last_touched)}."
     if not given.exists():
         return RunError(1, str(given), "does not exist.", fix)
     if given.is_file():
         return RunError(1, str(given), "is a file, and a run is a directory.", fix)
     if within := [p.parent for p in given.glob("*/recipe.resolved.json")]:
-        fix = f"Give one of them, such as {max(within, key=_last_touched)}."
+        fix = f"Give one of them, such as {max(within, key=last_touched)}."
         return RunError(1, str(given), "holds runs and is none itself.", fix)
     if (given / "config.json").is_file() or (given / "adapter_config.json").is_file():
         return RunError(1, str(given), "is a model, and no run.", fix)
     return RunError(1, str(given), "is not a run directory.", fix)
 
 
-def _last_touched(run: Path) -> float:
-    return max((run / n).stat().st_mtime for n in ("recipe.resolved.json", "metrics.jsonl") if (run / n).exists())
+def last_touched(run: Path) -> float:
+    """When settings or metrics were written last; of a run of stages those of any stage."""
+    names = ("recipe.resolved.json", "metrics.jsonl")
+    there = [f for n in names for f in ((run / n), *(run.glob(f"*/{n}") if is_staged(run) else ()))]
+    return max((f.stat().st_mtime for f in [*there, run / STAGES] if f.exists()), default=0.0)

@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 
 from educe.errors import RunError
-from educe.files.run_dir import find_run
+from educe.files.run_dir import find_place, is_staged, last_touched, stages_of
+from educe.recipes.which import run_named
 from educe.report.live import served
 
 _LEADS_ON = (
@@ -20,9 +21,13 @@ _LEADS_ON = (
 
 def live(run: Path | None, port: int, say: Callable[[str], None], browse: bool = False) -> None:
     """Serve until interrupted. A run that is named need not exist yet; the latest is taken where none is."""
-    path = run if run is not None else find_run(None, Path("runs")).path
+    path = run_named(run) or find_place(None, Path("runs"))
     if path.exists() and not path.is_dir():
         raise RunError(1, str(path), "is no directory.", "Give the directory of a run: RUNS/NAME of the recipe.")
+    if is_staged(path):
+        stage = max((one.path for one in stages_of(path).values()), key=last_touched)
+        say(f"{path} is a run of stages: its latest is shown; another one: educe watch {path}/N-NAME")
+        path = stage
     with served(path, port, lambda link: say(f"That link was used. For another browser: {link}")) as (link, serve):
         say(f"Watching {path}: {link}")
         say("Only this machine, and each link once. Ctrl-C ends it; training goes on.")

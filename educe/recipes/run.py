@@ -13,6 +13,7 @@ from educe.errors import UsageError
 from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
+from educe.recipes.which import run_named
 
 if TYPE_CHECKING:
     from educe.evaluate.blends import Choice, Point
@@ -75,10 +76,11 @@ class SilentCurve(Silent):
 
 
 class Run:
-    """A run directory and what can be done with it. Without a path: the latest run under ./runs."""
+    """A run directory and what can be done with it. Without a path: the latest run under ./runs. A stage may be named by its recipe,
+    FILE#STAGE."""
 
     def __init__(self, path: str | Path | None = None, *, runs: str | Path = "runs") -> None:
-        self.dir: RunDir = find_run(Path(path) if path is not None else None, Path(runs))
+        self.dir: RunDir = find_run(run_named(Path(path) if path is not None else None), Path(runs))
 
     def __repr__(self) -> str:
         return f"Run({str(self.dir.path)!r})"

@@ -16,7 +16,7 @@ from educe.config import Recipe, Scratch, StagedRecipe, stage_of
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
 from educe.files.atomic import make_private, remove, told, write_json, write_text
-from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir
+from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir, stages_of
 from educe.model.device import release_free_memory
 from educe.model.source import Say
 from educe.parallel.launch import leads
@@ -36,10 +36,9 @@ class StagedRun:
 
 def open_staged(path: Path) -> tuple[StagedRun, StagedRecipe]:
     """A directory that `train_stages` made. Raises `RunError`."""
-    held = RunDir(path).load(path / STAGES)
+    held, runs = RunDir(path).load(path / STAGES), stages_of(path)
     try:
         recipe = StagedRecipe.model_validate(held["recipe"])
-        runs = {name: RunDir(path / place) for name, place in held["stages"].items()}
     except (KeyError, TypeError, ValueError) as e:
         found = "is damaged, or was written by another version."
         raise RunError(2, str(path / STAGES), found, "Give the same `educe train` again.") from e

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from educe.config import load_recipe
+from educe.config import Recipe, load_any, load_recipe, stage_of
 from educe.data.finding import find_files
 from educe.data.formats import FORMATS
 from educe.data.oddities import Oddities, Oddity
@@ -85,15 +85,23 @@ class FileSurvey:
 
 
 def survey(specs: Sequence[str]) -> Iterator[FileSurvey]:
-    """Each file in turn. A recipe (`.yaml`) stands for its training files, read as it says; anything else is what
+    """Each file in turn. A recipe (`.yaml`, or FILE#STAGE) stands for its training files, read as it says; anything else is what
     `data.train` may be. Raises `DataError` for what cannot be read at all."""
     for spec in specs:
-        if spec.endswith((".yaml", ".yml")):
-            for i in inputs_of(load_recipe(Path(spec)))[0]:
-                yield from _of_input(i)
+        file = spec.partition("#")[0] if "#" in spec and not Path(spec).exists() else spec
+        if file.endswith((".yaml", ".yml")):
+            for recipe in _recipes(Path(spec)):
+                for i in inputs_of(recipe)[0]:
+                    yield from _of_input(i)
         else:
             for file in find_files(spec):
                 yield _survey(file, PLAIN, ())
+
+
+def _recipes(path: Path) -> list[Recipe]:
+    """Of one run, or of every stage where none is named."""
+    found = load_recipe(path) if "#" in path.name else load_any(path)
+    return [found] if isinstance(found, Recipe) else [stage_of(found, k) for k in range(len(found.names))]
 
 
 def _of_input(i: Input) -> Iterator[FileSurvey]:
