@@ -99,6 +99,7 @@ CODES: dict[str, str] = {
     "E-RUN-001": "no run found",
     "E-RUN-002": "run is not finished",
     "E-RUN-003": "weights of a finished run are damaged or gone",
+    "E-RUN-004": "verb has no meaning for what the run learns from",
     "E-RUN-201": "run directory belongs to other settings",
     "E-RUN-202": "run is in use by another process",
     "E-RUN-203": "target directory is not empty",

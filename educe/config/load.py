@@ -39,7 +39,8 @@ def load_recipe(path: Path, *, to_train: bool = False, untrained: bool = False) 
             raise RecipeError(101, str(file), f"has no stages, and {name!r} of them is asked for.", f"Give {file}.")
         return loaded
     if name not in loaded.names:
-        found = f"has {len(loaded.names)} stages, and this takes one run."
+        several = f"has {len(loaded.names)} stages"
+        found = f"{several}, none of them called {name!r}." if name else f"{several}, and this takes one run."
         raise RecipeError(101, str(file), found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
     return stage_of(loaded, loaded.names.index(name), to_train=to_train, untrained=untrained)
 

@@ -96,7 +96,7 @@ def score(
     """scores.json from the graded lines of each system, all over the same rows in the same order.
 
     `dev_loss`: held-out loss before and after, in nats per token, where it was measured. `about`: what is known of a system besides.
-    `measured`: what else the verdict weighs, `general` (see `forgetting`), `loss` (see `expected_loss`) and `training_s`.
+    `measured`: what else the verdict weighs, `general` (see `forgetting`), `loss` (see `expected_loss`), `pairs`, `training_s`.
     """
     manner = manners(graded)
     found = {name: Graded.of(lines) for name, lines in graded.items()}

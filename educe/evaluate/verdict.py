@@ -29,7 +29,9 @@ class Against:
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """Of all else that scores.json holds."""
+    """Of all else that scores.json holds; `pairs` of it are those of a run that learned from pairs."""
+    if found["metric"] == "text" and found.get("pairs"):
+        return " ".join(filter(None, [_by_pairs(found["pairs"]), _forgotten(found), _price(found)]))
     told = _told(found)
     if "untouched" not in told.against:
         return _by_dev_loss(found) or "Nothing to compare yet."
@@ -169,6 +171,16 @@ def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _by_pairs(pairs: Mapping[str, Any]) -> str:
+    """Learned from pairs: no answer is the right one."""
+    before, after = (f"{100 * share:.0f} %" for share in pairs["ranked"])
+    moved = f", KL from the start {pairs['kl']:.2g} nats per token" if pairs["kl"] is not None else ""
+    return (
+        f"{before} → {after} of the dev pairs ranked right{moved}. Which answers are better is not graded: "
+        "read them side by side, or let a model judge them (`educe judge`)."
+    )
 
 
 def _by_dev_loss(found: Mapping[str, Any]) -> str:

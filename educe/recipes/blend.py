@@ -32,6 +32,7 @@ from educe.recipes.export_card import base_name
 from educe.recipes.forgetting import general_texts
 from educe.recipes.grading import grading_of
 from educe.recipes.prepare import Prepared
+from educe.recipes.wanted import metric_of, refuse
 from educe.report.blend_page import build_blend_page
 from educe.seeds import derive, permute
 from educe.stats import paired_means, wilson
@@ -82,6 +83,12 @@ def blend(run: RunDir, wish: Wish, say: Say, screen: BlendScreen) -> Choice:
     """Measure, choose, write RUN/blend/, export where asked. Raises `RunError` for an unfinished run, `UsageError`, `RecipeError`
     without dev rows."""
     recipe = recipe_of(run)
+    refuse(
+        recipe,
+        "preference",
+        "blends are chosen by the loss of answers",
+        "`educe eval {chain}` shows what it gave and took.",
+    )
     alphas = _alphas(wish)
     own = final_weights(run, say)
     steps, files = _averaged(run, wish.average) if wish.average else ((), (own,))
@@ -158,9 +165,9 @@ def _scale(run: RunDir, recipe: Recipe, wish: Wish, device: Device, say: Say) ->
     capacity = recipe.train.micro_batch_tokens if packs else 1
     general, bytes_R = general_texts(prepared, recipe, wish.general, packs=packs)
     asked: list[Asked] = []
-    if recipe.evaluation.metric.kind == "pass_at_k":
+    if metric_of(recipe).kind == "pass_at_k":
         say("programs of the model are not run here: blends go by dev loss alone")
-    elif recipe.evaluation.metric.kind != "text":
+    elif metric_of(recipe).kind != "text":
         asked = questions_of(prepared, recipe, "dev", wish.rows)
     return _Scale(
         recipe=recipe,
@@ -249,7 +256,7 @@ def _write(run: RunDir, scale: _Scale, points: Sequence[Point], choice: Choice) 
         "tuning": scale.recipe.tuning.model_dump(),
         "steps": provenance["weights_step"],
         "device": {"kind": scale.device.kind, "dtype": scale.device.dtype, "name": scale.device.name},
-        "metric": scale.recipe.evaluation.metric.kind,
+        "metric": metric_of(scale.recipe).kind,
         "dev_rows": scale.dev.num_rows,
         "general": {"file": scale.source or None, "bytes": int(sum(scale.bytes_R)), "passages": len(scale.bytes_R)},
         "points": [_as_json(p) for p in points],

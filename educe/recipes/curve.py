@@ -46,8 +46,11 @@ from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import settings_of
 from educe.recipes.row_losses import RowLosses
 from educe.recipes.train import train
+from educe.recipes.wanted import metric_of
+from educe.recipes.wanted import refuse as not_of
 from educe.report.curve_page import build_curve_page
 
+_PAIRS = "Train stages on files of different sizes, each with its `start:`, and compare them: `educe eval {chain}`."
 ANSWERS_AT_ONCE = 8  # rows that are answered together, for the estimate
 
 
@@ -93,6 +96,7 @@ def curve(recipe: Recipe, wish: Wish, say: Say, screen: CurveScreen) -> Curve:
     """Plan, estimate, train what is not there yet, measure, write the page. Raises what `train` raises, `Interrupted` among it (the
     same call goes on), `UsageError`, `RecipeError` without dev rows."""
     refuse(wish)
+    not_of(recipe, "preference", "points are scored by the loss of answers", _PAIRS)
     say = _Once(say)
     prepared = prepare(recipe, say)
     if why := too_many_unused(recipe, prepared):
@@ -133,7 +137,7 @@ def _scale(recipe: Recipe, prepared: Prepared, device: Device, wish: Wish, held:
     rows = np.unique(store.rows[mine]).tolist()
     if len(rows) < 2:
         raise RecipeError(201, "data.dev", "has fewer than 2 rows to score points on.", "Give it a file or a share.")
-    metric, asked, grading = recipe.evaluation.metric, [], None
+    metric, asked, grading = metric_of(recipe), [], None
     if metric.kind == "pass_at_k":
         say("programs of the model are not run here: the curve goes by dev loss alone")
     elif metric.kind != "text":

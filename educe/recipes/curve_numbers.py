@@ -11,6 +11,7 @@ from educe.evaluate.curves import By, Measured, gained, judge, level
 from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.recipes.curve_plan import OWN, Planned, Wish
+from educe.recipes.wanted import metric_of
 from educe.stats.crossed import Crossed
 
 
@@ -55,7 +56,7 @@ def numbers_of(
         "name": recipe.name,
         "model": facts.name,
         "tuning": recipe.tuning.model_dump(),
-        "metric": recipe.evaluation.metric.kind,
+        "metric": metric_of(recipe).kind,
         "device": {"kind": device.kind, "dtype": device.dtype, "name": device.name},
         "by": wish.by,
         "held_out_tasks": list(held),

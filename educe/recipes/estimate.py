@@ -16,6 +16,7 @@ from educe.pack.plan import PackPlan
 from educe.recipes.memory import num_trained, trained_share
 from educe.recipes.plan import looked_at, measured_at
 from educe.recipes.prepare import Prepared
+from educe.recipes.wanted import metric_of
 
 if TYPE_CHECKING:
     from educe.model.device import Device
@@ -70,8 +71,7 @@ def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Pr
     word_s = _TOKEN_S + _TOKEN_LAYER_S * facts.num_layers + 2 * facts.num_parameters / _READ_BYTES_S[device.kind]
     dev_rows = int(prepared.summary["rows"]["dev"])
     answers_s = recipe.evaluation.max_new_tokens * word_s if dev_rows else 0.0
-    graded = min(recipe.train.score_rows, dev_rows) if recipe.evaluation.metric.kind != "text" else 0
-    graded *= recipe.objective.kind == "sft"
+    graded = min(recipe.train.score_rows, dev_rows) if metric_of(recipe).kind != "text" else 0
     measured_s = held_out_s + -(-graded // _ROWS_AT_ONCE) * answers_s
     return Estimate(
         tokens_per_s=plan.num_tokens / seconds,

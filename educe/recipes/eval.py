@@ -27,9 +27,11 @@ from educe.recipes.grading import Grading, check_fit, grading_of, metric_named
 from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, open_prepared_data, prepare
 from educe.recipes.resume import ended_after, lost
+from educe.recipes.wanted import metric_of, refuse
 from educe.training.checkpoint import WEIGHTS, newest_checkpoint
 from educe.types import Answer
 
+_ON_CHAIN = "`educe eval {chain}` measures every stage's model on the same held-out sets; --suite, --choices and --lm-eval ask this one."
 MEASURED = ("general", "loss", "shift")  # of scores.json: they stay when stored answers are graded again
 
 
@@ -141,7 +143,10 @@ def evaluate(
     may run. `samples`: answers drawn to each row; one is the likeliest.
     """
     recipe = recipe_of(run)
-    wanted = metric_named(metric) if metric is not None else recipe.evaluation.metric
+    refuse(recipe, "pretrain", "has no questions to answer", _ON_CHAIN)
+    wanted = metric_named(metric) if metric is not None else metric_of(recipe)
+    if recipe.objective.kind == "preference" and metric is None:
+        say("learned from pairs: answers are shown, not graded. --metric NAME grades them by the chosen ones")
     grading = grading_of(wanted, say, allow_code=allow_code)
     if also is not None and samples > 1:
         found = "gives one answer to each row, and --samples wants several."
@@ -158,7 +163,7 @@ def evaluate(
         run.load(run.provenance)["weights_step"]
     )  # of the weights that answer, which may be an earlier step's
     dev_loss = (dev[0], after) if after is not None else None
-    measured = table.measured | {"training_s": run.load(run.provenance).get("training_s")}
+    measured = table.measured | {"training_s": run.load(run.provenance).get("training_s"), **_of_pairs(run)}
     scores = {**score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured), "weights": weights}
     _publish(run, table, scores, weights, say)
     if not regrade_only:
@@ -166,6 +171,16 @@ def evaluate(
         took = sum(s for s in parts if s is not None)
         write_json(run.provenance, {**run.load(run.provenance), "evaluation_s": took})
     return scores
+
+
+def _of_pairs(run: RunDir) -> dict[str, Any]:
+    """Of dev pairs, where the run learned from pairs: the share ranked right before and by the weights that are kept, and their KL."""
+    found = {line["step"]: line for line in run.load(run.metrics) if line["kind"] == "dev" and line.get("pairs")}
+    first, kept = found.get(0), found.get(run.load(run.provenance)["weights_step"])
+    if first is None or kept is None:
+        return {}
+    ranked = [line["pairs"]["accuracy"] for line in (first, kept)]
+    return {"pairs": {"ranked": ranked, "kl": kept.get("kl")}}
 
 
 def _publish(run: RunDir, table: Table, scores: dict[str, Any] | None, weights: str | None, say: Say) -> None:

@@ -40,6 +40,9 @@ def compared(
 def _rows(run: RunDir, wish: Wish) -> tuple[list[Duel], list[Duel]]:
     """The test rows' stored answers, tuned against another; and the same with the expected answers, for the canaries."""
     stored = run.answers / "tuned.jsonl"
+    if not stored.is_file():
+        fix = f"Run `educe eval {run.path}` first, or judge other questions: --bench alpaca-eval, mt-bench."
+        raise EvalError(2, str(stored), "is not there yet.", fix)
     tuned = list(_by_row(run, stored).values())[: wish.most]
     file = run.answers / f"{wish.against}.jsonl" if wish.against in BASELINES else Path(wish.against)
     others = _by_row(run, file)

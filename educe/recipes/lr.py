@@ -35,6 +35,7 @@ from educe.seeds import derive, permute
 from educe.store.token_store import TokenStore
 from educe.training.loop import LoopConfig
 from educe.training.loop import train as run_loop
+from educe.training.sft import sft_loss
 from educe.training.state import State, StepReport
 
 LEAST_STEPS, MOST_STEPS = 20, 100
@@ -101,7 +102,9 @@ def lr(
     say(_announced(extent, plan))
 
     state.optimizer.reset(initial)
-    rows = RowLosses(prepared.store("dev"), extent.rows, recipe.train.micro_batch_tokens if t.packed else 1)
+    pairs = recipe.objective.kind == "preference"
+    capacity = recipe.train.micro_batch_tokens if t.packed else 1
+    rows = RowLosses(t.rows_of("dev"), extent.rows, capacity, t.loss if pairs else sft_loss, pairs=pairs)
     start_R = rows.losses(state.model)
     start = sum(start_R) / sum(rows.weights_R)
     tried = []
@@ -250,6 +253,7 @@ def _write(probe: Probe, recipe: Recipe, facts: ModelFacts, device: Device) -> N
         "steps": probe.steps,
         "run_steps": probe.run_steps,
         "held_out_rows": probe.rows,
+        "unit": "of a pair" if recipe.objective.kind == "preference" else "in nats per token",
         "start_loss": probe.start_loss,
         "own_rate": probe.own_rate,
         "rates": [_outcome_json(o) for o in probe.outcomes],

@@ -16,6 +16,7 @@ from educe.recipes.build import weighing_of
 from educe.recipes.finding import Before, Check, Finding, finding
 from educe.recipes.plan import too_many_unused
 from educe.recipes.prepare import key_now
+from educe.recipes.wanted import metric_of
 from educe.store.token_store import Block
 from educe.types import Message
 
@@ -283,7 +284,7 @@ def one_answer_each(b: Before) -> Finding:
     said = "every prompt has one answer"
     if c["rows"]:
         said = f"{c['prompts']:,} prompts in {c['rows']:,} rows have answers that differ, such as {' and '.join(c['first'])}"
-    graded = b.recipe.evaluation.metric.kind != "text"
+    graded = metric_of(b.recipe).kind != "text"
     odd = share > (_CONTRADICT_GRADED if graded else _CONTRADICT) and not sampled
     if odd:
         said += ": none of them can be learned. Keep the right one, or tell the prompts apart"

@@ -11,24 +11,35 @@ from educe.model.load import CausalLM
 from educe.pack.batch import build_batch
 from educe.pack.plan import plan_once
 from educe.store.token_store import TokenStore
-from educe.training.sft import held_out_loss
+from educe.training.loop import LossFn
+from educe.training.sft import held_out_loss, sft_loss
 from educe.types import Batch
 
 
 class RowLosses:
-    """Held-out rows; each may have several examples. Sums of their losses, in nats times weight."""
+    """Held-out rows; each may have several examples. Sums of their losses, in nats times weight; of `pairs` each pair's loss by
+    `loss_fn`."""
 
-    def __init__(self, store: TokenStore, rows: Sequence[int], capacity_tokens: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        rows: Sequence[int],
+        capacity_tokens: int,
+        loss_fn: LossFn = sft_loss,
+        *,
+        pairs: bool = False,
+    ) -> None:
         chosen = np.flatnonzero(np.isin(store.rows, rows))
         self._store, self._chosen = store, chosen
         self._row_of = np.unique(store.rows[chosen], return_inverse=True)[1]
-        self._weights = store.weight_of[chosen]
-        self._groups = plan_once(store.lengths[chosen], capacity_tokens=capacity_tokens)
+        self._loss_fn = loss_fn
+        self._weights = np.tile([1.0, 0.0], chosen.size // 2) if pairs else store.weight_of[chosen]
+        self._groups = plan_once(store.lengths[chosen], capacity_tokens=capacity_tokens, pairs=pairs)
         self.weights_R = np.bincount(self._row_of, self._weights).tolist()
 
     def losses(self, model: CausalLM) -> tuple[float, ...]:
-        """By the held-out loss of training, with each example for a task of its own."""
-        means = held_out_loss(model, map(self._batch, self._groups)).by_task
+        """By the held-out loss of training, with each example, or pair, for a task of its own."""
+        means = held_out_loss(model, map(self._batch, self._groups), self._loss_fn).by_task
         sums = [means.get(k, 0.0) * w for k, w in enumerate(self._weights)]
         return tuple(np.bincount(self._row_of, sums).tolist())
 

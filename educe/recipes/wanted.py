@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from educe.errors import Refusal
+from educe.config import Recipe
+from educe.config.recipe import Metric, PlainMetric
+from educe.errors import Refusal, RunError
 from educe.recipes.items import Item
 from educe.types import Conversation, Document, Pair
 
@@ -28,3 +30,15 @@ def wanted(item: Item, objective: str) -> Item | Refusal:
         return item
     found = f"the row is {_CALLED[type(item)]}, and this stage learns from {_LEARNS[objective]}."
     return Refusal(code="E-DATA-150", where=str(item.source), found=found, fix=_FIX[objective, type(item)])
+
+
+def refuse(recipe: Recipe, objective: str, why: str, fix: str) -> None:
+    """Ends a verb that would say nothing true of a run with that objective. Raises `RunError`."""
+    if recipe.objective.kind == objective:
+        found = f"learns from {_LEARNS[objective]}, and {why}."
+        raise RunError(4, recipe.name, found, fix.format(chain=recipe.runs, run=recipe.run_path()))
+
+
+def metric_of(recipe: Recipe) -> Metric:
+    """What answers of the run's rows are graded by: texts and pairs hold no answer that is the right one."""
+    return recipe.evaluation.metric if recipe.objective.kind == "sft" else PlainMetric(kind="text")

@@ -26,7 +26,7 @@ def _body(found: dict[str, Any]) -> Iterator[str]:
     yield "".join(f"<p>{escape(line)}</p>" for line in what_to_do(found))
     yield draw_rates(found)
     yield (
-        '<p class="soft">Held-out loss in nats per token after each short run; lower is better. Bars: 95 % interval of the '
+        f'<p class="soft">Held-out loss, {escape(found["unit"])}, after each short run; lower is better. Bars: 95 % interval of the '
         "difference from the best rate, over the same rows. The dashed line is the untouched model.</p>"
     )
     yield _table(found["rates"])
