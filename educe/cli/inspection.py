@@ -28,6 +28,7 @@ _STYLES = {
 }
 # How a token of another mask stands in plain text, by (trained by us, trained by it).
 _PLAIN = {(True, True): "[{}]", (False, True): "{{{}}}", (True, False): "({})", (False, False): "{}"}
+_WHY_SEVERAL = ", because the later turns do not go on in the earlier one"
 _DIFF = {(True, True): "black on green", (False, True): "black on red", (True, False): "black on yellow"}
 
 
@@ -100,6 +101,8 @@ def weight_after(spans: Sequence[Span], k: int) -> str:
 def head_of(sequences: Sequence[Shown], k: int) -> str:
     """sequence 1 of 2: turn 1, 84 tokens, 12 trained"""
     s = sequences[k]
+    if s.label:
+        return f"{s.label}: {len(s.spans):,} tokens, {s.num_trained:,} trained"
     *first, last = map(str, s.turns)
     turns = f"turns {', '.join(first)} and {last}" if first else f"turn {last}"
     which = f"sequence {k + 1} of {len(sequences)}: " if len(sequences) > 1 else ""
@@ -129,7 +132,7 @@ def show_inspection(found: Inspection, *, tokens: bool = False) -> None:
         _line("  → ", "green", r.fix)
         return
     console.print(Text(f"{found.place}: {head_of(found.sequences, 0)}" if len(found.sequences) == 1 else (
-        f"{found.place}: {len(found.sequences)} sequences, because the later turns do not go on in the earlier one"
+        f"{found.place}: {len(found.sequences)} sequences{'' if found.sequences[0].label else _WHY_SEVERAL}"
     ), style="bold"), soft_wrap=True)  # fmt: skip
     for note in found.notes:
         _line("! ", "yellow", note)
@@ -140,7 +143,8 @@ def show_inspection(found: Inspection, *, tokens: bool = False) -> None:
             if s.apart:
                 _line("split here: ", "yellow", s.apart)
         console.print(_flowing(s.spans), soft_wrap=True)
-        _line("stop token: ", "bold", stop_of(s))
+        if s.stops:
+            _line("stop token: ", "bold", stop_of(s))
         if tokens:
             console.print(_table(found, s), soft_wrap=True)
     _legend(found)

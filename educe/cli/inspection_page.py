@@ -82,7 +82,7 @@ def _row(found: Inspection) -> Iterable[str]:
     one = len(sequences) == 1
     many = "1 sequence" if one else f"{len(sequences)} sequences"
     yield f"<p>{many}, {tokens:,} tokens, {trained:,} trained.</p>"
-    if not one:
+    if not one and not sequences[0].label:
         yield "<p class=soft>One row, several sequences: each later turn has a prompt that is not the text before it.</p>"
     for note in found.notes:
         yield f"<p class=note>{_e(note)}</p>"
@@ -102,7 +102,8 @@ def _sequence(found: Inspection, s: Shown, head: str) -> Iterable[str]:
     yield f"<section><h2>{escape(head[:1].upper() + head[1:])}</h2>"
     if s.apart:
         yield f"<p class=note>Split here: {_e(s.apart)}.</p>"
-    yield f"<p class=soft>Stop token: {_e(stop_of(s))}.</p>"
+    if s.stops:
+        yield f"<p class=soft>Stop token: {_e(stop_of(s))}.</p>"
     yield f"<div class=flow>{''.join(_flowing(s))}</div>"
     yield f"<details><summary>Every token: {len(s.spans):,}</summary>{_table(found, s)}</details>"
     if s.prompt:

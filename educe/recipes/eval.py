@@ -31,7 +31,9 @@ from educe.recipes.wanted import metric_of, refuse
 from educe.training.checkpoint import WEIGHTS, newest_checkpoint
 from educe.types import Answer
 
-_ON_CHAIN = "`educe eval {chain}` measures every stage's model on the same held-out sets; --suite, --choices and --lm-eval ask this one."
+_ON_CHAIN = (
+    "`educe eval {chain}` measures every stage's model on the same sets; --suite, --choices and --lm-eval ask this one."
+)
 MEASURED = ("general", "loss", "shift")  # of scores.json: they stay when stored answers are graded again
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from educe.chat.examples import build_rendered
+from educe.chat.documents import document_made
+from educe.chat.examples import build_rendered, made_of
 from educe.chat.masks import MASKS, OtherMask
+from educe.chat.pairs import ANSWER, pair_made
 from educe.chat.probe import settings_to_try
 from educe.chat.render import Renderer
 from educe.chat.settle import settle
@@ -18,15 +20,17 @@ from educe.chat.view import Span, view
 from educe.chat.weights import Weighing
 from educe.config import Recipe
 from educe.data.formats import detect
-from educe.data.reading import reading_for, to_conversation
+from educe.data.reading import Reading, read_row, reading_for, to_conversation
 from educe.data.sources import read_rows
 from educe.data.trees import joined
 from educe.errors import Refusal, UsageError
 from educe.model.source import Say
 from educe.recipes.build import sample_of, weighing_of
+from educe.recipes.items import Item, talks_of
 from educe.recipes.model_of import model_of
 from educe.recipes.prepare import inputs_of
-from educe.types import Conversation, Message, Rendered
+from educe.recipes.wanted import wanted
+from educe.types import Conversation, Document, Message, Pair, Rendered, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +38,10 @@ class Shown:
     """One training sequence: its tokens, the assistant turns trained in it, and why it does not go on in the one before.
 
     `stops` are the places of the tokens that end its turns. `prompt` is, as text, what a server sends for its first turn:
-    its first `num_prompt_tokens` tokens.
+    its first `num_prompt_tokens` tokens. `label` says which of a pair's answers it is, or which part of a text.
     """
 
+    label: str
     spans: list[Span]
     turns: tuple[int, ...]
     stops: tuple[int, ...]
@@ -69,11 +74,11 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """The row asked for, as it stands in the file and as a conversation, and rows around it."""
+    """The row asked for, as it stands in the file and as what is learned from it, and rows around it."""
 
     raw: Mapping[str, Any]
     form: str
-    conversation: Conversation | Refusal
+    item: Item | Refusal
     others: list[Conversation]
     unread: tuple[str, ...]
 
@@ -86,30 +91,91 @@ def inspect(recipe: Recipe, row: str, say: Say, diff: str | None = None) -> Insp
     weighing = weighing_of(recipe.data)
     chosen = recipe.template.settings is None and len(settings_to_try(loaded.template)) > 1
     found = _find(recipe, row, look=chosen)
-    if isinstance(found.conversation, Refusal):
-        return _refused(found.conversation, found)
-    settled = settle(loaded, found.others, weighing) if chosen else None
+    if isinstance(found.item, Refusal):
+        return _refused(found.item, found)
+    if diff is not None and not isinstance(found.item, Conversation):
+        raise UsageError(101, "--diff", "compares masks of a conversation, and the row is none.", "Leave it out.")
+    settled = settle(loaded, found.others, weighing) if chosen and not isinstance(found.item, Document) else None
     tokenizer = settled.tokenizer if settled is not None else loaded
-    built = build_rendered([found.conversation], Renderer(tokenizer), weighing)[0]
-    if isinstance(built, Refusal):
-        return _refused(built, found)
-    sequences = tuple(_shown(built, k, found.conversation, tokenizer, weighing) for k in range(len(built)))
+    built: list[Rendered] = []
+    sequences: tuple[Shown, ...] | Refusal
+    if isinstance(found.item, Document):
+        sequences = _of_text(found.item, tokenizer, recipe.data.max_tokens)
+    elif isinstance(found.item, Pair):
+        sequences = _of_pair(found.item, tokenizer, recipe.data.max_tokens)
+    else:
+        c, made = found.item, build_rendered([found.item], Renderer(tokenizer), weighing)[0]
+        if isinstance(made, Refusal):
+            return _refused(made, found)
+        built, sequences = made, tuple(_shown(made, k, c, tokenizer, weighing) for k in range(len(made)))
+    if isinstance(sequences, Refusal):
+        return _refused(sequences, found)
     stops = {number: word for word, number in tokenizer.control.items() if number in tokenizer.stop}
+    talks = talks_of(found.item)
     return Inspection(
-        place=str(found.conversation.source),
+        place=str(found.item.source),
         form=found.form,
-        messages=found.conversation.messages,
+        messages=talks[0].messages if talks else (),
         sequences=sequences,
         refusal=None,
         stop=tuple(stops.values()),
         notes=tuple(_notes(found, settled.why if settled is not None else "", sequences, recipe, tokenizer)),
-        other=MASKS[diff](found.conversation, found.raw, built, tokenizer) if diff is not None else None,
+        other=MASKS[diff](talks[0], found.raw, built, tokenizer) if diff is not None else None,
     )
 
 
-def _shown(built: Sequence[Rendered], k: int, c: Conversation, tokenizer: ChatTokenizer, weighing: Weighing) -> Shown:
+def _of_text(document: Document, tokenizer: ChatTokenizer, max_tokens: int) -> tuple[Shown, ...]:
+    """Raw text as it is trained: split where it is too long."""
+    examples = document_made(document.text, tokenizer, max_tokens).examples
+    shown = []
+    for k, e in enumerate(examples):
+        ids = e.ids_T.tolist()
+        spans = [
+            Span(
+                text=text,
+                token=token,
+                kind="trained" if weight > 0 else "content",
+                control=token in tokenizer.control_ids,
+                weight=weight,
+                segment=0,
+                message=None,
+                part="eos" if token == tokenizer.eos and n == len(ids) - 1 else "content",
+            )
+            for n, (text, token, weight) in enumerate(
+                zip(tokenizer.pieces(ids), ids, e.weights_T.tolist(), strict=True)
+            )
+        ]
+        label = f"text, part {k + 1} of {len(examples)}" if len(examples) > 1 else "text"
+        shown.append(Shown(label=label, spans=spans, turns=(), stops=(), apart="", prompt="", num_prompt_tokens=0))
+    return tuple(shown)
+
+
+def _of_pair(pair: Pair, tokenizer: ChatTokenizer, max_tokens: int) -> tuple[Shown, ...] | Refusal:
+    """The chosen answer and the rejected one, each behind the prompt."""
+    renderer, talks = Renderer(tokenizer), talks_of(pair)
+    chosen, rejected = (made_of(c, renderer, ANSWER, max_tokens) for c in talks)
+    made = pair_made(pair, chosen, rejected)
+    if isinstance(made, Refusal):
+        return made
+    shown = []
+    for name, c, built in zip(("chosen", "rejected"), talks, build_rendered(talks, renderer, ANSWER), strict=True):
+        if isinstance(built, Refusal):
+            return built
+        shown.append(_shown(built, 0, c, tokenizer, ANSWER, f"{name} answer"))
+    return tuple(shown)
+
+
+def _shown(
+    built: Sequence[Rendered],
+    k: int,
+    c: Conversation,
+    tokenizer: ChatTokenizer,
+    weighing: Weighing,
+    label: str = "",
+) -> Shown:
     first = built[k].runs[0]
     return Shown(
+        label=label,
         spans=view(built[k], c.messages, tokenizer, weighing),
         turns=built[k].rendering.turns,
         stops=tuple(run.end - 1 for run in built[k].runs if run.trained),
@@ -129,9 +195,8 @@ def _notes(
         yield left_out
     if found.unread:
         yield f"keys that are not read: {', '.join(found.unread)}"
-    if isinstance(found.conversation, Conversation) and any(
-        tokenizer.holds_control(m.content) for m in found.conversation.messages
-    ):
+    talks = talks_of(found.item) if not isinstance(found.item, Refusal) else ()
+    if any(tokenizer.holds_control(m.content) for c in talks for m in c.messages):
         yield "a message holds the text of a control token: trained as text, where a server would make a control token of it"
 
 
@@ -146,11 +211,11 @@ def _left_out(sequences: Sequence[Shown], recipe: Recipe) -> str:
 
 
 def _refused(refusal: Refusal, found: _Row) -> Inspection:
-    c = found.conversation
+    talks = talks_of(found.item) if not isinstance(found.item, Refusal) else ()
     return Inspection(
         place=refusal.where,
         form=found.form,
-        messages=() if isinstance(c, Refusal) else c.messages,
+        messages=talks[0].messages if talks else (),
         sequences=(),
         refusal=refusal,
         stop=(),
@@ -175,11 +240,23 @@ def _find(recipe: Recipe, row: str, *, look: bool) -> _Row:
     for source, value in joined(read_rows(file, read.header), messages=reading.of_messages):
         last = source.line
         if source.line == int(line):
-            made = value if isinstance(value, Refusal) else to_conversation(value, source, reading, unread)
+            made = value if isinstance(value, Refusal) else _item(value, source, reading, unread, recipe)
             raw = {} if isinstance(value, Refusal) else value
             return _Row(raw, reading.format or "".join(detect(raw)[:1]), made, others, tuple(unread))
     what = f"there is no row at line {line} of {file.name}; the last is at line {last}."
     raise UsageError(101, "--row", what, "Give the line of a row in the training file.")
+
+
+def _item(
+    value: dict[str, Any], source: Source, reading: Reading, unread: Counter[str], recipe: Recipe
+) -> Item | Refusal:
+    """What is learned from a row; why it is refused."""
+    objective = recipe.objective.kind
+    whole = [x for x in read_row(value, source, reading, unread) if isinstance(x, Document | Pair)]
+    if not whole:
+        made = to_conversation(value, source, reading, unread)
+        return made if isinstance(made, Refusal) else wanted(made, objective)
+    return wanted(whole[0], objective)
 
 
 def why_apart(built: Sequence[Rendered], k: int) -> str:

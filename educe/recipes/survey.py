@@ -88,8 +88,8 @@ def survey(specs: Sequence[str]) -> Iterator[FileSurvey]:
     """Each file in turn. A recipe (`.yaml`, or FILE#STAGE) stands for its training files, read as it says; anything else is what
     `data.train` may be. Raises `DataError` for what cannot be read at all."""
     for spec in specs:
-        file = spec.partition("#")[0] if "#" in spec and not Path(spec).exists() else spec
-        if file.endswith((".yaml", ".yml")):
+        name = spec.partition("#")[0] if "#" in spec and not Path(spec).exists() else spec
+        if name.endswith((".yaml", ".yml")):
             for recipe in _recipes(Path(spec)):
                 for i in inputs_of(recipe)[0]:
                     yield from _of_input(i)
