@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from educe.errors import RunError, UsageError
 from educe.files.atomic import write_new, write_text
-from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir
+from educe.files.run_dir import STAGE_SCORES, RunDir, stages_of
 from educe.report import build_report
 from educe.report.compare import build_comparison
 from educe.report.markdown import comparison_markdown, run_markdown
@@ -61,19 +62,16 @@ def write_report(runs: Sequence[RunDir], out: Path | None, form: str, hourly: Pr
 
 def report_stages(path: Path, out: Path | None, form: str, hourly: Price | None = None) -> Path | str:
     """Of a run of stages: its page, with every stage's own page; the text itself where it is md or json that is not to be written."""
-    held = RunDir(path).load(path / STAGES)
-    for place in held["stages"].values():
-        if (stage := RunDir(path / place)).resolved.is_file():
+    for stage in stages_of(path).values():
+        if stage.resolved.is_file():
             report(stage, hourly)
     if not (path / STAGE_SCORES).is_file():
         raise RunError(2, str(path / STAGE_SCORES), "is not there yet.", f"Run `educe eval {path}` first.")
-    found = RunDir(path).load(path / STAGE_SCORES)
-    if form == "html":
-        text = build_stage_page(found, path)
-    elif form == "md":
-        text = stages_markdown(found)
-    else:
-        text = json.dumps({"educe_report": FORM_VERSION, **found}, indent=1, ensure_ascii=False) + "\n"
+    try:
+        text = _stages_text(RunDir(path).load(path / STAGE_SCORES), path, form)
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        found = "is damaged, or was written by another version."
+        raise RunError(2, str(path / STAGE_SCORES), found, f"Run `educe eval {path}` again.") from e
     if form != "html" and out is None:
         return text
     if out is None:
@@ -81,6 +79,14 @@ def report_stages(path: Path, out: Path | None, form: str, hourly: Price | None 
         return path / "report.html"
     write_new(out, _MARKS["md"] + text if form == "md" else text, over=_MARKS[form])
     return out
+
+
+def _stages_text(found: dict[str, Any], path: Path, form: str) -> str:
+    if form == "html":
+        return build_stage_page(found, path)
+    if form == "md":
+        return stages_markdown(found)
+    return json.dumps({"educe_report": FORM_VERSION, **found}, indent=1, ensure_ascii=False) + "\n"
 
 
 def price_of(said: str) -> Price:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from educe.report.charts import Scale, ticks
 from educe.report.figure import build_page, draw_svg, draw_table, svg_line, svg_text, table_row
+from educe.report.markdown import plain
+from educe.report.visible import visible
 from educe.report.wording import count, number
 
 _PANEL = (380.0, 190.0)
@@ -25,11 +28,22 @@ _FIRST = ("task", "pairs", "questions", "domain", "task_loss")
 
 def build_stage_page(found: Mapping[str, Any], path: Path) -> str:
     """The page of what stage_scores.json holds; `path`: the run's directory, where the stages' own reports are linked to."""
+    found = _seen(found)
     return build_page(f"{found['name']}: its stages", _body(found, path), _MORE_CSS)
 
 
+def _seen(value: Any, told: Callable[[str], str] = visible) -> Any:
+    """All texts with nothing in them that hides."""
+    if isinstance(value, Mapping):
+        return {_seen(k, told): _seen(v, told) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_seen(v, told) for v in value]
+    return told(value) if isinstance(value, str) else value
+
+
 def stages_markdown(found: Mapping[str, Any]) -> str:
-    """The same as Markdown."""
+    """The same as Markdown; no text of it is markup."""
+    found = _seen(found, plain)
     lines = [f"# {found['name']}: its stages", "", headline(found), ""]
     lines += [f"- {what_it_did(name, stage)}" for name, stage in found["stages"].items()]
     names = ["start", *found["stages"]]
@@ -141,7 +155,8 @@ def _costs(found: Mapping[str, Any], path: Path) -> str:
     rows = []
     for name, s in found["stages"].items():
         report = f"{s['run']}/report.html"
-        shown = f'<a href="{escape(report)}">{escape(name)}</a>' if (path / report).is_file() else escape(name)
+        there = re.fullmatch(r"\d+-[\w.-]+", s["run"], re.ASCII) and (path / report).is_file()
+        shown = f'<a href="{escape(report)}">{escape(name)}</a>' if there else escape(name)
         dev = f"{number(s['dev'][0][1])} → {number(s['dev'][-1][1])}" if s["dev"] else "–"
         cells = (
             s["kind"],

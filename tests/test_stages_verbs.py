@@ -1,0 +1,183 @@
+"""Every verb on a stage of a chain, by FILE#STAGE and by its run: it says what is true of what the stage learns from, or why it is
+refused; and what RUN means where the latest is a chain."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import educe  # noqa: E402
+from educe.errors import EduceError  # noqa: E402
+from educe.recipes.report import report_stages  # noqa: E402
+
+from report_payloads import PAYLOADS, poison  # noqa: E402
+from run_directory import Page  # noqa: E402
+from test_engine import _one_thread  # noqa: E402, F401
+from test_export import command  # noqa: E402
+from test_stages import place, recipe  # noqa: E402, F401
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+
+@pytest.fixture(scope="module")
+def chain(place: Path) -> Path:  # noqa: F811
+    found: Path = educe.train(recipe(place, "chain")).path
+    return found
+
+
+def test_raw_text_has_nothing_to_answer(chain: Path) -> None:
+    code, said = command("eval", "runs/chain/1-pretrain")
+    assert code == 2
+    assert "E-RUN-004" in said
+    assert "learns from raw text" in said
+    assert "educe eval" in said
+
+
+@pytest.mark.slow
+def test_evaluating_pairs_goes_by_the_dev_pairs(chain: Path) -> None:
+    code, _said = command("eval", "chain.yaml#preference")
+    assert code == 0
+    found = json.loads((chain / "3-preference" / "scores.json").read_text())
+    assert found["metric"] == "text"
+    assert found["verdict"].startswith("50 % → ")
+    assert "dev pairs ranked right, KL from the start" in found["verdict"]
+    page = Page(educe.Run("runs/chain/3-preference").report().read_text())
+    assert "no answer is graded right or wrong" in page.text
+    assert "loss of the expected answers" not in page.text
+
+
+@pytest.mark.parametrize("verb", [("curve", "chain.yaml#preference"), ("blend", "runs/chain/3-preference")])
+def test_verbs_that_go_by_the_loss_of_answers_refuse_pairs(chain: Path, verb: tuple[str, str]) -> None:
+    code, said = command(*verb)
+    assert code == 2
+    assert "E-RUN-004" in said
+    assert "learns from pairs of answers" in said
+
+
+def test_a_judge_of_answers_that_are_not_there_is_told_what_to_do(chain: Path) -> None:
+    code, said = command("judge", "runs/chain/1-pretrain", "--judge", "http://127.0.0.1:9/v1", "--judge-model", "x")
+    assert code == 2
+    assert "educe eval runs/chain/1-pretrain" in said
+
+
+def test_rates_for_pairs_are_compared_by_the_loss_of_a_pair(chain: Path, place: Path) -> None:  # noqa: F811
+    found = educe.lr(place / "chain.yaml#preference", rates=[1e-3, 1e-2], steps=2)
+    assert found.start_loss == pytest.approx(math.log(2), abs=1e-5)
+    assert all(o.loss is not None and o.loss < found.start_loss for o in found.outcomes)
+    assert "Held-out loss, of a pair" in (found.path / "lr.html").read_text()
+
+
+def test_inspect_shows_what_each_stage_trains(chain: Path, place: Path) -> None:  # noqa: F811
+    (text,) = educe.inspect(place / "chain.yaml#pretrain", 1).sequences
+    assert [s.weight for s in text.spans] == [0.0] + [1.0] * (len(text.spans) - 1)
+    row = json.loads((place / "pairs.jsonl").read_text().splitlines()[1])
+    pair = educe.inspect(place / "chain.yaml#preference", 2)
+    for shown, answer in zip(pair.sequences, (row["chosen"], row["rejected"]), strict=True):
+        trained = "".join(s.text for s in shown.spans if s.weight > 0)
+        assert trained == f"{answer}<|im_end|>"
+    assert [s.label for s in pair.sequences] == ["chosen answer", "rejected answer"]
+    assert pair.sequences[0].prompt == pair.sequences[1].prompt
+    code, said = command("inspect", "chain.yaml#preference", "--diff", "whole")
+    assert code == 2
+    assert "the row is none" in said
+    code, said = command("inspect", "chain.yaml#preference", "--html", "row.html")
+    assert code == 0
+    assert "Chosen answer: " in (place / "row.html").read_text()
+
+
+def test_data_and_ledger_take_a_stage_by_its_recipe(chain: Path) -> None:
+    code, said = command("data", "chain.yaml#preference")
+    assert code == 0
+    assert "40 preference pairs" in said
+    assert "pairs.jsonl" in command("data", "chain.yaml")[1]
+    assert command("ledger", "chain.yaml#sft") == command("ledger", "runs/chain/2-sft")
+    code, said = command("data", "chain.yaml#rlhf")
+    assert code == 2
+    assert "none of them called 'rlhf'" in said
+
+
+def test_what_run_means_where_the_latest_is_a_chain(chain: Path) -> None:
+    code, said = command("ledger")
+    assert code == 2
+    assert "runs/chain/2-sft" in said
+    code, said = command("report", "runs/chain", "runs/chain/2-sft")
+    assert code == 2
+    assert "is a run of stages" in said
+    code, said = command("eval", "--suite", "ifeval")
+    assert code == 2
+    assert "is of one run, and runs/chain is a run of stages" in said
+    code, said = command("export", "exported")
+    assert code == 0, said
+    assert "the last is taken: 3-preference" in said
+    code, said = command("report")
+    assert code == 2
+    assert "educe eval runs/chain" in said
+
+
+def scores_of(*names: str) -> dict[str, Any]:
+    """stage_scores.json of a chain."""
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    stage = {
+        "kind": "sft", "start": "base", "tuning": "full", "epochs": 1.0, "learning_rate": 1e-5, "steps": 3, "tokens": 9,
+        "trained_tokens": 4, "train_s": 60.0, "peak_memory_bytes": 10**9, "dev": [[0, 2.0], [3, 1.0]], "run": "1-sft",
+        "finished": "2026-11-27T08:00:00Z", "said": ["right answers better by 10.0 points"],
+    }  # fmt: skip
+    measure = {"key": "task", "title": "right answers", "unit": "", "kind": "share", "better": "more", "rows": 8}
+    return {
+        "name": "chain",
+        "model": "tiny",
+        "metric": "exact",
+        "device": {"kind": "cpu", "name": "CPU", "dtype": "float32"},
+        "stages": dict.fromkeys(names, stage),
+        "measures": [
+            measure | {"values": dict.fromkeys(["base", *names], value), "changes": dict.fromkeys(names, value)}
+        ],
+    }
+
+
+def written(path: Path, found: Any) -> Path:
+    (path / "1-sft").mkdir(parents=True)
+    (path / "stages.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": "1-sft"}}))
+    (path / "stage_scores.json").write_text(json.dumps(found))
+    return path
+
+
+@pytest.mark.parametrize("payload", PAYLOADS[::2])
+def test_texts_of_damaged_scores_never_become_markup(tmp_path: Path, payload: str) -> None:
+    def page(name: str, word: str) -> Page:
+        found = poison(scores_of("sft"), word, False)
+        found["stages"] = {word: found["stages"]["sft"] | {"run": f"1-{word}"}}
+        for line in found["measures"]:
+            line |= {"kind": "share", "key": "task"}
+            line["values"], line["changes"] = (
+                {k if k == "base" else word: v for k, v in line[n].items()} for n in ("values", "changes")
+            )
+        made = report_stages(written(tmp_path / name, found), None, "html")
+        assert isinstance(made, Path)
+        return Page(made.read_text(encoding="utf-8"))
+
+    harmless, found = page("a", "word"), page("b", payload)
+    assert found.shape == harmless.shape
+    assert not found.open
+    assert not found.links
+    assert payload.split()[0] in found.text
+
+
+@pytest.mark.parametrize("form", ["html", "md"])
+@pytest.mark.parametrize("found", [[], {"name": "x"}, poison(scores_of("sft"), "<script>", True)])
+def test_scores_that_are_not_scores_are_refused(tmp_path: Path, found: Any, form: str) -> None:
+    with pytest.raises(EduceError, match="is damaged, or was written by another version"):
+        report_stages(written(tmp_path / "run", found), None, form)
+
+
+@pytest.mark.parametrize("where", ["../elsewhere", "/tmp", "1-a/../..", 3, None])
+def test_a_stage_lies_within_its_run(tmp_path: Path, where: Any) -> None:
+    path = written(tmp_path / "run", scores_of("sft"))
+    (path / "stages.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": where}}))
+    with pytest.raises(EduceError, match="is damaged, or was written by another version"):
+        report_stages(path, None, "html")
