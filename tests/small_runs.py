@@ -14,7 +14,7 @@ import pytest
 import torch
 from educe.files.jsonl import read_jsonl
 from educe.recipes.machine import chosen_device
-from educe.recipes.run import Silent
+from educe.recipes.silent import Silent
 from safetensors.torch import load_file
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import educe
 import psutil
-from educe.recipes.run import Silent
+from educe.recipes.silent import Silent
 from educe.training.state import StepReport
 
 EVERY_STEPS = 200

@@ -27,7 +27,8 @@ from educe.recipes.curve_plan import Wish, parts_of, runs_of  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
 from educe.recipes.mixing import mix  # noqa: E402
 from educe.recipes.prepare import prepare  # noqa: E402
-from educe.recipes.run import SilentCurve, quiet  # noqa: E402
+from educe.recipes.run import quiet  # noqa: E402
+from educe.recipes.silent import SilentCurve  # noqa: E402
 from educe.recipes.subset import subset_of  # noqa: E402
 from educe.report.curve_page import build_curve_page  # noqa: E402
 from educe.stats import clustered_mean  # noqa: E402

@@ -26,7 +26,8 @@ from educe.evaluate.probe import Tried, judge_rates, outcomes_of  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.recipes.lr import Probe, is_lost, lr  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
-from educe.recipes.run import SilentProbe, quiet  # noqa: E402
+from educe.recipes.run import quiet  # noqa: E402
+from educe.recipes.silent import SilentProbe  # noqa: E402
 from educe.report.probe_page import what_to_do  # noqa: E402
 from educe.stats import paired_means  # noqa: E402
 from hypothesis import given, settings  # noqa: E402

@@ -113,7 +113,7 @@ def test_mistakes_are_told_by_their_place(tmp_path: Path, old: str, new: str, sa
 def test_what_is_no_stage_is_said(tmp_path: Path) -> None:
     path = written(tmp_path, WHOLE)
     for name in ("r.yaml", "r.yaml#rlhf"):
-        with pytest.raises(EduceError, match=r"has 4 stages, and this takes one run. Name one: .*r\.yaml#pretrain, "):
+        with pytest.raises(EduceError, match=r"has 4 stages, .* Name one: .*r\.yaml#pretrain, "):
             load_recipe(path.with_name(name))
     path = written(tmp_path, "name: x\nmodel: tiny\ndata: {train: a.jsonl}\n")
     with pytest.raises(EduceError, match="has no stages"):

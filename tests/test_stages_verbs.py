@@ -151,7 +151,7 @@ def written(path: Path, found: Any) -> Path:
 def test_texts_of_damaged_scores_never_become_markup(tmp_path: Path, payload: str) -> None:
     def page(name: str, word: str) -> Page:
         found = poison(scores_of("sft"), word, False)
-        found["stages"] = {word: found["stages"]["sft"] | {"run": f"1-{word}"}}
+        found["stages"] = {word: found["stages"]["sft"] | {"run": f"1-{word}", "start": "base"}}
         for line in found["measures"]:
             line |= {"kind": "share", "key": "task"}
             line["values"], line["changes"] = (

@@ -27,7 +27,8 @@ from educe.cli.main import main  # noqa: E402
 from educe.errors import RunError  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
-from educe.recipes.run import Run, Silent  # noqa: E402
+from educe.recipes.run import Run  # noqa: E402
+from educe.recipes.silent import Silent  # noqa: E402
 from educe.types import Message  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402

@@ -13,11 +13,11 @@ from educe.errors import UsageError
 from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
+from educe.recipes.silent import Silent, SilentBlend, SilentCurve, SilentProbe
 from educe.recipes.which import run_named
 
 if TYPE_CHECKING:
-    from educe.evaluate.blends import Choice, Point
-    from educe.evaluate.probe import Tried
+    from educe.evaluate.blends import Choice
     from educe.recipes.also import Also
     from educe.recipes.check import Check
     from educe.recipes.curve import Curve
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from educe.recipes.stages import StagedRun
     from educe.recipes.template import TemplateReport
     from educe.sample.sampler import Sampler
-    from educe.training.state import StepReport
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -39,40 +38,6 @@ def quiet(line: str) -> None:
 
 def no_progress(system: str, done: int, total: int) -> None:
     """Show nothing."""
-
-
-class Silent:
-    """A screen that shows nothing."""
-
-    def step(self, report: StepReport) -> None: ...
-
-    def dev(self, step: int, loss: float, warning: str, unit: str = "nats per token") -> None: ...
-
-    def samples(self, step: int, lines: list[dict[str, Any]]) -> None: ...
-
-
-class SilentProbe:
-    """A screen of `lr` that shows nothing."""
-
-    def step(self, rate: float, report: StepReport) -> None: ...
-
-    def tried(self, tried: Tried, start_loss: float, loss: float | None) -> None: ...
-
-
-class SilentBlend:
-    """A screen of `blend` that shows nothing."""
-
-    def answers(self, label: str, done: int, total: int) -> None: ...
-
-    def measured(self, point: Point) -> None: ...
-
-
-class SilentCurve(Silent):
-    """A screen of `curve` that shows nothing."""
-
-    def answers(self, label: str, done: int, total: int) -> None: ...
-
-    def measured(self, label: str, point: dict[str, Any], kept: bool) -> None: ...
 
 
 class Run:

@@ -72,7 +72,7 @@ def end_of(stages: Mapping[str, Any]) -> str:
     """The stage that the longest chain ends with; the first of several."""
     lengths = {"base": 0}
     for name, stage in stages.items():
-        lengths[name] = lengths[stage["start"]] + 1
+        lengths[name] = lengths.get(stage["start"], 0) + 1
     return max(stages, key=lambda name: lengths[name])
 
 
@@ -179,7 +179,8 @@ def _figure(found: Mapping[str, Any]) -> str:
     for line in found["measures"]:
         said = ", ".join(f"{n} {short(line, v)}" for n, v in zip(names, line["values"].values(), strict=True))
         starts = ["base", *(stage["start"] for stage in found["stages"].values())]
-        at = [list(line["values"]).index(start) for start in starts]
+        place = {name: k for k, name in enumerate(line["values"])}
+        at = [place.get(start, 0) for start in starts]
         panels.append(draw_svg(_PANEL, f"{named(line)} stage by stage", said, _panel(line, names, at)))
     return f'<div class="panels">{"".join(panels)}</div>'
 
