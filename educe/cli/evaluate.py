@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from educe.errors import UsageError
+from educe.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from educe.recipes.also import Also
@@ -73,7 +74,10 @@ def evaluate(
     from educe.recipes.run import Run
     from educe.recipes.which import run_or_stages
 
-    if is_staged(place := run_or_stages(run)):
+    place = run
+    with contextlib.suppress(RunError):  # that there is none is told after what is wrong with the options
+        place = run_or_stages(run)
+    if place is not None and is_staged(place):
         _plain(place)
         _stages(place)
         return

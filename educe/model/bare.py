@@ -44,7 +44,7 @@ def _shapes(directory: Path) -> dict[str, list[int]]:
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
             with torch.device("meta"):
                 network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as e:
