@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,4 +202,5 @@ def _check(
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    """Composed characters and their parts are one to tokenizers that normalise."""
+    return unicodedata.normalize("NFC", json.dumps(value, sort_keys=True, ensure_ascii=False))
