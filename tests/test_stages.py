@@ -192,6 +192,11 @@ def test_a_model_from_scratch(place: Path) -> None:
     path.write_text(path.read_text().replace("vocabulary: 320", "vocabulary: 310"))
     with pytest.raises(EduceError, match="was made of other texts, sizes or another seed"):
         educe.train(path)
+    with pytest.raises(EduceError, match="or make all anew: --redo pretrain"):
+        educe.train(path, redo="sft")
+    assert (again / "2-sft" / "provenance.json").is_file()  # nothing was deleted for it
+    educe.train(path, redo="pretrain")
+    assert describe_model(again / "0-random", "scratch").vocab_size <= 310
 
 
 # What each stage gave and took

@@ -39,8 +39,13 @@ def hint_of(name: str) -> str:
     knob, note = ELSEWHERE.get(name.lower().replace("-", "_"), ("", ""))
     if note and not knob:
         return f"There is no such setting: {note}."
-    places = [knob] if knob else [place for place, _ in knobs_of(Recipe) if place.rpartition(".")[2] == name]
+    places = [knob] if knob else [place for place, _ in knobs_of(Recipe) if _is_place_of(place, name)]
     return f"Here it is `{places[0]}`{f': {note}' if note else ''}." if len(places) == 1 else ""
+
+
+def _is_place_of(place: str, name: str) -> bool:
+    """`objective` is none: recipes of stages say it in their own words."""
+    return place.rpartition(".")[2] == name and not place.startswith("objective")
 
 
 def knobs_of(block: type[BaseModel], above: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -106,7 +106,11 @@ class StagedRecipe(Knobs):
         names: list[str] = []
         for k, stage in enumerate(self.stages):
             name = stage.name or stage.kind
-            if name in names or name == BASE:
+            if name in (BASE, "start"):
+                raise ValueError(
+                    f"stages[{k}]: {name!r} is what the model before all stages is called; take another `name:`"
+                )
+            if name in names:
                 raise ValueError(f"stages[{k}]: {name!r} is the name of another one; give each its own `name:`")
             if stage.start not in (None, BASE, *names):
                 raise ValueError(
@@ -140,6 +144,15 @@ class StagedRecipe(Knobs):
         if start is None:
             return k - 1 if k else None
         return None if start == BASE else self.names.index(start)
+
+    @property
+    def last(self) -> str:
+        """The stage that the longest chain ends with, the first of several: what the recipe is for, branches aside."""
+        lengths: list[int] = []
+        for k in range(len(self.stages)):
+            start = self.start_of(k)
+            lengths.append(1 if start is None else lengths[start] + 1)
+        return self.names[lengths.index(max(lengths))]
 
     def recipe(self, k: int, model: str) -> Recipe:
         """Stage k as a recipe of its own, that starts from `model`. Raises `ValueError`."""

@@ -123,8 +123,9 @@ def stages_of(path: Path) -> dict[str, RunDir]:
 
 
 def last_stage(path: Path) -> RunDir:
-    """The run of the last stage. Raises `RunError` where it has not begun."""
-    *_, last = stages_of(path).values()
+    """The run that the longest chain of stages ends with. Raises `RunError` where it has not begun."""
+    runs, named = stages_of(path), RunDir(path).load(path / STAGES).get("last")
+    last = runs[named] if isinstance(named, str) and named in runs else list(runs.values())[-1]
     if not last.resolved.is_file():
         raise RunError(2, str(last.path), "is not trained yet.", f"Run `educe train {path / 'recipe.yaml'}` first.")
     return last

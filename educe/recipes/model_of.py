@@ -38,7 +38,7 @@ def _tuned(run: RunDir, say: Say) -> Path:
     waits = partial(say, f"another process writes the model of {run.path.name}: waiting for it")
     with one_at_a_time(cache_dir() / "locks" / f"run--{key}", waits):
         if not target.is_dir():
-            say(f"{run.path} is a run: its tuned model, step {manifest['weights_step']}, is where this one begins")
+            say(f"{run.path} is a run: its tuned model, of step {manifest['weights_step']}, is written to the cache")
             write_tuned(run, target, chosen_device("cpu", "float32"), say)
     refuse_unsafe(target)
     return target

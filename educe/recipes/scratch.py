@@ -42,7 +42,12 @@ def make_scratch(staged: StagedRecipe, model: Scratch, say: Say, alive: Alive = 
                 )
             if manifest["key"] != key:
                 found = "was made of other texts, sizes or another seed than the recipe has now."
-                raise RunError(201, str(path), found, "Give the recipe another `name:`.")
+                raise RunError(
+                    201,
+                    str(path),
+                    found,
+                    f"Give the recipe another `name:`, or make all anew: --redo {staged.names[0]}.",
+                )
             return path
         with directory(path, about={"stage": "scratch", "key": key}, alive=alive) as place:
             say(_write(place, first, model, alive))

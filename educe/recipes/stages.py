@@ -6,7 +6,7 @@ where that is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,12 @@ def train_stages(
         with told(made.path):
             make_private(made.path)
         if redo:
-            _delete(staged, redo, say)
+            _make_way(staged, _told_by(staged, redo), say, dog)
         write_text(made.path / "recipe.yaml", text)
         stages = {name: run.path.name for name, run in runs.items()}
-        write_json(made.path / STAGES, {"recipe": staged.model_dump(mode="json"), "stages": stages})
+        write_json(
+            made.path / STAGES, {"recipe": staged.model_dump(mode="json"), "stages": stages, "last": staged.last}
+        )
     if isinstance(staged.model, Scratch):
         make_scratch(staged, staged.model, say, dog.alive)
     for k, name in enumerate(staged.names):
@@ -93,14 +95,33 @@ def _one(made: Callable[[], Any], name: str) -> None:
         raise RunError(201, e.where, e.found, fix) from e
 
 
-def _delete(staged: StagedRecipe, redo: str, say: Say) -> None:
-    """Delete a stage and all that start from it. Raises `UsageError`, and `RunError` where a process is in one of them."""
+def _make_way(staged: StagedRecipe, gone: Sequence[int], say: Say, dog: Watchdog) -> None:
+    """Delete these stages. A model from scratch that texts or sizes no longer fit goes with the first stage, and all stages with it;
+    otherwise it is refused before anything is deleted."""
+    scratch = False
+    if isinstance(staged.model, Scratch):
+        try:
+            make_scratch(staged, staged.model, say, dog.alive)
+        except RunError:
+            if 0 not in gone:
+                raise
+            scratch, gone = True, range(len(staged.names))
+    _delete(staged, gone, say, scratch=scratch)
+
+
+def _told_by(staged: StagedRecipe, redo: str) -> list[int]:
+    """The stage and all that start from it. Raises `UsageError` for a name that is none."""
     if redo not in staged.names:
         raise UsageError(101, "--redo", f"{redo!r} is no stage.", f"One of {', '.join(staged.names)}.")
-    gone = {staged.names.index(redo)}
+    gone = [staged.names.index(redo)]
     for k in range(len(staged.names)):
         if staged.start_of(k) in gone:
-            gone.add(k)
+            gone.append(k)
+    return gone
+
+
+def _delete(staged: StagedRecipe, gone: Sequence[int], say: Say, *, scratch: bool = False) -> None:
+    """Delete these stages, and with `scratch` the model that they begin with. Raises `RunError` where a process is in one of them."""
     for k in sorted(gone):
         run = RunDir(staged.stage_path(k))
         if not run.path.exists():
@@ -112,6 +133,9 @@ def _delete(staged: StagedRecipe, redo: str, say: Say) -> None:
         except EduceError as e:
             raise RunError(202, str(run.path), e.found, e.fix) from e
         say(f"{run.path} is deleted, to be made anew")
+    if scratch and staged.scratch_path().is_dir():
+        remove(staged.scratch_path())
+        say(f"{staged.scratch_path()} is deleted, to be made anew")
     for told_of in (STAGE_SCORES, "report.html"):  # of the stages as they were
         (staged.run_path() / told_of).unlink(missing_ok=True)
 
