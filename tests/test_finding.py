@@ -52,6 +52,14 @@ def test_a_directory_and_a_glob_are_their_data_files(tree: Path) -> None:
             find_files(spec)
 
 
+def test_only_what_educe_wrote_is_passed_over(tree: Path) -> None:
+    """A user's own file beside the data does not make the data ours, whatever its name."""
+    (tree / "a" / "stages.json").write_text("[]")
+    assert "a/c.jsonl" in names(find_files(str(tree), tree / "runs"), tree)
+    (tree / "a" / "stages.resolved.json").write_text("{}")
+    assert names(find_files(str(tree), tree / "runs"), tree) == ["b.jsonl"]
+
+
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "named gzip only"])
 def test_packed_files_are_told_by_their_bytes(tmp_path: Path, kind: str) -> None:
     if kind == "zstd":

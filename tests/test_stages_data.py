@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from educe.chat.documents import document_made
 from educe.chat.tokens import load_tokenizer
-from educe.config import Recipe, StagedRecipe, load_any, load_recipe, stage_of
+from educe.config import Recipe, StagedRecipe, load_any
 from educe.config.recipe import NamedTemplate
 from educe.data.reading import read_row
 from educe.errors import EduceError, Refusal
@@ -20,6 +20,7 @@ from educe.pack.plan import both_of, plan_once, plan_pairs
 from educe.recipes.mixing import mix
 from educe.recipes.prepare import prepare
 from educe.recipes.run import init, quiet
+from educe.recipes.which import one_recipe, stage_of
 from educe.types import Document, Example, Pair, Source
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +68,7 @@ def test_a_stage_is_a_recipe_of_its_own(tmp_path: Path) -> None:
     assert isinstance(staged, StagedRecipe)
     assert staged.names == ("pretrain", "sft", "preference", "direct")
     assert [staged.start_of(k) for k in range(4)] == [None, 0, 1, None]
-    recipe = load_recipe(path.with_name("r.yaml#preference"))
+    recipe = one_recipe(path.with_name("r.yaml#preference"))
     assert recipe.objective.kind == "preference"
     assert recipe.run_path() == tmp_path / "runs" / "medic" / "3-preference"
     assert recipe.model == "tiny"  # nothing is trained yet
@@ -114,13 +115,13 @@ def test_what_is_no_stage_is_said(tmp_path: Path) -> None:
     path = written(tmp_path, WHOLE)
     for name in ("r.yaml", "r.yaml#rlhf"):
         with pytest.raises(EduceError, match=r"has 4 stages, .* Name one: .*r\.yaml#pretrain, "):
-            load_recipe(path.with_name(name))
+            one_recipe(path.with_name(name))
     path = written(tmp_path, "name: x\nmodel: tiny\ndata: {train: a.jsonl}\n")
     with pytest.raises(EduceError, match="has no stages"):
-        load_recipe(path.with_name("r.yaml#sft"))
+        one_recipe(path.with_name("r.yaml#sft"))
     path = written(tmp_path, "name: x\nmodel: tiny\nobjective: pretrain\ndata: {train: a.jsonl}\n")
     with pytest.raises(EduceError, match=r"r.yaml:3:1 objective is not a known key. Write a stage"):
-        load_recipe(path)
+        one_recipe(path)
     text = WHOLE.replace("model: tiny", "model: {init: random}").replace("kind: pretrain", "kind: sft\n    name: first")
     with pytest.raises(EduceError, match="needs a first stage of `kind: pretrain`"):
         load_any(written(tmp_path, text))
@@ -201,7 +202,7 @@ def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name,kept,refused", [("pretrain", 2, 2), ("sft", 2, 2), ("preference", 2, 2)])
 def test_each_stage_learns_from_rows_of_its_kind(place: Path, name: str, kept: int, refused: int) -> None:
-    prepared = prepare(load_recipe(place / f"r.yaml#{name}"), quiet)
+    prepared = prepare(one_recipe(place / f"r.yaml#{name}"), quiet)
     ledger = read_jsonl(prepared.path / "ledger.jsonl")
     assert Counter(line["code"] for line in ledger)["E-DATA-150"] == refused
     assert sum(line["status"] != "refused" for line in ledger) == kept
@@ -216,7 +217,7 @@ def test_a_pair_is_two_answers_behind_one_prompt(place: Path) -> None:
     words = ("the", "user", "said", "hello", "model", "yes", "no", "one", "two", "three")
     rows = [PAIR | {"prompt": f"{a} {b}"} for a in words for b in words]
     lines(place / "pairs.jsonl", PAIR | {"rejected": "yes"}, other, *rows)
-    recipe = load_recipe(place / "r.yaml#preference")
+    recipe = one_recipe(place / "r.yaml#preference")
     prepared = prepare(recipe, quiet)
     ledger = read_jsonl(prepared.path / "ledger.jsonl")
     assert [line["code"] for line in ledger[:2]] == ["E-DATA-154", "E-DATA-153"]
@@ -295,7 +296,7 @@ def test_a_text_file_is_parted_or_one_document(place: Path) -> None:
     found = {}
     for form in ("text", "document"):
         path = written(place, text.replace("FORMAT", form))
-        prepared = prepare(load_recipe(path.with_name("r.yaml#pretrain")), quiet)
+        prepared = prepare(one_recipe(path.with_name("r.yaml#pretrain")), quiet)
         stores = [prepared.store(split) for split in ("train", "dev", "test")]
         decode = prepared.tokenizer.decode
         found[form] = {

@@ -133,6 +133,7 @@ def scores_of(*names: str) -> dict[str, Any]:
         "model": "tiny",
         "metric": "exact",
         "device": {"kind": "cpu", "name": "CPU", "dtype": "float32"},
+        "last": names[-1],
         "stages": dict.fromkeys(names, stage),
         "measures": [
             measure | {"values": dict.fromkeys(["base", *names], value), "changes": dict.fromkeys(names, value)}
@@ -142,7 +143,7 @@ def scores_of(*names: str) -> dict[str, Any]:
 
 def written(path: Path, found: Any) -> Path:
     (path / "1-sft").mkdir(parents=True)
-    (path / "stages.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": "1-sft"}}))
+    (path / "stages.resolved.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": "1-sft"}}))
     (path / "stage_scores.json").write_text(json.dumps(found))
     return path
 
@@ -152,6 +153,7 @@ def test_texts_of_damaged_scores_never_become_markup(tmp_path: Path, payload: st
     def page(name: str, word: str) -> Page:
         found = poison(scores_of("sft"), word, False)
         found["stages"] = {word: found["stages"]["sft"] | {"run": f"1-{word}", "start": "base"}}
+        found["last"] = word
         for line in found["measures"]:
             line |= {"kind": "share", "key": "task"}
             line["values"], line["changes"] = (
@@ -178,6 +180,6 @@ def test_scores_that_are_not_scores_are_refused(tmp_path: Path, found: Any, form
 @pytest.mark.parametrize("where", ["../elsewhere", "/tmp", "1-a/../..", 3, None])
 def test_a_stage_lies_within_its_run(tmp_path: Path, where: Any) -> None:
     path = written(tmp_path / "run", scores_of("sft"))
-    (path / "stages.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": where}}))
+    (path / "stages.resolved.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": where}}))
     with pytest.raises(EduceError, match="is damaged, or was written by another version"):
         report_stages(path, None, "html")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,23 +165,27 @@ def _plain(path: Path) -> None:
     from educe.cli.screens import shown
     from educe.files.run_dir import stages_of
 
-    context = click.get_current_context()
-    for p in context.command.params:
-        if p.name and p.name != "run" and context.get_parameter_source(p.name) is ParameterSource.COMMANDLINE:
-            places = ", ".join(shown(run.path) for run in stages_of(path).values())
-            found = f"is of one run, and {shown(path)} is a run of stages."
-            raise UsageError(101, p.opts[0], found, f"Name one of its stages: {places}; or leave {p.opts[0]} out.")
+    for option in _given():
+        places = ", ".join(shown(run.path) for run in stages_of(path).values())
+        found = f"is of one run, and {shown(path)} is a run of stages."
+        raise UsageError(101, option, found, f"Name one of its stages: {places}; or leave {option} out.")
 
 
 def _alone(option: str, *beside: str) -> None:
     """Refuses what would be ignored beside an option. Raises `UsageError`."""
+    for other in _given(option, *beside):
+        with_it = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+        found = f"takes no {other} beside it: only {with_it}."
+        raise UsageError(101, f"--{option.replace('_', '-')}", found, f"Leave {other} out.")
+
+
+def _given(*besides: str) -> Iterator[str]:
+    """Options of the command line, `besides` these."""
     context = click.get_current_context()
     for p in context.command.params:
-        given = p.name and context.get_parameter_source(p.name) is ParameterSource.COMMANDLINE
-        if given and p.name not in ("run", option, *beside):
-            with_it = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
-            found = f"takes no {p.opts[0]} beside it: only {with_it}."
-            raise UsageError(101, f"--{option.replace('_', '-')}", found, f"Leave {p.opts[0]} out.")
+        named = p.name if p.name not in ("run", *besides) else None
+        if named and context.get_parameter_source(named) is ParameterSource.COMMANDLINE:
+            yield p.opts[0]
 
 
 def _suite(

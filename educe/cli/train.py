@@ -29,8 +29,8 @@ def train(
     recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...], redo: str, hang_after: str
 ) -> None:
     """Train. Ctrl-C saves; the same command goes on. So does SIGTERM; SIGUSR1 saves and ends with 0."""
-    from educe.config import load_any, load_recipe
     from educe.parallel.launch import launch, leads, stay_with_parent
+    from educe.recipes.which import recipe_or_stages
 
     stop_after_s = seconds(stop_after, "--stop-after") if stop_after is not None else None
     hang_after_s = seconds(hang_after, "--hang-after")
@@ -39,7 +39,7 @@ def train(
         found = f"is {devices}, and the environment names {size} ranks."
         raise UsageError(101, "--devices", found, "Leave it out where torchrun starts the ranks.")
     if size == 1 and devices is not None and devices > 1:
-        (load_recipe if "#" in recipe.name else load_any)(recipe)  # a mistake in it is told once
+        recipe_or_stages(recipe)  # a mistake in it is told once
         words = ["train", str(recipe), "--devices", str(devices), "--hang-after", hang_after]
         words += ["--stop-after", stop_after] if stop_after is not None else []
         words += [word for field in allow for word in ("--allow", field)]

@@ -1,6 +1,6 @@
 """Recipe file → frozen, validated settings."""
 
-from educe.config.load import load_any, load_recipe, parse_recipe, stage_of, text_of
+from educe.config.load import load_any, load_recipe, parse_recipe
 from educe.config.objective import Preference
 from educe.config.recipe import Full, LayerWise, Lora, LoraPlus, Recipe, Wsd
 from educe.config.stages import Scratch, StagedRecipe
@@ -18,6 +18,4 @@ __all__ = [
     "load_any",
     "load_recipe",
     "parse_recipe",
-    "stage_of",
-    "text_of",
 ]

@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
+def by_name(value: object) -> object:
+    """`loss: dpo` is short for `loss: {kind: dpo}`, as is the name of a choice wherever one is made."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Knobs(BaseModel):
     """Base of every block: strict types (no "4" for 4, no true for 1), frozen, nothing unknown."""
 

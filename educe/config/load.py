@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,52 +29,14 @@ _Path = Sequence[str | int]
 _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def load_recipe(path: Path, *, to_train: bool = False, untrained: bool = False) -> Recipe:
-    """Read, validate and anchor a recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own (see `stage_of`)."""
-    file, name = _parts(path)
-    loaded = load_any(file)
-    if isinstance(loaded, Recipe):
-        if name:
-            raise RecipeError(101, str(file), f"has no stages, and {name!r} of them is asked for.", f"Give {file}.")
-        return loaded
-    if name not in loaded.names:
-        several = f"has {len(loaded.names)} stages"
-        found = f"{several}, none of them called {name!r}." if name else f"{several}, and this takes one run."
-        raise RecipeError(101, str(file), found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
-    return stage_of(loaded, loaded.names.index(name), to_train=to_train, untrained=untrained)
-
-
-def text_of(path: Path) -> str:
-    """The recipe as given, of which a stage may be named."""
-    return _parts(path)[0].read_text(encoding="utf-8")
-
-
-def _parts(path: Path) -> tuple[Path, str]:
-    """FILE#STAGE, unless there is a file of that name."""
-    file, _, name = str(path).rpartition("#")
-    return (Path(file), name) if file and not path.exists() else (path, "")
-
-
-def stage_of(staged: StagedRecipe, k: int, *, to_train: bool = False, untrained: bool = False) -> Recipe:
-    """Stage k as a run, from what it starts with. Where that is not trained to its end: the nearest before it that is, or the model
-    that all begin with, to look and plan with. `to_train` refuses that; `untrained` asks for that model. Raises `RecipeError`."""
-    before = staged.start_of(k)
-    while before is not None and (untrained or not _has_ended(staged.stage_path(before))):
-        if to_train:
-            name = staged.names[before]
-            found = f"starts from stage {name}, which is not trained to its end."
-            raise RecipeError(201, f"stage {staged.names[k]}", found, "Train the whole recipe, or that stage first.")
-        before = staged.start_of(before)
-    if before is not None:
-        return staged.recipe(k, str(staged.stage_path(before)))
-    return staged.recipe(k, staged.model if isinstance(staged.model, str) else str(staged.scratch_path()))
-
-
-def _has_ended(run: Path) -> bool:
-    try:
-        return json.loads((run / "provenance.json").read_text(encoding="utf-8"))["finished"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def load_recipe(path: Path) -> Recipe:
+    """Read, validate and anchor a recipe of one run; one of stages is refused, and its stages are named."""
+    loaded = load_any(path)
+    if isinstance(loaded, StagedRecipe):
+        named = ", ".join(f"{path}#{n}" for n in loaded.names)
+        found = f"has {len(loaded.names)} stages, and this takes one run."
+        raise RecipeError(101, str(path), found, f"Name one: {named}.")
+    return loaded
 
 
 def load_any(path: Path) -> Recipe | StagedRecipe:

@@ -6,12 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from educe.config.knobs import Knobs
-
-
-def by_name(value: object) -> object:
-    """`loss: dpo` is short for `loss: {kind: dpo}`."""
-    return {"kind": value} if isinstance(value, str) else value
+from educe.config.knobs import Knobs, by_name
 
 
 class Sft(Knobs):

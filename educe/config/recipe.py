@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from educe.config.data import Data
-from educe.config.knobs import Knobs, Share
-from educe.config.objective import Objective, Sft
+from educe.config.knobs import Knobs, Share, by_name
+from educe.config.objective import Objective, Preference, Sft
 
 
 class _Template(Knobs):
@@ -38,12 +38,7 @@ class FileTemplate(_Template):
     file: str = Field(description="the file")
 
 
-def _by_name(value: object) -> object:
-    """`template: plain` is short for `template: {kind: plain}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
-Template = Annotated[OwnTemplate | NamedTemplate | FileTemplate, Field(discriminator="kind"), BeforeValidator(_by_name)]
+Template = Annotated[OwnTemplate | NamedTemplate | FileTemplate, Field(discriminator="kind"), BeforeValidator(by_name)]
 
 
 class Full(Knobs):
@@ -84,7 +79,7 @@ class Wsd(Knobs):
     decay_share: Share = Field(default=0.2, description="share of the steps, at the end, that decay")
 
 
-Schedule = Annotated[Decay | Wsd, Field(discriminator="kind"), BeforeValidator(_by_name)]
+Schedule = Annotated[Decay | Wsd, Field(discriminator="kind"), BeforeValidator(by_name)]
 
 
 class Even(Knobs):
@@ -107,7 +102,7 @@ class LayerWise(Knobs):
     decay: float = Field(default=0.9, gt=0, le=1, description="rate of a layer over that of the next")
 
 
-Rates = Annotated[Even | LoraPlus | LayerWise, Field(discriminator="kind"), BeforeValidator(_by_name)]
+Rates = Annotated[Even | LoraPlus | LayerWise, Field(discriminator="kind"), BeforeValidator(by_name)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Activations = Literal["auto", "keep", "recompute", "offload"]
 
@@ -196,7 +191,7 @@ class CustomMetric(Knobs):
     )
 
 
-Metric = Annotated[PlainMetric | CustomMetric, Field(discriminator="kind"), BeforeValidator(_by_name)]
+Metric = Annotated[PlainMetric | CustomMetric, Field(discriminator="kind"), BeforeValidator(by_name)]
 
 
 class Evaluation(Knobs):
@@ -277,6 +272,11 @@ class Recipe(Knobs):
                 )
         if given:
             raise ValueError(f"{given[0]} means nothing where the objective is {kind}; leave it out")
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether a row is two answers, of which one is better."""
+        return isinstance(self.objective, Preference)
 
     def run_path(self) -> Path:
         return Path(self.runs) / self.name

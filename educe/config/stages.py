@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from educe.config.data import Data
 from educe.config.knobs import Knobs
-from educe.config.objective import Dpo, PairLoss, Preference, Pretrain, Sft
+from educe.config.objective import Preference, Pretrain, Sft
 from educe.config.recipe import Evaluation, Full, Name, OwnTemplate, Recipe, Template, Train, Tuning
 
 # Where a stage may start besides the stages before it.
@@ -41,26 +41,21 @@ class _Stage(Knobs):
     tuning: Tuning = Field(default=Full(kind="full"), description="what is trained")
 
 
-class PretrainStage(_Stage):
+class PretrainStage(_Stage, Pretrain):
     """Continued pre-training on raw text."""
 
-    kind: Literal["pretrain"]
     train: PretrainTrain = Field(default=PretrainTrain(), description="the optimizer run")
 
 
-class SftStage(_Stage):
+class SftStage(_Stage, Sft):
     """Supervised tuning on answers."""
 
-    kind: Literal["sft"]
     train: Train = Field(default=Train(), description="the optimizer run")
 
 
-class PreferenceStage(_Stage):
+class PreferenceStage(_Stage, Preference):
     """Preference tuning on pairs of answers."""
 
-    kind: Literal["preference"]
-    loss: PairLoss = Field(default=Dpo(kind="dpo"), description="the loss of a pair")
-    nll_weight: float = Field(default=0.0, ge=0, le=100, description="of the chosen answer's mean nll")
     train: PreferenceTrain = Field(default=PreferenceTrain(), description="the optimizer run")
 
 
@@ -157,11 +152,8 @@ class StagedRecipe(Knobs):
     def recipe(self, k: int, model: str) -> Recipe:
         """Stage k as a recipe of its own, that starts from `model`. Raises `ValueError`."""
         stage = self.stages[k]
-        objective: Sft | Pretrain | Preference = Sft(kind="sft")
-        if isinstance(stage, PretrainStage):
-            objective = Pretrain(kind="pretrain")
-        elif isinstance(stage, PreferenceStage):
-            objective = Preference(kind="preference", loss=stage.loss, nll_weight=stage.nll_weight)
+        learnt = next(kind for kind in (Sft, Pretrain, Preference) if isinstance(stage, kind))
+        objective = learnt(**{name: getattr(stage, name) for name in learnt.model_fields})
         shared: dict[str, Any] = {n: getattr(self, n) for n in ("device", "dtype", "template", "evaluation")}
         try:
             return Recipe(

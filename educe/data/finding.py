@@ -39,7 +39,7 @@ def find_files(spec: str, without: Path | None = None) -> list[Path]:
 
 
 # What stands in a directory that educe wrote: a run, a run of stages, prepared data.
-_MARKS = ("recipe.resolved.json", "stages.json", "near_copies.json")
+_MARKS = ("recipe.resolved.json", "stages.resolved.json", "near_copies.json")
 
 
 def _made_by_educe(file: Path, place: Path) -> bool:

@@ -5,8 +5,7 @@ Shape legend: R rows, N predicted positions of a micro-batch, D hidden size, C p
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from educe.files.hashes import hash_json
 from educe.loss.anchor import Kept, kept_of
 from educe.loss.cross_entropy import chunk_positions
 from educe.loss.kernels import softmax_facts
-from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.pack.batch import build_batch
 from educe.pack.plan import plan_once
@@ -67,7 +65,7 @@ class Texts:
 
     def remember(self, base: CausalLM) -> None:
         """Keep what the base model says; it is not needed afterwards."""
-        with _as_served(base):
+        with base.measuring():
             found = [_kept(base, batch) for batch in self._batches]
         self._base = [kept for kept, _ in found]
         sums = [self._summed(b, nll_N * b.weights_N) for b, (_, nll_N) in zip(self._batches, found, strict=True)]
@@ -99,7 +97,7 @@ class Texts:
     def drift(self, model: CausalLM) -> Drift:
         """Measure a model against the base model that was remembered."""
         nll_R = kl_R = np.zeros(self.num_rows)
-        with _as_served(model):
+        with model.measuring():
             for batch, kept in zip(self._batches, self._base, strict=True):
                 nll_N, kl_N = model.whole(partial(_measured, model, batch, kept))
                 nll_R = nll_R + self._summed(batch, nll_N * batch.weights_N)
@@ -113,18 +111,6 @@ class Texts:
 
     def _summed(self, batch: Batch, values_N: np.ndarray) -> np.ndarray:
         return np.bincount(batch.tasks_N, values_N.astype(np.float64), self.num_rows)
-
-
-@contextlib.contextmanager
-def _as_served(model: CausalLM) -> Iterator[None]:
-    """A model that is being trained, without dropout and with its layers as they are written."""
-    was_training = model.network.training
-    model.network.eval()
-    try:
-        with uncompiled():
-            yield
-    finally:
-        model.network.train(was_training)
 
 
 def _by_row(examples: Sequence[Example], rows: np.ndarray, group: list[int]) -> Batch:

@@ -22,7 +22,7 @@ report.html            one page, no network
 A run of stages is a directory of such directories, one for each stage (1-NAME/, 2-NAME/ ...), and holds besides:
 
 recipe.yaml            as given
-stages.json            every setting, and the stages' directories
+stages.resolved.json   every setting, and the stages' directories
 0-random/              the model, where it is made from scratch
 measured/KEY/          what was measured of one model, row by row, and its answers
 stage_scores.json      what each stage gave and took
@@ -68,6 +68,12 @@ class RunDir:
         self.report = path / "report.html"
         self.blend = path / "blend"
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was trained to its end. Raises `RunError` where its provenance is damaged."""
+        held = self.load(self.provenance) if self.provenance.is_file() else None
+        return isinstance(held, dict) and held.get("finished") is not None
+
     def load(self, file: Path) -> Any:
         """A JSON or JSONL file of this run; `RunError` when it is not there yet."""
         try:
@@ -102,7 +108,7 @@ class RunDir:
 
 
 # Of a run of stages: its recipe, and the directories of its stages by name.
-STAGES, STAGE_SCORES = "stages.json", "stage_scores.json"
+STAGES, STAGE_SCORES = "stages.resolved.json", "stage_scores.json"
 
 
 def is_staged(path: Path) -> bool:
@@ -127,7 +133,7 @@ def last_stage(path: Path) -> RunDir:
     runs, named = stages_of(path), RunDir(path).load(path / STAGES).get("last")
     last = runs[named] if isinstance(named, str) and named in runs else list(runs.values())[-1]
     if not last.resolved.is_file():
-        raise RunError(2, str(last.path), "is not trained yet.", f"Run `educe train {path / 'recipe.yaml'}` first.")
+        raise RunError(2, str(last.path), "is not trained yet.", "Give the same `educe train` again: it goes on.")
     return last
 
 

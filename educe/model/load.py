@@ -202,18 +202,27 @@ class CausalLM:
         return there.to(self.device.kind)
 
     @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Evaluation mode with cached, padded attention, for the time of the block."""
-        was_training, before = self.network.training, self.base.config._attn_implementation
+    def measuring(self) -> Iterator[None]:
+        """As it would answer, for the time of the block: no dropout, and layers as they are written."""
+        was_training = self.network.training
         self.network.eval()
+        try:
+            with uncompiled():
+                yield
+        finally:
+            self.network.train(was_training)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """`measuring` with cached, padded attention."""
+        before = self.base.config._attn_implementation
         self.base.set_attn_implementation(attention.answers_with(type(self.base), self.base.config))
         try:
             # FSDP's memory outlives the block
-            with torch.inference_mode() if self.sharded is None else torch.no_grad(), uncompiled():
+            with torch.inference_mode() if self.sharded is None else torch.no_grad(), self.measuring():
                 yield
         finally:
             self.base.set_attn_implementation(before)
-            self.network.train(was_training)
 
 
 def documents_within(num_tokens: int, longest: int) -> list[int]:

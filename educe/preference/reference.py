@@ -11,7 +11,6 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from educe.loss.cross_entropy import LOGIT_BYTES
-from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.preference.loss import log_p_of, nll_of
 from educe.types import Batch
@@ -22,15 +21,12 @@ def reference_log_p(
 ) -> Float64[np.ndarray, " d"]:
     """Log-probability in nats of the trained tokens of each document, in the order of batches, under `model` as it is now, without
     dropout. Does not depend on what is packed together beyond rounding. Blank batches, which keep ranks in step, give nothing."""
-    was_training = model.network.training
-    model.network.eval()
     found: list[Tensor] = []
-    with torch.no_grad(), uncompiled():
+    with torch.no_grad(), model.measuring():
         for batch in batches:
             log_p_D = model.whole(partial(_log_p, model, batch, logit_bytes))
             if batch.total_weight:
                 found.append(log_p_D)
-    model.network.train(was_training)
     if not found:
         return np.zeros(0)
     log_p: np.ndarray = torch.cat(found).cpu().double().numpy()  # the host waits here, once

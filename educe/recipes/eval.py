@@ -147,7 +147,7 @@ def evaluate(
     recipe = recipe_of(run)
     refuse(recipe, "pretrain", "has no questions to answer", _ON_CHAIN)
     wanted = metric_named(metric) if metric is not None else metric_of(recipe)
-    if recipe.objective.kind == "preference" and metric is None:
+    if recipe.learns_pairs and metric is None:
         say("learned from pairs: answers are shown, not graded. --metric NAME grades them by the chosen ones")
     grading = grading_of(wanted, say, allow_code=allow_code)
     if also is not None and samples > 1:

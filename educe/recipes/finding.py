@@ -195,7 +195,7 @@ def _sampled(
 ) -> tuple[Sampled, ...]:
     """Rows by their numbers in the sample, where chosen and rejected answers of pairs take turns."""
     store, renderer = prepared.store("train"), Renderer(prepared.tokenizer)
-    pairs = recipe.objective.kind == "preference"
+    pairs = recipe.learns_pairs
     weighing = ANSWER if pairs else weighing_of(recipe.data)
     found = []
     for k, c in rows.items():

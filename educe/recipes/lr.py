@@ -102,7 +102,7 @@ def lr(
     say(_announced(extent, plan))
 
     state.optimizer.reset(initial)
-    pairs = recipe.objective.kind == "preference"
+    pairs = recipe.learns_pairs
     capacity = recipe.train.micro_batch_tokens if t.packed else 1
     rows = RowLosses(t.rows_of("dev"), extent.rows, capacity, t.loss if pairs else sft_loss, pairs=pairs)
     start_R = rows.losses(state.model)
@@ -253,7 +253,7 @@ def _write(probe: Probe, recipe: Recipe, facts: ModelFacts, device: Device) -> N
         "steps": probe.steps,
         "run_steps": probe.run_steps,
         "held_out_rows": probe.rows,
-        "unit": "of a pair" if recipe.objective.kind == "preference" else "in nats per token",
+        "unit": "of a pair" if recipe.learns_pairs else "in nats per token",
         "start_loss": probe.start_loss,
         "own_rate": probe.own_rate,
         "rates": [_outcome_json(o) for o in probe.outcomes],

@@ -27,7 +27,7 @@ class HeldOut:
     def __init__(self, job: TrainJob, t: Trainee, metrics: Journal, history: History) -> None:
         self._job, self._t, self._metrics = job, t, metrics
         self._rows = t.rows_of("dev")
-        self._pairs = job.recipe.objective.kind == "preference"
+        self._pairs = job.recipe.learns_pairs
         self.history = [(int(step), float(loss)) for step, loss in history]
 
     def measure(self) -> None:

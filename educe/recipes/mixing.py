@@ -53,7 +53,7 @@ def mix(recipe: Recipe, prepared: Prepared) -> Mixed:
     data, store, names = recipe.data, prepared.store("train"), prepared.tasks
     allowed = np.ones(len(store), bool)
     allowed[prepared.left_out] = False
-    pairs = recipe.objective.kind == "preference"  # a pair is drawn by its first answer, and both are in the order
+    pairs = recipe.learns_pairs  # a pair is drawn by its first answer, and both are in the order
     indices = [np.flatnonzero((store.tasks == k) & allowed)[:: 2 if pairs else 1] for k in range(len(names))]
     sizes = [i.size for i in indices]
     sources = [_source(data, n) for n in names]

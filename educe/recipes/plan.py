@@ -52,7 +52,7 @@ def plan_run(
     if store.max_id >= known:
         found = f"the tokenizer gives id {store.max_id}, the model knows {facts.vocab_size} ids."
         raise ModelError(202, str(facts.directory), found, "Use the tokenizer that belongs to the model.")
-    lengths, pairs = store.lengths, recipe.objective.kind == "preference"
+    lengths, pairs = store.lengths, recipe.learns_pairs
     longest = int((lengths[::2] + lengths[1::2]).max() if pairs else lengths.max())
     return (plan_pairs if pairs else plan_packs)(
         lengths,
@@ -150,7 +150,7 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
     if not advice.low <= rate <= advice.high:
         way = "high" if rate > advice.high else "low"
         what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"
-        tries = "" if recipe.objective.kind == "preference" else "; `educe lr` tries rates on your rows"
+        tries = "" if recipe.learns_pairs else "; `educe lr` tries rates on your rows"
         said.append(
             f"train.learning_rate {rate:g} is {way}: {advice.span} is advised for {what} of this model "
             f"({advice.value:g} = {advice.why}){tries}"
@@ -160,7 +160,7 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
 
 def advised_rate(recipe: Recipe, facts: ModelFacts, plan: PackPlan) -> RateAdvice:
     """The rates that are advised for this run."""
-    pairs = recipe.objective.kind == "preference"
+    pairs = recipe.learns_pairs
     rows = plan.examples_K.size / plan.num_steps / (2 if pairs else 1)
     lora, stretch = isinstance(recipe.tuning, Lora), stretch_of(recipe.tuning)
     return advise_rate(facts, lora=lora, rows_per_step=rows, num_steps=plan.num_steps, stretch=stretch, pairs=pairs)

@@ -65,7 +65,7 @@ class OnModel:
     @property
     def together(self) -> int:
         """Examples that are never parted: the two answers of a pair, or each alone."""
-        return 2 if self.recipe.objective.kind == "preference" else 1
+        return 2 if self.recipe.learns_pairs else 1
 
 
 def parts_are_trained(o: OnModel) -> list[Finding]:

@@ -42,8 +42,7 @@ def text_of(runs: Sequence[RunDir], form: str, hourly: Price | None = None) -> s
     found = named(runs)
     numbers = numbers_of(found[0], hourly) if len(found) == 1 else comparison_of(found, hourly)
     if form == "json":
-        text = json.dumps({"educe_report": FORM_VERSION, **numbers}, indent=1, ensure_ascii=False, allow_nan=False)
-        return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair, as JSON writes it
+        return _json(numbers)
     return run_markdown(numbers, runs[0]) if len(found) == 1 else comparison_markdown(numbers, runs)
 
 
@@ -86,7 +85,12 @@ def _stages_text(found: dict[str, Any], path: Path, form: str) -> str:
         return build_stage_page(found, path)
     if form == "md":
         return stages_markdown(found)
-    return json.dumps({"educe_report": FORM_VERSION, **found}, indent=1, ensure_ascii=False) + "\n"
+    return _json(found)
+
+
+def _json(found: dict[str, Any]) -> str:
+    text = json.dumps({"educe_report": FORM_VERSION, **found}, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"  # half a surrogate pair, as JSON writes it
 
 
 def price_of(said: str) -> Price:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from educe.config import Recipe, StagedRecipe, load_any, load_recipe, text_of
+from educe.config import Recipe, StagedRecipe
 from educe.errors import UsageError
 from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
 from educe.recipes.silent import Silent, SilentBlend, SilentCurve, SilentProbe
-from educe.recipes.which import run_named
+from educe.recipes.which import one_recipe, recipe_or_stages, run_named, text_of
 
 if TYPE_CHECKING:
     from educe.evaluate.blends import Choice
@@ -62,8 +62,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it is trained to its end."""
-        file = self.dir.provenance
-        return file.is_file() and self.dir.load(file)["finished"] is not None
+        return self.dir.has_ended
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -274,7 +273,7 @@ def check(
     from educe.recipes.check import check as run_check
 
     path = Path(recipe)
-    loaded, text = load_recipe(path, untrained=without_weights), text_of(path)
+    loaded, text = one_recipe(path, untrained=without_weights), text_of(path)
     if not without_weights:
         if on_model:
             need_torch()
@@ -293,7 +292,7 @@ def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, 
     """Tokens of one training row (LINE or FILE:LINE) as they will be trained; `diff` ("whole", "trl") names another mask."""
     from educe.recipes.inspect import inspect as run_inspect
 
-    return run_inspect(load_recipe(Path(recipe)), str(row), say, diff)
+    return run_inspect(one_recipe(Path(recipe)), str(row), say, diff)
 
 
 def template(what: str | Path, *, say: Say = quiet) -> TemplateReport:
@@ -307,7 +306,7 @@ def prepare(recipe: str | Path, *, say: Say = quiet) -> Prepared:
     """The data part alone."""
     from educe.recipes.prepare import prepare as run_prepare
 
-    return run_prepare(load_recipe(Path(recipe)), say)
+    return run_prepare(one_recipe(Path(recipe)), say)
 
 
 def lr(
@@ -324,7 +323,7 @@ def lr(
     from educe.recipes.lr import lr as run_lr
 
     shown = screen if screen is not None else SilentProbe()
-    return run_lr(load_recipe(Path(recipe), to_train=True), say, shown, rates=rates, steps=steps, minutes=minutes)
+    return run_lr(one_recipe(Path(recipe), to_train=True), say, shown, rates=rates, steps=steps, minutes=minutes)
 
 
 def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: Any) -> Curve:
@@ -335,7 +334,7 @@ def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: A
     from educe.recipes.curve_plan import Wish
 
     shown = screen if screen is not None else SilentCurve()
-    return run_curve(load_recipe(Path(recipe), to_train=True), Wish(**wish), say, shown)
+    return run_curve(one_recipe(Path(recipe), to_train=True), Wish(**wish), say, shown)
 
 
 def train(
@@ -364,7 +363,7 @@ def train(
     from educe.training.watchdog import watched
 
     path = Path(recipe)
-    loaded = load_recipe(path, to_train=True) if "#" in path.name else load_any(path)
+    loaded = recipe_or_stages(path, to_train=True)
     if redo and isinstance(loaded, Recipe):
         raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     shown = screen if screen is not None and leads() else Silent()
@@ -374,8 +373,6 @@ def train(
         if isinstance(loaded, StagedRecipe):
             from educe.recipes.stages import train_stages
 
-            text = path.read_text(encoding="utf-8")
-            return train_stages(loaded, text, dog.hearing(tells), shown, how, dog, redo=redo)
-        text = text_of(path)
-        run = run_train(loaded, text, dog.hearing(tells), shown, how, dog)
+            return train_stages(loaded, text_of(path), dog.hearing(tells), shown, how, dog, redo=redo)
+        run = run_train(loaded, text_of(path), dog.hearing(tells), shown, how, dog)
     return Run(run.path)

@@ -57,6 +57,7 @@ def score_stages(path: Path, say: Say, on_answers: OnAnswers) -> dict[str, Any]:
         "name": staged.name,
         "model": staged.model if isinstance(staged.model, str) else staged.model.model_dump(mode="json"),
         "metric": staged.evaluation.metric.kind,
+        "last": staged.last,
         "device": {"kind": scale.device.kind, "name": scale.device.name, "dtype": scale.device.dtype},
         "stages": {
             name: summary_of(stage, recipe_of(stage), starts[name])

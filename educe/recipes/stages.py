@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from educe.config import Recipe, Scratch, StagedRecipe, stage_of
+from educe.config import Recipe, Scratch, StagedRecipe
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
 from educe.files.atomic import make_private, remove, told, write_json, write_text
@@ -23,6 +23,7 @@ from educe.parallel.launch import leads
 from educe.recipes.job import How, Screen
 from educe.recipes.scratch import make_scratch
 from educe.recipes.train import train
+from educe.recipes.which import stage_of
 from educe.training.watchdog import ASLEEP, Watchdog
 
 
@@ -75,7 +76,7 @@ def train_stages(
         recipe, start = stage_of(staged, k, to_train=True), staged.start_of(k)
         begins = "the model" if start is None else f"stage {staged.names[start]}"
         say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
-        mine = tuple(f for f in how.allow if recipe.objective.kind == "preference" or not f.startswith("objective."))
+        mine = tuple(f for f in how.allow if recipe.learns_pairs or not f.startswith("objective."))
         going = replace(how, allow=mine, stays=k + 1 < len(runs))
         _one(partial(train, recipe, text, say, screen, going, dog), name)
         release_free_memory()

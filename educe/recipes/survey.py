@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from educe.config import Recipe, load_any, load_recipe, stage_of
+from educe.config import Recipe
 from educe.data.finding import find_files
 from educe.data.formats import FORMATS
 from educe.data.oddities import Oddities, Oddity
@@ -23,6 +23,7 @@ from educe.errors import Refusal
 from educe.recipes.build import Input
 from educe.recipes.part import DROPPED
 from educe.recipes.prepare import inputs_of
+from educe.recipes.which import recipe_or_stages, stage_of
 from educe.stats import percentile
 from educe.types import Conversation, Document, Pair
 
@@ -100,7 +101,7 @@ def survey(specs: Sequence[str]) -> Iterator[FileSurvey]:
 
 def _recipes(path: Path) -> list[Recipe]:
     """Of one run, or of every stage where none is named."""
-    found = load_recipe(path) if "#" in path.name else load_any(path)
+    found = recipe_or_stages(path)
     return [found] if isinstance(found, Recipe) else [stage_of(found, k) for k in range(len(found.names))]
 
 

@@ -57,23 +57,14 @@ def stages_markdown(found: Mapping[str, Any]) -> str:
 def headline(found: Mapping[str, Any]) -> str:
     """The chief measure and the general text, from the start to the last stage."""
     by = {line["key"]: line for line in found["measures"]}
-    last = end_of(found["stages"])
     told = [by[k] for k in [next((k for k in _FIRST if k in by), ""), "general"] if k in by]
     said = [
-        f"{line['title']} {short(line, line['values']['base'])} → {short(line, line['values'][last])}"
+        f"{line['title']} {short(line, line['values']['base'])} → {short(line, line['values'][found['last']])}"
         + (f" {line['unit']}" if line["kind"] == "ratio" else "")
         for line in told
     ]
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}."
-
-
-def end_of(stages: Mapping[str, Any]) -> str:
-    """The stage that the longest chain ends with; the first of several."""
-    lengths = {"base": 0}
-    for name, stage in stages.items():
-        lengths[name] = lengths.get(stage["start"], 0) + 1
-    return max(stages, key=lambda name: lengths[name])
 
 
 def what_it_did(name: str, stage: Mapping[str, Any]) -> str:

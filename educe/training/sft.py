@@ -11,7 +11,6 @@ from torch import Tensor
 from educe.loss.anchor import Anchor
 from educe.loss.cross_entropy import LOGIT_BYTES, LossOut, chunk_positions, token_nll
 from educe.loss.reweigh import Reweigh, nll
-from educe.model.frugal import uncompiled
 from educe.model.load import CausalLM
 from educe.training.loop import LossFn
 from educe.training.means import Means
@@ -66,11 +65,8 @@ sft_loss = SftLoss()
 def held_out_loss(model: CausalLM, batches: Iterable[Batch], loss_fn: LossFn = sft_loss) -> Means:
     """Mean nll per unit of weight over all batches, in nats (of preference pairs the mean of their losses); does not depend on how
     rows are batched beyond rounding."""
-    was_training = model.network.training
-    model.network.eval()
     means = Means()
-    with torch.no_grad(), uncompiled():
+    with torch.no_grad(), model.measuring():
         for batch in batches:
             means.add(batch, loss_fn(model, batch, 1.0))
-    model.network.train(was_training)
     return means

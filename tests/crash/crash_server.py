@@ -4,6 +4,7 @@ A job is {"place", "words", ...}: the child does `educe WORDS` in the directory 
 (the events), and dies, fails or is only watched as the job says:
 
     kill_at K        SIGKILL before event K; in the middle of it where it is a write
+    kill_before [K, NAME]  SIGKILL before the first event of kind K whose (first) path ends in NAME
     kill_after S     SIGKILL after so many seconds
     fail [K, N, E]   events K to K + N - 1 raise OSError with errno E; K counts only what can fail by a full or broken disk
     file_bytes N     RLIMIT_FSIZE
@@ -54,6 +55,7 @@ class Events:
     def __init__(self, job: dict[str, Any]) -> None:
         self.place = os.path.realpath(job["place"]) + os.sep
         self.kill_at = job.get("kill_at", 0)
+        self.kill_before = tuple(job.get("kill_before") or ("", ""))
         self.first, self.times, self.errno = job.get("fail") or (0, 0, 0)
         self.trace: list[list[Any]] = []
         self.begun = False  # a write was cut short: its rest fails
@@ -73,7 +75,7 @@ class Events:
                 return None
             self.trace.append([kind, *paths, changes])
             self.count += 1
-            if self.count == self.kill_at:
+            if self.count == self.kill_at or (kind == self.kill_before[0] and paths[0].endswith(self.kill_before[1])):
                 if half is not None:
                     half()
                 os.kill(os.getpid(), signal.SIGKILL)
