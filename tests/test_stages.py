@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
 from educe.errors import EduceError  # noqa: E402
+from educe.evaluate.ifeval.examples import EXAMPLES  # noqa: E402
+from educe.evaluate.ifeval.prompts import Instruction, Task  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
@@ -247,6 +249,42 @@ def test_nothing_is_measured_twice(chain: Path, scores: dict[str, Any]) -> None:
     answers = [read_jsonl(p) for p in (chain / "measured").glob("*/answers.jsonl")]
     assert len(answers) == 5
     assert {line["set"] for line in answers[0]} == {"task", "general"}
+
+
+def test_instructions_are_measured_where_they_are_asked_for(
+    chain: Path,
+    scores: dict[str, Any],
+    place: Path,
+) -> None:
+    """Verdicts are those of the answers kept; an evaluation without the suite keeps them, of other weights they are left out."""
+    pytest.importorskip("langdetect")
+    pytest.importorskip("nltk")
+    asked = [
+        Instruction(kind=kind, arguments=EXAMPLES[kind].arguments)
+        for kind in ("punctuation:no_comma", "change_case:english_lowercase")
+    ]
+    tasks = [Task(key=str(k), prompt=f"say hello {k}", instructions=(asked[k % 2],)) for k in range(12)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(t.as_json()) + "\n" for t in tasks))
+    more = ("--suite", "ifeval", "--suite-file", "prompts.jsonl", "--suite-rows", "10", "--suite-tokens", "6")
+    code, out = command("eval", "runs/chain", *more)
+    assert code == 0, out
+    assert "instructions followed" in out
+    found = json.loads((chain / "stage_scores.json").read_text())
+    (line,) = (m for m in found["measures"] if m["key"] == "instructions")
+    for name, value in line["values"].items():
+        kept = read_jsonl(chain / "suites" / "ifeval" / f"{name}.jsonl")
+        assert len(kept) == line["rows"] == 10
+        wanted = [all(i.followed_by(x["answer"]) for i in tasks[int(x["key"])].instructions) for x in kept]
+        assert value["value"] == pytest.approx(sum(wanted) / 10)
+    told: list[str] = []
+    assert eval_stages(chain, say=told.append) == found
+    assert command("report", "runs/chain")[0] == 0
+    assert "10 of 12 prompts, answers cut after 6 tokens" in (chain / "report.html").read_text()
+    about = chain / "suites" / "ifeval.json"
+    about.write_text(about.read_text().replace('"base": "', '"base": "0'))
+    assert eval_stages(chain, say=told.append)["measures"] == scores["measures"]
+    assert "instructions (IFEval) were measured of other weights" in told[-1]
+    about.unlink()
 
 
 def test_a_stage_that_is_not_trained_is_named(place: Path) -> None:

@@ -108,9 +108,12 @@ def test_what_run_means_where_the_latest_is_a_chain(chain: Path) -> None:
     code, said = command("report", "runs/chain", "runs/chain/2-sft")
     assert code == 2
     assert "is a run of stages" in said
-    code, said = command("eval", "--suite", "ifeval")
+    code, said = command("eval", "--samples", "3")
     assert code == 2
     assert "is of one run, and runs/chain is a run of stages" in said
+    code, said = command("eval", "--suite-rows", "3")
+    assert code == 2
+    assert "is not given, but an option of it is" in said
     code, said = command("export", "exported")
     assert code == 0, said
     assert "the last is taken: 3-preference" in said
@@ -132,6 +135,7 @@ def scores_of(*names: str) -> dict[str, Any]:
         "name": "chain",
         "model": "tiny",
         "metric": "exact",
+        "suite": {"num_prompts": 4, "num_in_file": 9, "max_new_tokens": 1280},
         "device": {"kind": "cpu", "name": "CPU", "dtype": "float32"},
         "last": names[-1],
         "stages": dict.fromkeys(names, stage),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from educe.recipes.also import Also
     from educe.recipes.run import Run
 
+_SUITE = ("suite", "suite_file", "suite_rows", "suite_tokens")
+
 
 @click.command("eval")
 @click.argument("run", type=click.Path(path_type=Path), required=False)
@@ -79,8 +81,7 @@ def evaluate(
     with contextlib.suppress(RunError):  # that there is none is told after what is wrong with the options
         place = run_or_stages(run)
     if place is not None and is_staged(place):
-        _plain(place)
-        _stages(place)
+        _stages(place, **{name: asked[name] for name in _SUITE})
         return
     run = place
     if (choices := asked.pop("choices")) is not None:
@@ -89,9 +90,9 @@ def evaluate(
         return
     if _harness(run, allow_code, **{name: asked.pop(name) for name in ("lm_eval", "lm_eval_dir", "chat")}, **asked):
         return
-    suite = {name: asked.pop(name) for name in ("suite", "suite_file", "suite_rows", "suite_tokens")}
+    suite = {name: asked.pop(name) for name in _SUITE}
     if any(value is not None for value in suite.values()):
-        _alone("suite", *(["regrade"] if regrade else ["suite_file", "suite_rows", "suite_tokens"]))
+        _alone("suite", *(["regrade"] if regrade else _SUITE[1:]))
         _suite(Run(run), regrade, **suite)
         return
     other = _also(also, asked)
@@ -113,13 +114,26 @@ def evaluate(
     click.echo(f"Next: educe report {shown(found.path)}")
 
 
-def _stages(path: Path) -> None:
+def _stages(
+    path: Path, suite: str | None, suite_file: Path | None, suite_rows: int | None, suite_tokens: int | None
+) -> None:
     from educe.cli.screens import AnswerScreen, say, shown
     from educe.cli.stages import show_stage_scores
     from educe.recipes.run_stages import eval_stages
 
+    _of_stages(path)
+    if suite is None and any(_given()):
+        raise _no_suite()
     with AnswerScreen() as screen:
-        scores = eval_stages(path, say=say, progress=screen.progress)
+        scores = eval_stages(
+            path,
+            suite=suite,
+            file=suite_file,
+            rows=suite_rows,
+            max_new_tokens=suite_tokens,
+            say=say,
+            progress=screen.progress,
+        )
     show_stage_scores(scores)
     click.echo(f"Next: educe report {shown(path)}")
 
@@ -160,12 +174,12 @@ def _harness(
     return True
 
 
-def _plain(path: Path) -> None:
-    """Refuses options beside a run of stages. Raises `UsageError`."""
+def _of_stages(path: Path) -> None:
+    """Refuses options that mean nothing for a run of stages. Raises `UsageError`."""
     from educe.cli.screens import shown
     from educe.files.run_dir import stages_of
 
-    for option in _given():
+    for option in _given(*_SUITE):
         places = ", ".join(shown(run.path) for run in stages_of(path).values())
         found = f"is of one run, and {shown(path)} is a run of stages."
         raise UsageError(101, option, found, f"Name one of its stages: {places}; or leave {option} out.")
@@ -200,7 +214,7 @@ def _suite(
     from educe.cli.suite import show_suite
 
     if suite is None:
-        raise UsageError(101, "--suite", "is not given, but an option of it is.", "Give --suite ifeval.")
+        raise _no_suite()
     with AnswerScreen() as screen:
         scores = run.suite(
             suite,
@@ -213,6 +227,10 @@ def _suite(
         )
     show_suite(scores)
     click.echo(f"Next: educe report {shown(run.path)}")
+
+
+def _no_suite() -> UsageError:
+    return UsageError(101, "--suite", "is not given, but an option of it is.", "Give --suite ifeval.")
 
 
 def _also(url: str | None, asked: dict[str, Any]) -> Also | None:

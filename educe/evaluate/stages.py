@@ -33,6 +33,7 @@ MEASURES: dict[str, Measure] = {
     "task": Measure(title="task, right", unit="", kind="score", better="more"),
     "task_loss": Measure(title="expected answers", unit="nats/token", kind="ratio", better="less"),
     "ends": Measure(title="task, answers end", unit="", kind="share", better="more"),
+    "instructions": Measure(title="instructions followed", unit="", kind="share", better="more"),
     "questions": Measure(title="general questions, right", unit="", kind="share", better="more"),
     "questions_end": Measure(title="general answers end", unit="", kind="share", better="more"),
     "pairs": Measure(title="preferred ranked first", unit="", kind="share", better="more"),

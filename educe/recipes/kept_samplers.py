@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from educe.chat.prompt import render_prompt
+from educe.chat.tokens import ChatTokenizer
 from educe.config import Recipe
 from educe.errors import ModelError
 from educe.files.hashes import cache_dir, hash_file, hash_json
@@ -16,6 +17,7 @@ from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
+from educe.model.device import Device
 from educe.model.load import CausalLM
 from educe.model.source import Say
 from educe.recipes.eval import final_weights, models_of
@@ -99,13 +101,20 @@ def _after(done: int, progress: Callable[[int], None] | None) -> Callable[[int],
     return None if progress is None else lambda num: progress(done + num)
 
 
+def answers_depend_on(tokenizer: ChatTokenizer, device: Device) -> list[Any]:
+    """What answers depend on besides weights, prompts and how they are drawn."""
+    return [sorted(tokenizer.stop), tokenizer.tokenizer_hash, device.dtype, CHUNK]
+
+
 def samplers_of(run: RunDir, say: Say) -> Callable[[str], KeptSampler]:
     """The "untouched" and the "tuned" model of a finished run, prompted as in training, one of them in memory at a time. Raises
     `RunError`, `ModelError`."""
     both, weights, provenance = models_of(run, say), final_weights(run, say), run.load(run.provenance)
-    tokenizer = both.prepared.tokenizer
-    of = [provenance["model"]["sha256"], sorted(tokenizer.stop), tokenizer.tokenizer_hash, both.device.dtype, CHUNK]
-    of.append(provenance["packages"])
+    of = [
+        provenance["model"]["sha256"],
+        *answers_depend_on(both.prepared.tokenizer, both.device),
+        provenance["packages"],
+    ]
     tuned = [*of, hash_file(weights), both.recipe.tuning.model_dump(mode="json")]
     made = {
         "untouched": KeptSampler("untouched", both.untouched, of, both.prepared, both.recipe, say),

@@ -119,10 +119,9 @@ class Run:
         `file`: its prompts (default: fetched from their public home); `rows`: so many of them, drawn by the recipe's seed.
         """
         need_torch()
-        from educe.recipes.suite import MOST_TOKENS, Wish, regrade_suite, suite_scores
+        from educe.recipes.suite import regrade_suite, suite_scores, wish_of
 
-        place = Path(file) if file is not None else None
-        wish = Wish(suite=suite, file=place, rows=rows, max_new_tokens=max_new_tokens or MOST_TOKENS)
+        wish = wish_of(suite, file, rows, max_new_tokens)
         return regrade_suite(self.dir, wish) if regrade else suite_scores(self.dir, wish, say, progress)
 
     def choices(self, file: str | Path, *, rows: int | None = None, say: Say = quiet) -> dict[str, Any]:

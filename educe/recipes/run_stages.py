@@ -42,9 +42,22 @@ def check_stages(
     return found
 
 
-def eval_stages(path: str | Path, *, say: Say = quiet, progress: Progress = no_progress) -> dict[str, Any]:
-    """The model of every stage of a run, and the one they began with, on the same held-out sets; returns stage_scores.json."""
+def eval_stages(
+    path: str | Path,
+    *,
+    suite: str | None = None,
+    file: str | Path | None = None,
+    rows: int | None = None,
+    max_new_tokens: int | None = None,
+    say: Say = quiet,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """The model of every stage of a run, and the one they began with, on the same held-out sets; returns stage_scores.json. `suite`:
+    a public benchmark too ("ifeval"); `file`, `rows`, `max_new_tokens` as in `Run.suite`."""
     need_torch()
     from educe.recipes.stage_scores import score_stages
+    from educe.recipes.suite import wish_of
 
-    return score_stages(Path(path), say, progress)
+    return score_stages(
+        Path(path), say, progress, None if suite is None else wish_of(suite, file, rows, max_new_tokens)
+    )

@@ -26,15 +26,18 @@ from educe.recipes.answers import OnAnswers
 from educe.recipes.eval import final_manifest, recipe_of
 from educe.recipes.model_of import model_of, weights_hash
 from educe.recipes.stage_rows import Scale, as_json, measured, of_json, scale_of
+from educe.recipes.stage_suite import followed, measure_suite
 from educe.recipes.stages import open_staged, summary_of
+from educe.recipes.suite import Wish
 
 # Bump when the same model and rows would be measured otherwise.
 STAGE_SCORES_VERSION = 1
 
 
 @told_of_memory("evaluating the stages", CLOSE_OTHERS)
-def score_stages(path: Path, say: Say, on_answers: OnAnswers) -> dict[str, Any]:
-    """Measure what is not measured yet; writes stage_scores.json and returns it. Raises `RunError` for a stage that has not ended."""
+def score_stages(path: Path, say: Say, on_answers: OnAnswers, suite: Wish | None = None) -> dict[str, Any]:
+    """Measure what is not measured yet, instructions where a suite of them is asked for; writes stage_scores.json and returns it.
+    Raises `RunError` for a stage that has not ended."""
     run, staged = open_staged(path)
     for stage in run.runs.values():
         if not stage.resolved.is_file():
@@ -44,11 +47,16 @@ def score_stages(path: Path, say: Say, on_answers: OnAnswers) -> dict[str, Any]:
         final_manifest(stage, say)
     scale = scale_of(staged, list(run.runs.values()), say)
     places = {BASE: _base(staged, say)} | {name: model_of(str(stage.path), say) for name, stage in run.runs.items()}
-    start = weights_hash(places[BASE])
+    weights = {name: weights_hash(place) for name, place in places.items()}
     points: dict[str, dict[str, Rows]] = {}
     for name, place in places.items():
-        key = hash_json([STAGE_SCORES_VERSION, start, weights_hash(place), scale.key])[:16]
+        key = hash_json([STAGE_SCORES_VERSION, weights[BASE], weights[name], scale.key])[:16]
         points[name] = _point(path / "measured" / key, name, place, places[BASE], scale, say, on_answers)
+    if suite is not None:
+        measure_suite(path, suite, weights, lambda name: _loaded(places[name], scale), scale, say, on_answers)
+    known, rows = followed(path, weights, say)
+    for name, instructions in rows.items():
+        points[name] = points[name] | {"instructions": instructions}
     starts = {
         name: BASE if (k0 := staged.start_of(k)) is None else staged.names[k0] for k, name in enumerate(staged.names)
     }
@@ -57,6 +65,7 @@ def score_stages(path: Path, say: Say, on_answers: OnAnswers) -> dict[str, Any]:
         "name": staged.name,
         "model": staged.model if isinstance(staged.model, str) else staged.model.model_dump(mode="json"),
         "metric": staged.evaluation.metric.kind,
+        "suite": known,
         "last": staged.last,
         "device": {"kind": scale.device.kind, "name": scale.device.name, "dtype": scale.device.dtype},
         "stages": {

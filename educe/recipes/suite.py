@@ -45,28 +45,48 @@ class Wish:
             raise UsageError(101, "--suite", f"{self.suite!r} is not a suite.", f"One of {', '.join(SUITES)}.")
 
 
+def wish_of(suite: str, file: str | Path | None, rows: int | None, max_new_tokens: int | None) -> Wish:
+    """As a user gives it: what is None is the default."""
+    place = Path(file) if file is not None else None
+    return Wish(suite=suite, file=place, rows=rows, max_new_tokens=max_new_tokens or MOST_TOKENS)
+
+
 def suite_scores(run: RunDir, wish: Wish, say: Say, on_answers: OnAnswers) -> dict[str, Any]:
     """Answer, grade, compare; writes suites/NAME/*.jsonl and suites/NAME.json and returns the scores."""
-    need_packages()
     recipe = recipe_of(run)
+    file, num_in_file, chosen = tasks_of(wish, recipe.train.seed, say)
+    answers, seconds, most = _answers(run, chosen, wish.max_new_tokens, say, on_answers)
+    lines = {n: [line_of(t, a) for t, a in zip(chosen, given, strict=True)] for n, given in answers.items()}
+    return _written(run, wish.suite, about(wish, file, num_in_file, most), lines, seconds)
+
+
+def tasks_of(wish: Wish, seed: int, say: Say) -> tuple[Path, int, list[Task]]:
+    """The prompts' file, how many it holds, and those that are asked, drawn by the seed. Raises `EvalError`."""
+    need_packages()
     file = wish.file if wish.file is not None else _fetched(say)
     tasks = read_tasks(file)
-    order = permute(len(tasks), derive(recipe.train.seed, "suite", wish.suite))
+    order = permute(len(tasks), derive(seed, "suite", wish.suite))
     chosen = [tasks[i] for i in sorted(order[: wish.rows].tolist())]
     if len(chosen) < 2:
         raise EvalError(101, str(file), "holds one prompt: nothing can be compared.", "Give a file with more.")
-    answers, seconds, most = _answers(run, chosen, wish.max_new_tokens, say, on_answers)
-    about = {
+    return file, len(tasks), chosen
+
+
+def prompts_of(tasks: list[Task]) -> list[Prompt]:
+    return [Prompt(key=t.key, messages=(Message(role="user", content=t.prompt),)) for t in tasks]
+
+
+def about(wish: Wish, file: Path, num_in_file: int, most: int) -> dict[str, Any]:
+    """What was asked, of scores that are kept. `most`: where answers were cut."""
+    return {
         "suite": wish.suite,
         "file": str(file),
         "sha256": hash_file(file),
         "licence": LICENCE if wish.file is None else None,
-        "num_in_file": len(tasks),
+        "num_in_file": num_in_file,
         "max_new_tokens": most,
         "packages": {p: version(p) for p in ("langdetect", "nltk")},
     }
-    lines = {n: [line_of(t, a) for t, a in zip(chosen, given, strict=True)] for n, given in answers.items()}
-    return _written(run, wish.suite, about, lines, seconds)
 
 
 def regrade_suite(run: RunDir, wish: Wish) -> dict[str, Any]:
@@ -80,14 +100,14 @@ def regrade_suite(run: RunDir, wish: Wish) -> dict[str, Any]:
         raise EvalError(2, str(place), "holds no answers of the tuned model, or answers to different prompts.", fix)
     lines = {n: [regraded(x, f"{place / n}.jsonl:{k}") for k, x in enumerate(s, 1)] for n, s in stored.items()}
     before = run.load(run.suites / f"{wish.suite}.json")
-    about = {k: before[k] for k in ABOUT}
-    return _written(run, wish.suite, about, lines, {n: before["systems"].get(n, {}).get("seconds") for n in lines})
+    known = {k: before[k] for k in ABOUT}
+    return _written(run, wish.suite, known, lines, {n: before["systems"].get(n, {}).get("seconds") for n in lines})
 
 
 def _written(
-    run: RunDir, suite: str, about: dict[str, Any], lines: dict[str, list[dict[str, Any]]], seconds: dict[str, Any]
+    run: RunDir, suite: str, known: dict[str, Any], lines: dict[str, list[dict[str, Any]]], seconds: dict[str, Any]
 ) -> dict[str, Any]:
-    scores = {**about, **score(lines, seconds)}
+    scores = {**known, **score(lines, seconds)}
     place = run.suites / suite
     with told(place):
         make_private(place)
@@ -111,7 +131,7 @@ def _answers(
     run: RunDir, tasks: list[Task], most: int, say: Say, on_answers: OnAnswers
 ) -> tuple[dict[str, list[Answer]], dict[str, float | None], int]:
     """Answers and seconds of both models, and where answers were cut."""
-    prompts = [Prompt(key=t.key, messages=(Message(role="user", content=t.prompt),)) for t in tasks]
+    prompts = prompts_of(tasks)
     answers: dict[str, list[Answer]] = {}
     seconds: dict[str, float | None] = {}
     with told_of_memory("evaluating", CLOSE_OTHERS):

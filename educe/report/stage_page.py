@@ -114,13 +114,23 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
         "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0, as one "
         "in twenty does by chance. KL: "
         "what the start says against what the model says, over the start’s 64 likeliest tokens and all others together. "
-        "Preferred answers: pairs whose chosen answer the model finds likelier, per token.</p>"
+        "Preferred answers: pairs whose chosen answer the model finds likelier, per token."
+        f"{escape(_of_suite(found))}</p>"
     )
     yield _figure(found)
     yield "<h2>What each stage was and cost</h2>"
     yield _costs(found, path)
     device = found["device"]
     yield f'<p class="soft">{escape(device["name"])}, {escape(device["dtype"])}.</p>'
+
+
+def _of_suite(found: Mapping[str, Any]) -> str:
+    suite = found.get("suite")
+    if suite is None:
+        return ""
+    drawn = f"{count(suite['num_prompts'])} of {count(suite['num_in_file'])} prompts"
+    cut = f"answers cut after {count(suite['max_new_tokens'])} tokens"
+    return f" Instructions followed: IFEval, strict, every instruction of a prompt; {drawn}, {cut}."
 
 
 def _table(found: Mapping[str, Any]) -> str:
