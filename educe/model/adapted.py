@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from educe.model.four_bit import dense
+from educe.model.new_rows import NewRows
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
@@ -40,7 +41,7 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 @contextlib.contextmanager
 def computed_by_peft(network: torch.nn.Module) -> Iterator[None]:
     """Adapted layers compute as peft has it within, to the bit: to compare with what peft loads."""
-    layers = [m for m in network.modules() if isinstance(m, AdaptedLinear)]
+    layers = [m for m in network.modules() if isinstance(m, AdaptedLinear | NewRows)]
     for layer in layers:
         layer.as_peft = True
     try:

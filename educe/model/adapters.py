@@ -29,6 +29,7 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     from educe.model.adapted import AdaptedLinear  # imports peft
+    from educe.model.new_rows import computes_rows
 
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
     tied = head.weight is embedding.weight
@@ -64,6 +65,7 @@ def with_adapters(network: Any, tuning: Lora, new_ids: list[int]) -> Any:
             p.data = p.data.to(dtype)
     if new_ids:
         _check_rows(network, tied)
+        computes_rows(adapted)
     return adapted
 
 
@@ -155,5 +157,3 @@ def _check_rows(network: Any, tied: bool) -> None:
         found = "ties its head to its embedding in a way that adapters cannot follow: new control tokens would stay untrained."
         fix = "Set tuning.kind: full, or a template whose control tokens the model has."
         raise ModelError(202, network.config.model_type, found, fix)
-    if rows.base_layer.bias is not None:  # peft's layer leaves it out
-        head.register_forward_hook(lambda _module, _args, logits: logits + rows.base_layer.bias)
