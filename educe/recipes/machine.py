@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,14 @@ def busy(kind: str) -> list[str]:
     return [f"other programs keep {load:.1f} cores busy, and training on a CPU suffers much from that: {fix}"]
 
 
+def process_bytes(*, loads: bool = False) -> int:
+    """What this process holds; before a model is loaded: the interpreter, libraries, the tokenizer (Gemma's takes 0.7 GB). `loads`:
+    transformers and peft are still to be imported."""
+    return int(psutil.Process().memory_info().rss) + (200_000_000 if loads and "peft" not in sys.modules else 0)
+
+
 def memory_of(kind: str) -> int:
-    """Bytes that a run may use: the GPU's memory, or what the system has available now."""
+    """Bytes that a run may use: what is free now, on the GPU or in the system, and what this process has of it already."""
     if kind == "cuda":
         import torch
 
@@ -79,4 +86,4 @@ def memory_of(kind: str) -> int:
         return int(free + torch.cuda.memory_reserved())  # what others have taken is not ours
     from educe.model.device import free_host_memory
 
-    return free_host_memory()
+    return free_host_memory() + process_bytes()

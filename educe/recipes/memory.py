@@ -14,13 +14,13 @@ from educe.config import Full, Lora, Recipe
 from educe.model.describe import ModelFacts
 from educe.model.sizes import filled
 from educe.pack.plan import PackPlan
-from educe.recipes.machine import memory_of
+from educe.recipes.machine import memory_of, process_bytes
 from educe.recipes.prepare import Prepared
 
 if TYPE_CHECKING:
     from educe.model.device import Device
 
-_PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries
+_PROCESS_BYTES = 600e6  # the interpreter, torch and its libraries: what a process takes at least
 # Share of the memory that a plan may fill: allocators round up and leave holes.
 _FILL = {"cpu": 0.9, "mps": 0.75, "cuda": 0.92}
 # Of what a layer keeps as it is written, what it keeps compiled: elementwise results are computed again (docs/performance.md).
@@ -98,8 +98,10 @@ def memory_of_run(
     ranks: int = 1,
     trained: int | None = None,
     packed: int | None = None,
+    process: float | None = None,
 ) -> MemoryPlan:
-    """The plan for the memory that is there now; on a CPU `ranks` share it."""
+    """The plan for the memory that is there now; on a CPU `ranks` share it. `process`: what a process held before its model was
+    loaded; None: what this one holds, which has none."""
     reach, spread = kept_attention(plan.drawn(prepared.store("train").lengths), on_gpu=device.kind == "cuda")
     there = memory_of(device.kind) / (1 if device.kind == "cuda" else ranks)
     return plan_memory(
@@ -115,6 +117,7 @@ def memory_of_run(
         ranks=ranks,
         trained=trained,
         packed=packed,
+        process=process_bytes(loads=True) if process is None else process,
     )
 
 
@@ -132,6 +135,7 @@ def plan_memory(
     ranks: int = 1,
     trained: int | None = None,
     packed: int | None = None,
+    process: float = _PROCESS_BYTES,
 ) -> MemoryPlan:
     """Keep all activations where they fit; else compute as few layers again as will do. `reach` and `spread`: see `kept_attention`;
     `trained` and `packed` (in 4 bits): how many numbers are, where the model is there to count them."""
@@ -150,7 +154,7 @@ def plan_memory(
         optimizer=trained * ((0 if own else 4) + (8 if recipe.train.optimizer == "adamw" else 2.1)),
         activations=0.0,
         logits=min(logit_bytes, logits) * (2 if recipe.train.kl_to_base else 1) + head_slope,
-        process=_PROCESS_BYTES if device.kind == "cpu" else 0.0,
+        process=max(_PROCESS_BYTES, process) if device.kind == "cpu" else 0.0,
         logit_bytes=logit_bytes,
         num_layers=facts.num_layers,
         recomputed_layers=0,

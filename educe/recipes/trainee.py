@@ -24,7 +24,7 @@ from educe.pack.plan import PackPlan
 from educe.parallel.world import ALONE, World
 from educe.preference.loss import PreferenceLoss
 from educe.recipes.estimate import whether_to_compile
-from educe.recipes.machine import refuse_offload
+from educe.recipes.machine import process_bytes, refuse_offload
 from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, needs_reference, trained_share
 from educe.recipes.mixing import Mixed, loss_weights
 from educe.recipes.model_of import weights_hash
@@ -81,6 +81,7 @@ def trainee(
         say("triton is not installed: the loss takes torch's own operations (slower, more memory, same result)")
     torch.manual_seed(derive(recipe.train.seed, "adapters"))
     new_ids = prepared.tokenizer.new_tokens.values()
+    process = process_bytes()
     model = load_model(prepared.model_dir, device, recipe.tuning, new_ids=new_ids, router_loss=recipe.train.router_loss)
     if said := said_of(model.network):
         say(said)
@@ -96,7 +97,7 @@ def trainee(
         compiles, why = compiled, "as the run began"
     say(f"layers are {'compiled' if compiles else 'not compiled'}: {why}")
     trained = sum(p.numel() for p in model.trainable().values())
-    counted = {"trained": trained, "packed": num_packed(model.network)}
+    counted = {"trained": trained, "packed": num_packed(model.network), "process": process}
     needed = memory or memory_of_run(
         recipe, prepared, facts, plan, device, compiled=compiles, ranks=world.size, **counted
     )
