@@ -210,6 +210,28 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     parse_recipe(f"{BASE}  max_tokens: 100\ntrain: {{batch_tokens: 100, micro_batch_tokens: 100}}\n", "r.yaml")
 
 
+def test_what_a_file_does_not_say_is_called_a_default() -> None:
+    """And the place is that of what it says."""
+    error = refused(f"{BASE}train:\n  epochs: 1\n  batch_tokens: 1024\n")
+    assert error.found.startswith("train.micro_batch_tokens (2048 by default) exceeds train.batch_tokens (1024)")
+    line = f"{BASE}train:\n  epochs: 1\n".count("\n") + 1
+    assert error.where == f"r.yaml:{line}:3"
+
+
+def test_a_form_is_told_in_words() -> None:
+    assert refused(BASE.replace("name: a", "name: my run!")).fix.startswith("Take letters, digits")
+    metric = "evaluation: {metric: {kind: custom, function: grade}}\n"
+    assert refused(f"{BASE}{metric}").fix == "Write file.py:function."
+
+
+def test_a_block_that_may_be_a_name_is_told_by_its_key() -> None:
+    stages = "stages:\n  - kind: pretrain\n    data: {train: t}\n"
+    error = refused(f"name: a\nmodel: {{init: random, width: 100, heads: 3}}\n{stages}")
+    assert (error.code, error.where) == ("E-RECIPE-201", "r.yaml:2:1")
+    assert error.found.startswith("model: width (100) must be a multiple")
+    assert refused(f"name: a\nmodel: {{init: random, heads: a}}\n{stages}").found == "model.heads is 'a'."
+
+
 def test_recipes_are_frozen() -> None:
     recipe = parse_recipe(BASE, "r.yaml")
     for value in (recipe, recipe.data, recipe.train, recipe.tuning):

@@ -204,7 +204,7 @@ def test_a_run_that_blows_up_is_said_once() -> None:
     history = list(enumerate(losses))
     said = [far_above(history[: k + 1]) for k in range(len(history))]
     assert [bool(line) for line in said] == [False, False, False, True, False, False]
-    assert "1.6 times the untouched model's" in said[3]
+    assert "1.6 times that of the model it began with" in said[3]
 
 
 def test_a_run_whose_directory_goes_ends_at_once(place: Path) -> None:

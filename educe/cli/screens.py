@@ -142,7 +142,7 @@ class TrainScreen:
             console.print(f"[yellow]! {warning}[/yellow]", soft_wrap=True)
 
     def samples(self, step: int, lines: list[dict[str, Any]]) -> None:
-        when = "the untouched model answers" if step == 0 else f"the same questions after step {step}"
+        when = "as it begins" if step == 0 else f"the same questions after step {step}"
         console.print(f"[bold]Held-out questions: {when}[/bold]")
         for line in lines:
             right = line["answer"].strip() == line["expected"].strip()

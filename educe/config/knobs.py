@@ -8,6 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
+_NAME, _FUNCTION = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", r"^.*[^:.]:[A-Za-z_]\w*$"
+Name = Annotated[str, Field(pattern=_NAME)]
+FunctionName = Annotated[str, Field(pattern=_FUNCTION)]
+# What a text of such a form is, for whoever wrote another one.
+FORMS = {
+    _NAME: "Take letters, digits, '.', '_' and '-', 100 at most, a letter or a digit first.",
+    _FUNCTION: "Write file.py:function.",
+}
+
 
 def by_name(value: object) -> object:
     """`loss: dpo` is short for `loss: {kind: dpo}`, as is the name of a choice wherever one is made."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -17,6 +18,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from educe.config.data import Data, FileSplit, Rows
 from educe.config.hints import blocks_of, fix_of_bounds, fix_of_unknown, names_of_kinds
+from educe.config.knobs import FORMS
 from educe.config.recipe import CustomMetric, Evaluation, FileTemplate, Recipe
 from educe.config.stages import StagedRecipe
 from educe.errors import RecipeError
@@ -290,12 +292,14 @@ def _walked(
 
 def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -> RecipeError:
     found_at = [e["loc"] for e in error.errors()]
-    # A list is called too short where what stands in it is wrong.
-    errors = [
-        e
-        for e in error.errors()
-        if e["type"] != "too_short" or not any(at != e["loc"] and at[: len(e["loc"])] == e["loc"] for at in found_at)
-    ]
+
+    def idle(e: ErrorDetails) -> bool:
+        """A list that is too short where what stands in it is wrong; a block that is no text where it is a wrong block."""
+        above = e["loc"] if e["type"] == "too_short" else e["loc"][:-1]
+        told = e["type"] == "too_short" or (e["type"] == "string_type" and isinstance(e["input"], Mapping))
+        return told and any(at != e["loc"] and at[: len(above)] == above for at in found_at)
+
+    errors = [e for e in error.errors() if not idle(e)]
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
     written, _, kinds = _walked(first["loc"], root)
     dotted = ".".join(map(str, written))
@@ -308,7 +312,7 @@ def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) 
         missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
         return RecipeError(104, where, f"{missing} is missing.", "Add it, or start from `educe init --data FILE`.")
     if first["type"] == "value_error":
-        return RecipeError(201, where, first["msg"].removeprefix("Value error, ") + ".", "Change what it names.")
+        return _contradiction(first["msg"].removeprefix("Value error, "), written, tree, shown)
     found = _found(tree, written)
     if kinds and found:
         return _no_kind(written, found[-1][0], names_of_kinds(kinds), tree, shown)
@@ -322,8 +326,29 @@ def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) 
     if len(said) == 1 and first["type"] in _OUT_OF_BOUNDS:
         around = _walked(first["loc"][:-1], root)[1]
         fix = fix_of_bounds(around.model_fields.get(str(written[-1])) if around is not None else None) or fix
+    if first["type"] == "string_pattern_mismatch":
+        fix = FORMS[first["ctx"]["pattern"]]
     text = f"{'.'.join(map(str, written))} is {_brief(first['input'])}."
     return RecipeError(103, where, text, fix.replace("valid tuple", "valid list"))
+
+
+def _contradiction(message: str, written: _Path, tree: Any, shown: str) -> RecipeError:
+    """Settings that do not go together: told at the first of them that the file has; those that it has not are defaults."""
+    stage = re.match(r"stages\[(\d+)\]", message)
+    above: _Path = ["stages", int(stage[1])] if stage else []
+    places: list[_Path] = []
+
+    def told(match: re.Match[str]) -> str:
+        path = [*above, *match[1].split(".")]
+        if len(_found(tree, path)) < len(path):
+            return f"{match[1]} ({match[2]} by default)"
+        places.append(path)
+        return match[0]
+
+    text = re.sub(r"\b((?:data|train)(?:\.\w+)+) \((\d[^()]*)\)", told, message)
+    dotted = ".".join(map(str, written))
+    at = _position(tree, places[0] if places else above or written, shown)
+    return RecipeError(201, at, f"{'' if text.startswith(dotted) else f'{dotted}: '}{text}.", "Change what it names.")
 
 
 def _no_kind(written: _Path, value: Any, names: list[str], tree: Any, shown: str) -> RecipeError:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from educe.config.data import Data
-from educe.config.knobs import Knobs, Share, by_name
+from educe.config.knobs import FunctionName, Knobs, Name, Share, by_name
 from educe.config.objective import Objective, Preference, Sft
 
 
@@ -185,10 +185,7 @@ class CustomMetric(Knobs):
     """A function of yours, `(answer, expected, row)` to a number from 0 to 1 or to right or wrong. It runs as you."""
 
     kind: Literal["custom"]
-    function: str = Field(
-        pattern=r"^.*[^:.]:[A-Za-z_]\w*$",
-        description="module:function, the module beside the recipe, or file.py:function",
-    )
+    function: FunctionName = Field(description="module:function, the module beside the recipe, or file.py:function")
 
 
 Metric = Annotated[PlainMetric | CustomMetric, Field(discriminator="kind"), BeforeValidator(by_name)]
@@ -205,7 +202,6 @@ class Evaluation(Knobs):
     max_rows: int = Field(default=1000, ge=1, description="at most this many test rows are answered")
 
 
-Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 # Settings of the data and the run that mean nothing where no prompt is answered.
 _OF_ANSWERS = ("system", "train_on", "prompt_weight", "reasoning_weight", "too_long")
 _OF_STREAMS = ("replay", "loss_mean")
@@ -215,7 +211,7 @@ _OF_TOKENS = ("loss", "kl_to_base")
 class Recipe(Knobs):
     """A whole job: one model, one data set, one run directory. `objective` is said by a recipe of stages alone (see `stages`)."""
 
-    name: Annotated[str, Name] = Field(description="name of the run")
+    name: Name = Field(description="name of the run")
     model: str = Field(min_length=1, description="a directory, a Hub id, an earlier run, or pypi:PACKAGE")
     runs: str = Field(default="runs", description="directory that holds the run directories")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(

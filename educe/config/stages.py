@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from educe.config.data import Data
-from educe.config.knobs import Knobs
+from educe.config.knobs import Knobs, Name
 from educe.config.objective import Preference, Pretrain, Sft
-from educe.config.recipe import Evaluation, Full, Name, OwnTemplate, Recipe, Template, Train, Tuning
+from educe.config.recipe import Evaluation, Full, OwnTemplate, Recipe, Template, Train, Tuning
 
 # Where a stage may start besides the stages before it.
 BASE = "base"
@@ -33,7 +33,7 @@ class PreferenceTrain(Train):
 
 
 class _Stage(Knobs):
-    name: Annotated[str, Name] | None = Field(default=None, description="name of the stage (default: its kind)")
+    name: Name | None = Field(default=None, description="name of the stage (default: its kind)")
     start: str | None = Field(
         default=None, description="whose weights it starts from: an earlier stage or `base` (default: the one before)"
     )
@@ -85,7 +85,7 @@ class Scratch(Knobs):
 class StagedRecipe(Knobs):
     """A chain of stages: one model, one run directory, one report."""
 
-    name: Annotated[str, Name] = Field(description="name of the run")
+    name: Name = Field(description="name of the run")
     model: Annotated[str, Field(min_length=1)] | Scratch = Field(
         description="a directory, a Hub id, pypi:PACKAGE, or {init: random, ...} for a small model from scratch"
     )

@@ -85,7 +85,7 @@ class HeldOut:
                 f"the weights of step {best} are kept: their held-out loss, {loss:.3f}, is the lowest of the trained ones"
             )
         if best is not None and losses[best] >= losses.get(0, math.inf):
-            lower = f"the untouched model's was lower, {losses[0]:.3f}"
+            lower = f"that of the model it began with was lower, {losses[0]:.3f}"
             say(f"warning: {lower}: training did harm, at every step that was measured")
         return kept
 

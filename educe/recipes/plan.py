@@ -145,7 +145,9 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
             f"{recipe.train.measure_every_share:g} of the run; lower train.measure_every_share"
         )
     if plan.num_steps < _SHORT_RUN:
-        said.append(f"only {plan.num_steps} steps: lower train.batch_tokens or raise train.epochs")
+        said.append(
+            f"only {plan.num_steps} step{'s' if plan.num_steps > 1 else ''}: lower train.batch_tokens or raise train.epochs"
+        )
     rate, advice = recipe.train.learning_rate, advised_rate(recipe, facts, plan)
     if not advice.low <= rate <= advice.high:
         way = "high" if rate > advice.high else "low"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from educe.config import Scratch, StagedRecipe, load_any
+from educe.config import Scratch, StagedRecipe
 from educe.recipes.machine import need_torch
 from educe.recipes.run import Progress, Say, check, no_progress, quiet
 from educe.recipes.stage_leaks import leaks_between
+from educe.recipes.which import recipe_or_stages
 
 if TYPE_CHECKING:
     from educe.recipes.check import Check
@@ -26,7 +27,7 @@ def check_stages(
     """`check` of every stage of a recipe, by name; empty for a recipe of one run. A stage whose start is not trained yet is checked
     with the model that all begin with."""
     path = Path(recipe)
-    staged = None if "#" in path.name else load_any(path)
+    staged = recipe_or_stages(path)
     if not isinstance(staged, StagedRecipe):
         return {}
     if isinstance(staged.model, Scratch):
@@ -36,7 +37,14 @@ def check_stages(
         make_scratch(staged, staged.model, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
     how = {"on_model": on_model, "without_weights": without_weights}
-    found = {name: check(stage, **how, argv=argv, say=say) for name, stage in stages.items()}
+    said: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    found = {name: check(stage, **how, argv=argv, say=say_once) for name, stage in stages.items()}
     for line in leaks_between({name: c.prepared for name, c in found.items()}):
         say(f"warning: {line}")
     return found

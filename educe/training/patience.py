@@ -23,7 +23,7 @@ def far_above(history: History) -> str:
     far = [step for step, loss in later if loss > 1.5 * start]
     if not far or far != [later[-1][0]]:
         return ""
-    return f"the held-out loss is {later[-1][1] / start:.1f} times the untouched model's: the learning rate may be far too high"
+    return f"the held-out loss is {later[-1][1] / start:.1f} times that of the model it began with: the rate may be far too high"
 
 
 def has_stalled(history: History, patience: int) -> bool:
