@@ -16,11 +16,14 @@ from educe.report.visible import visible
 from educe.report.wording import count, number
 
 _PANEL = (380.0, 190.0)
+_LETTER = 6.5  # how wide one is in a panel, about
 _MORE_CSS = """
 main{max-width:66rem}.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
 .panels svg{min-width:0;margin:.5rem 0}h2{font-size:1rem;margin:2rem 0 0}
 ul{margin:.5rem 0;padding-left:1.2rem}td{vertical-align:top}td small{color:var(--soft);display:block}
-td.better small{color:var(--mark)}td.worse small{color:var(--bad)}svg text.title{fill:var(--ink);font-weight:600}
+.many td,.many th{padding-left:.3rem;padding-right:.3rem;white-space:normal}.many td{min-width:6.2rem}
+.many small span{white-space:nowrap}
+td.better .change{color:var(--mark)}td.worse .change{color:var(--bad)}svg text.title{fill:var(--ink);font-weight:600}
 """
 # What the headline looks for, first to last.
 _FIRST = ("task", "pairs", "questions", "domain", "task_loss")
@@ -81,14 +84,20 @@ def named(line: Mapping[str, Any]) -> str:
 
 def short(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
     """A value without its interval."""
-    return number(value["value"]) if line["kind"] == "ratio" else f"{100 * value['value']:.1f} %"
+    if line["kind"] == "ratio":
+        return f"{value['value']:#.3g}" if 0.001 <= abs(value["value"]) < 100 else number(value["value"])
+    return f"{100 * value['value']:.1f} %"
 
 
 def value_text(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
     """A value with its 95 % interval."""
+    return f"{short(line, value)} {_interval_text(line, value)}"
+
+
+def _interval_text(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
     if line["kind"] == "ratio":
-        return f"{short(line, value)} ± {number((value['high'] - value['low']) / 2)}"
-    return f"{short(line, value)} ({100 * value['low']:.1f}–{100 * value['high']:.1f})"
+        return f"± {number((value['high'] - value['low']) / 2)}"
+    return f"({100 * value['low']:.1f}–{100 * value['high']:.1f})"
 
 
 def change_text(line: Mapping[str, Any], change: Mapping[str, float]) -> str:
@@ -140,10 +149,13 @@ def _table(found: Mapping[str, Any]) -> str:
         cells = [f"<td>{escape(line['title'])}<small>{escape(unit)}{count(line['rows'])} rows</small></td>"]
         for name, value in line["values"].items():
             change = line["changes"].get(name)
-            small = f"<small>{escape(change_text(line, change))}</small>" if change is not None else ""
-            cells.append(f'<td class="{_way(line, change)}">{escape(value_text(line, value))}{small}</td>')
+            small = f"<small>{escape(_interval_text(line, value))}</small>"
+            if change is not None:
+                moved, _, between = escape(change_text(line, change)).partition(" (")
+                small += f'<small class="change">{moved} <span>({between}</span></small>'
+            cells.append(f'<td class="{_way(line, change)}">{escape(short(line, value))}{small}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return draw_table(["", "start", *found["stages"]], rows)
+    return f'<div class="many">{draw_table(["", "start", *found["stages"]], rows)}</div>'
 
 
 def _way(line: Mapping[str, Any], change: Mapping[str, float] | None) -> str:
@@ -210,5 +222,6 @@ def _panel(line: Mapping[str, Any], names: list[str], starts: list[int]) -> Iter
         if math.isfinite(v["low"]) and math.isfinite(v["high"]):
             yield svg_line("bar", px, y.at(factor * v["low"]), px, y.at(factor * v["high"]))
         yield f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5"/>'
+    room = int((x.at(1) - x.at(0)) / _LETTER) - 1
     for k, name in enumerate(names):
-        yield svg_text("", x.at(k), height - 4, name if len(name) < 14 else f"{name[:12]}…", "middle")
+        yield svg_text("", x.at(k), height - 4, name if len(name) <= room else f"{name[: room - 1]}…", "middle")
