@@ -24,6 +24,7 @@ from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.blended import read_packed  # noqa: E402
 from educe.model.device import Device  # noqa: E402
 from educe.model.load import load_model  # noqa: E402
+from educe.recipes import both  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
 from educe.report import build_report  # noqa: E402
 from educe.sample.draw import likeliest  # noqa: E402
@@ -63,7 +64,7 @@ def harness(directory: Path, **more: Any) -> tuple[HarnessModel, ChatTokenizer]:
     model, tokenizer = load_model(directory, CPU), load_tokenizer(directory, OWN)
     read_packed(model, True)
     settings = {"capacity_tokens": 512, "positions": 512, "seed": 0, **more}
-    return HarnessModel(model, tokenizer, **settings), tokenizer
+    return HarnessModel(lambda: model, tokenizer, **settings), tokenizer
 
 
 def compared(ours: HarnessModel, theirs: HFLM, requests: list[Instance]) -> None:
@@ -89,7 +90,7 @@ def test_log_probabilities_are_those_of_lm_eval_and_of_choices(shared: Path, tin
     items = questions(shared, 4)
     requests = [asked("loglikelihood", c.rstrip(), f" {o}") for item in items for c, o in item.texts]
     compared(ours, theirs, requests)
-    options = [o for of in score_options(ours._model, items, tokenizer, 512) for o in of]
+    options = [o for of in score_options(ours._model(), items, tokenizer, 512) for o in of]
     assert [p for p, _ in ours.loglikelihood(requests)] == [o.log_p for o in options]
     edges = [("", "hello"), ("a b\n\n ", "c"), ("the cat", " sat\n"), ("é", " 漢字"), ("x" * 900, " the end")]
     compared(ours, theirs, [asked("loglikelihood", *e) for e in edges])
@@ -221,6 +222,11 @@ def test_tasks_of_files_are_run_before_and_after(trained: Run, tasks: Path, caps
     page = Page(build_report(trained.dir)).text
     assert "lm-eval: tiny_choice" in page
     assert "tiny_choice: acc, 8 rows, higher is better" in page
+    with pytest.MonkeyPatch.context() as patch:  # asked again, no model is loaded
+        patch.setattr(both, "load_model", None)
+        patch.setattr(both, "merged", None)
+        assert run_tasks(trained, tasks, "--suite-rows", "8") == [choice, answers, text]
+    assert "untouched: 32 of 32 replied to before on this machine" in capsys.readouterr().out
     (chatted,) = run_tasks(trained, tasks, "--chat", "--suite-rows", "8")
     assert chatted["chat"] is True
     said = read_jsonl(trained.dir.suites / "lm-eval-tiny_choice" / "tuned.jsonl")

@@ -7,9 +7,11 @@ lm-eval's own class for transformers' models, so that figures compare. Chat prom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -47,23 +49,34 @@ class _Wanted:
     until: tuple[str, ...]
 
 
+# (keys, ask) → the reply to each request: `ask` is given the places of those that are not known yet.
+Replies = Callable[[Sequence[str], Callable[[Sequence[int]], Sequence[Any]]], list[Any]]
+
+
+def asked_anew(keys: Sequence[str], ask: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
+    """Nothing is known."""
+    return list(ask(range(len(keys))))
+
+
 class HarnessModel(LM):  # type: ignore[misc]
     """`positions`: the model's; `shortened` counts texts whose beginning was left out for want of them. `progress(done, total)`
-    is called as requests of one kind are done. Draws, where a task wants them, depend on `seed`."""
+    is called as requests of one kind are done. Draws, where a task wants them, depend on `seed`. The model is loaded where a reply
+    is not known by `replies`."""
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Callable[[], CausalLM],
         tokenizer: ChatTokenizer,
         *,
         capacity_tokens: int,
         positions: int,
         seed: int,
+        replies: Replies = asked_anew,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._capacity, self._positions = model, tokenizer, capacity_tokens, positions
-        self._seed, self._progress = seed, progress
+        self._seed, self._replies, self._progress = seed, replies, progress
         bos = tokenizer.template.special.get("bos_token")
         self._first = tokenizer.control.get(bos or "", tokenizer.eos)
         self._chats: dict[str, _Chat] = {}
@@ -72,7 +85,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation) the continuation's log-probability, and whether each of its tokens is the likeliest."""
         read = self._read([self._continued(*r.args[:2]) for r in requests])
-        return [(r.log_p, r.greedy) for r in read]
+        return [(log_p, greedy) for log_p, greedy in read]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each text its log-probability, in windows as long as the model has positions; every token is predicted once."""
@@ -84,8 +97,8 @@ class HarnessModel(LM):  # type: ignore[misc]
                 examples.append(weighed([*before, *predicted], len(before)))
                 owners.append(k)
         sums = [0.0] * len(requests)
-        for k, r in zip(owners, self._read(examples), strict=True):
-            sums[k] += r.log_p
+        for k, (log_p, _) in zip(owners, self._read(examples), strict=True):
+            sums[k] += log_p
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -126,8 +139,18 @@ class HarnessModel(LM):  # type: ignore[misc]
         """The run's own; it has no other."""
         return self._tokenizer.template.source
 
-    def _read(self, examples: Sequence[Example]) -> list[Any]:
-        return read_texts(self._model, examples, self._capacity, lambda done: self._progress(done, len(examples)))
+    def _read(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
+        """Of the weighted tokens of each text the log-probability, and whether each is the likeliest."""
+        done = 0
+
+        def ask(places: Sequence[int]) -> list[tuple[float, bool]]:
+            nonlocal done
+            tell = partial(_tell, self._progress, done, len(examples))
+            read = read_texts(self._model(), [examples[k] for k in places], self._capacity, tell)
+            done += len(places)
+            return [(r.log_p, r.greedy) for r in read]
+
+        return self._replies([hash_json(["read", *_written(e)]) for e in examples], ask)
 
     def _continued(self, context: str, continuation: str) -> Example:
         chat = self._chat(context)
@@ -189,12 +212,21 @@ class HarnessModel(LM):  # type: ignore[misc]
             key = hash_json([r.task_name, r.doc_id, r.idx])[:24]
             asked[key] = asked.get(key, -1) + 1
             keys.append(f"{key}:{asked[key]}")
-        choose = ending(chooser_of(wanted.sampling, keys), wanted.until, self._tokenizer)
-        sampler = LocalSampler(self._model, self._tokenizer)
-        given = sampler.answer(prompts, most, lambda n: self._progress(done + n, total), choose=choose)
+
+        def ask(places: Sequence[int]) -> list[str]:
+            nonlocal done
+            choose = ending(chooser_of(wanted.sampling, [keys[k] for k in places]), wanted.until, self._tokenizer)
+            sampler, tell = LocalSampler(self._model(), self._tokenizer), partial(_tell, self._progress, done, total)
+            given = sampler.answer([prompts[k] for k in places], most, tell, choose=choose)
+            done += len(places)
+            return [a.text for a in given]
+
+        how = [asdict(wanted.sampling), wanted.until]
+        draws = keys if wanted.sampling.temperature > 0 else [""] * len(keys)
+        texts = self._replies([hash_json(["answer", p, d, how]) for p, d in zip(prompts, draws, strict=True)], ask)
         return [
-            before(a.text if c is None or c.opened else answer_to(a.text, c.messages, self._tokenizer), wanted.until)
-            for a, c in zip(given, chats, strict=True)
+            before(text if c is None or c.opened else answer_to(text, c.messages, self._tokenizer), wanted.until)
+            for text, c in zip(texts, chats, strict=True)
         ]
 
     def _prompt(self, context: str, chat: _Chat | None, most: int) -> list[int]:
@@ -206,6 +238,15 @@ class HarnessModel(LM):  # type: ignore[misc]
             raise EvalError(101, "lm-eval", found, "Give the task fewer max_gen_toks.")
         self.shortened += len(ids) > room
         return ids[-room:] or [self._first]
+
+
+def _written(e: Example) -> tuple[list[int], int]:
+    """What a text's reply depends on: its ids, and where its weight begins."""
+    return e.ids_T.tolist(), int(np.flatnonzero(e.weights_T)[0])
+
+
+def _tell(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def before(text: str, until: Sequence[str]) -> str:

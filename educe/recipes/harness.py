@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import re
-import time
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +25,8 @@ from educe.model.device import CLOSE_OTHERS, told_of_memory
 from educe.model.source import Say
 from educe.recipes.answers import OnAnswers
 from educe.recipes.eval import models_of, recipe_of
+from educe.recipes.kept_replies import KeptReplies
+from educe.recipes.kept_samplers import answers_of_both
 from educe.seeds import derive, permute
 
 if TYPE_CHECKING:
@@ -73,29 +74,32 @@ def harness_scores(run: RunDir, wish: Wish, say: Say, on_answers: OnAnswers) -> 
     drawn = _drawn(loaded, wish.rows, recipe.train.seed)
     both = models_of(run, say)
     positions = describe_model(both.prepared.model_dir, recipe.model).max_positions
+    depends = answers_of_both(run, both, say)
     found: dict[str, dict[str, Any]] = {name: {} for name in loaded}
     seconds: dict[str, dict[str, float]] = {name: {} for name in loaded}
     from educe.evaluate.harness import HarnessModel
 
     for system, model_of in ((BEFORE, both.untouched), (AFTER, both.tuned)):
+        kept = KeptReplies(system, depends[system], say)
         asked = HarnessModel(
-            model_of(),
+            model_of,
             both.prepared.tokenizer,
             capacity_tokens=both.capacity_tokens,
             positions=positions,
             seed=derive(recipe.train.seed, "lm-eval"),
+            replies=kept.replies,
             progress=partial(on_answers, system),
         )
-        for name, tasks in loaded.items():
-            began = time.perf_counter()
-            found[name][system] = _evaluated(asked, tasks, drawn, wish)
-            seconds[name][system] = time.perf_counter() - began
-            say(f"{system}: {name} in {seconds[name][system]:.1f} s")
+        with kept.open():
+            for name, tasks in loaded.items():
+                before = kept.seconds
+                found[name][system] = _evaluated(asked, tasks, drawn, wish)
+                seconds[name][system] = kept.seconds - before
+                say(f"{system}: {name} in {seconds[name][system]:.1f} s")
         if asked.shortened:
             say(
                 f"{system}: {asked.shortened} texts are longer than {positions} positions hold: their beginnings were left out"
             )
-        del asked
     both.drop()
     about = {"suite": "lm-eval", "lm_eval": made_by, "chat": wish.chat}
     return [_written(run, name, about, found[name], seconds[name]) for name in loaded]

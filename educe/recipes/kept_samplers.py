@@ -20,6 +20,7 @@ from educe.model.describe import describe_model
 from educe.model.device import Device
 from educe.model.load import CausalLM
 from educe.model.source import Say
+from educe.recipes.both import Both
 from educe.recipes.eval import final_weights, models_of
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
@@ -109,15 +110,15 @@ def answers_depend_on(tokenizer: ChatTokenizer, device: Device) -> list[Any]:
 def samplers_of(run: RunDir, say: Say) -> Callable[[str], KeptSampler]:
     """The "untouched" and the "tuned" model of a finished run, prompted as in training, one of them in memory at a time. Raises
     `RunError`, `ModelError`."""
-    both, weights, provenance = models_of(run, say), final_weights(run, say), run.load(run.provenance)
-    of = [
-        provenance["model"]["sha256"],
-        *answers_depend_on(both.prepared.tokenizer, both.device),
-        provenance["packages"],
-    ]
-    tuned = [*of, hash_file(weights), both.recipe.tuning.model_dump(mode="json")]
-    made = {
-        "untouched": KeptSampler("untouched", both.untouched, of, both.prepared, both.recipe, say),
-        "tuned": KeptSampler("tuned", both.tuned, tuned, both.prepared, both.recipe, say),
-    }
+    both = models_of(run, say)
+    of, models = answers_of_both(run, both, say), {"untouched": both.untouched, "tuned": both.tuned}
+    made = {name: KeptSampler(name, model, of[name], both.prepared, both.recipe, say) for name, model in models.items()}
     return made.__getitem__
+
+
+def answers_of_both(run: RunDir, both: Both, say: Say) -> dict[str, Any]:
+    """All that the answers of the "untouched" and the "tuned" model depend on but prompts and how they are drawn."""
+    weights, provenance = final_weights(run, say), run.load(run.provenance)
+    on = answers_depend_on(both.prepared.tokenizer, both.device)
+    of = [provenance["model"]["sha256"], *on, provenance["packages"]]
+    return {"untouched": of, "tuned": [*of, hash_file(weights), both.recipe.tuning.model_dump(mode="json")]}
