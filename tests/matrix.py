@@ -179,10 +179,10 @@ def part_of(name: str) -> str:
 
 
 def fill(part: str, place: Path, *, every: bool) -> dict[tuple[str, str], Cell]:
-    """Cells of one half, by template and tokenizer, in the order of the tokenizer files: every one, or one of every ninth template."""
+    """Cells of one half, by template and tokenizer, in the order of the tokenizer files: every one, or one of every 18th template."""
     work = []
     mine = [name for name in templates() if part_of(name) == part]
-    for name in mine if every else mine[::9]:
+    for name in mine if every else mine[::18]:
         homes = dirs_of(name, templates()[name][0], place)
         chosen = sorted(homes) if every else [_one_of(name, homes)]
         work += [(str((homes[t] / "tokenizer.json").resolve()), name, t, homes[t]) for t in chosen]

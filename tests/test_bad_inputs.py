@@ -172,7 +172,7 @@ def test_rows_of_another_format_than_the_files_are_refused(check: Checker) -> No
     assert "+ 0 not used" in outcome.told
 
 
-@pytest.mark.parametrize("rows", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [8_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_every_bad_row_among_many_is_reported(
     check: Checker, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:

@@ -140,14 +140,14 @@ def test_a_remembered_layout_gives_what_the_template_gives(name: str, shared: Pa
     """Also for texts that look like the template's own, and for those that are nearly nothing."""
     directory = next(iter(fitting_dirs(name, template_files(shared)[name], shared, fitted).values()))
     renderer, draw, proved = Renderer(load_tokenizer(directory)), random.Random(name), 0
-    for _ in range(60):
+    for _ in range(30):
         row = _row(draw)
         fresh = renderer.render(row, fresh=True)
         assert renderer.render(row) == fresh, [(m.role, m.content, m.reasoning) for m in row.messages]
         assert renderer.render(row) == fresh
         proved += not isinstance(fresh, Refusal)
-    assert proved > 8
-    assert renderer.num_rendered < 180, "every row three times"
+    assert proved > 4
+    assert renderer.num_rendered < 90, "every row three times"
 
 
 def test_rows_of_one_shape_are_rendered_once(shared: Path, fitted: Path) -> None:

@@ -13,7 +13,7 @@ from test_crash_faults import at_writes, num_able  # noqa: E402
 from test_crash_kills import killed_at, killed_often  # noqa: E402
 from test_crash_order import late, unsafe  # noqa: E402
 
-NUM_KILLS = 5
+NUM_KILLS = 3
 
 
 @pytest.fixture(scope="module")
