@@ -61,6 +61,25 @@ def enter(port: int, path: str, links: list[str]) -> str:
     return headers["Set-Cookie"].split(";")[0]
 
 
+def test_the_page_of_a_chain_follows_it_from_stage_to_stage(tmp_path: Path) -> None:
+    chain = tmp_path / "chain"
+    chain.mkdir()
+    with watching(chain) as (port, page, links):
+        cookie = enter(port, page, links)
+        assert "Waiting for the run to begin" in ask(port, page, Cookie=cookie)[2]
+        held = {"stages": {"tune": "1-tune", "prefer": "2-prefer"}}
+        (chain / "stages.resolved.json").write_text(json.dumps(held))
+        for k, name in enumerate(held["stages"], 1):
+            run = make_run(chain / f"{k}-{name}")
+            when = 1_800_000_000 + k
+            for file in run.path.iterdir():
+                os.utime(file, (when, when))
+            deadline = time.monotonic() + 10
+            while f"Stage {k} of 2, {name}. Live; as of" not in ask(port, page, Cookie=cookie)[2]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
 def test_the_link_becomes_a_cookie_and_shows_the_page(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     with watching(tmp_path / "run") as (port, page, links):

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from educe.errors import RunError
-from educe.files.run_dir import find_place, is_staged, last_touched, stages_of
+from educe.files.run_dir import find_place, is_staged
 from educe.recipes.which import run_named
 from educe.report.live import served
 
@@ -25,9 +25,7 @@ def live(run: Path | None, port: int, say: Callable[[str], None], browse: bool =
     if path.exists() and not path.is_dir():
         raise RunError(1, str(path), "is no directory.", "Give the directory of a run: RUNS/NAME of the recipe.")
     if is_staged(path):
-        stage = max((one.path for one in stages_of(path).values()), key=last_touched)
-        say(f"{path} is a run of stages: its latest is shown; another one: educe watch {path}/N-NAME")
-        path = stage
+        say(f"{path} is a run of stages: the one that trains is shown; another one: educe watch {path}/N-NAME")
     with served(path, port, lambda link: say(f"That link was used. For another browser: {link}")) as (link, serve):
         say(f"Watching {path}: {link}")
         say("Only this machine, and each link once. Ctrl-C ends it; training goes on.")

@@ -5,18 +5,18 @@ Who may read it: `entrance.py`. Everybody else gets 403.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from educe.errors import MachineError
-from educe.files.run_dir import RunDir
+from educe.errors import MachineError, RunError
+from educe.files.run_dir import RunDir, is_staged, last_touched, stages_of
 from educe.report.entrance import HERE, Entrance, refusal
 from educe.report.opening import Kept, mark
 from educe.report.page import build_report, render_page
@@ -28,10 +28,12 @@ _SLOWEST_S = 10.0  # a client that sends nothing for so long is let go
 
 
 class LivePage:
-    """The page as of now, made at most once for each state of the files, whoever asks."""
+    """The page as of now, made at most once for each state of the files, whoever asks. Of a run of stages it is that of the stage
+    that wrote last: it follows the training from one to the next."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run, self._kept, self._lock = run, Kept(), threading.Lock()
+    def __init__(self, path: Path) -> None:
+        self._path, self._run, self._kept, self._lock = path, RunDir(path), Kept(), threading.Lock()
+        self._stage = ""
         self._state: object = None
         self._html, self._tag, self._next = "", "", 0.0
         self._name, self._count = secrets.token_hex(8), 0
@@ -39,6 +41,7 @@ class LivePage:
     def get(self) -> tuple[str, str]:
         """HTML and its tag."""
         with self._lock:
+            self._follow()
             state = self._marks()
             if state != self._state and time.monotonic() >= self._next:
                 began = time.monotonic()
@@ -48,6 +51,17 @@ class LivePage:
                 self._next = time.monotonic() + SHARE * (time.monotonic() - began)
                 self._state = state
             return self._html, self._tag
+
+    def _follow(self) -> None:
+        """To the stage that wrote last."""
+        with contextlib.suppress(RunError):  # its list of stages is being written
+            if is_staged(self._path):
+                runs = list(stages_of(self._path).items())
+                k = max(range(len(runs)), key=lambda k: last_touched(runs[k][1].path))
+                name, run = runs[k]
+                if run.path != self._run.path:
+                    self._run, self._kept, self._state, self._next = run, Kept(), None, 0.0
+                    self._stage = f"Stage {k + 1} of {len(runs)}, {name}. "
 
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
         found = []
@@ -71,13 +85,15 @@ class LivePage:
             return render_page(
                 "waiting.html",
                 title=self._run.path.name,
-                live="Waiting for the run to begin.",
+                live=f"{self._stage}Waiting for the run to begin.",
                 where=str(self._run.path),
             )
         files = read_run(self._run, self._kept)
         done = bool(files.provenance and files.provenance.finished)
         return build_report(
-            self._run, live=f"Live; as of {at}. {'Trained to its end.' if done else 'Updates itself.'}", kept=self._kept
+            self._run,
+            live=f"{self._stage}Live; as of {at}. {'Trained to its end.' if done else 'Updates itself.'}",
+            kept=self._kept,
         )
 
 
@@ -135,7 +151,7 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(
     run: Path, port: int = 0, on_link: Callable[[str], None] = lambda link: None
 ) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -146,7 +162,7 @@ def served(
     """
     entrance = Entrance(on_link)
     try:
-        server = _Server((HERE, port), _handler(LivePage(RunDir(run)), entrance))
+        server = _Server((HERE, port), _handler(LivePage(run), entrance))
     except OSError as e:
         raise MachineError(
             8, f"{HERE}:{port}", f"cannot be used: {e.strerror}.", "Give another --port, or none."
