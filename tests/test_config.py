@@ -232,6 +232,12 @@ def test_a_block_that_may_be_a_name_is_told_by_its_key() -> None:
     assert refused(f"name: a\nmodel: {{init: random, heads: a}}\n{stages}").found == "model.heads is 'a'."
 
 
+def test_several_blocks_where_texts_belong_are_told() -> None:
+    for more in ("runs: {c: d}", "train: {epochs: -1}"):
+        error = refused(f"name: {{a: b}}\nmodel: m\ndata: {{train: t}}\n{more}\n")
+        assert (error.code, error.where) == ("E-RECIPE-103", "r.yaml:1:1"), more
+
+
 def test_recipes_are_frozen() -> None:
     recipe = parse_recipe(BASE, "r.yaml")
     for value in (recipe, recipe.data, recipe.train, recipe.tuning):

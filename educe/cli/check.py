@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +27,12 @@ _COLOURS = {"trained": "black on green", "content": "default", "template": "dim"
 
 
 def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) -> None:
-    """Each stage as a run, then what all of them cost. A warning that holds of several is shown with the first."""
-    told: set[str] = set()
+    """Each stage as a run, then what all of them cost. What is of the machine is said with the first."""
     for k, (name, c) in enumerate(stages.items()):
         console.rule(
             f"[bold]stage {k + 1} of {len(stages)}: {escape(name)}[/bold] ({c.recipe.objective.kind})", align="left"
         )
-        show_check(c, recipe, every=every, alone=False, told=told)
-        told.update(c.warnings)
+        show_check(c, recipe, every=every, alone=False, first=k == 0)
     total = sum(c.estimate.total_s for c in stages.values())
     ready = all(c.ready for c in stages.values())
     console.rule("[bold]all stages[/bold]", align="left")
@@ -45,9 +42,9 @@ def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) ->
     console.print(f"\nNext: educe train {escape(str(recipe))}" if ready else "")
 
 
-def show_check(c: Check, recipe: Path, *, every: bool = False, alone: bool = True, told: Collection[str] = ()) -> None:
+def show_check(c: Check, recipe: Path, *, every: bool = False, alone: bool = True, first: bool = True) -> None:
     """The verdict, what to look at, a table of what the run is, the rows that are not used, three rows as they are trained, the
-    checks (`every`: those that passed too). Warnings that are `told` are left out."""
+    checks (`every`: those that passed too). Only the `first` of several says what is of the machine."""
     s = c.prepared.summary
     unused = s["dropped"] + s["refused"]
     if c.ready:
@@ -57,7 +54,7 @@ def show_check(c: Check, recipe: Path, *, every: bool = False, alone: bool = Tru
         console.print("[bold red]Not ready:[/bold red]")
         for line in c.blockers:
             console.print(f"  {escape(line)}", soft_wrap=True)
-    for line in (w for w in c.warnings if w not in told):
+    for line in [*c.warnings, *(c.of_machine if first else [])]:
         console.print(f"[yellow]![/yellow] {escape(line)}", soft_wrap=True)
     console.print()
     table = Table.grid(padding=(0, 2))

@@ -294,10 +294,12 @@ def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) 
     found_at = [e["loc"] for e in error.errors()]
 
     def idle(e: ErrorDetails) -> bool:
-        """A list that is too short where what stands in it is wrong; a block that is no text where it is a wrong block."""
-        above = e["loc"] if e["type"] == "too_short" else e["loc"][:-1]
-        told = e["type"] == "too_short" or (e["type"] == "string_type" and isinstance(e["input"], Mapping))
-        return told and any(at != e["loc"] and at[: len(above)] == above for at in found_at)
+        """A list that is too short where what stands in it is wrong; a block that is no text where it may be one and is wrong."""
+        either = e["type"] == "string_type" and isinstance(e["input"], Mapping) and str(e["loc"][-1]).endswith("str")
+        above = e["loc"][:-1] if either else e["loc"]
+        return (either or e["type"] == "too_short") and any(
+            at != e["loc"] and at[: len(above)] == above for at in found_at
+        )
 
     errors = [e for e in error.errors() if not idle(e)]
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))

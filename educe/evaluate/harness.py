@@ -49,13 +49,15 @@ class _Wanted:
     until: tuple[str, ...]
 
 
-# (keys, ask) → the reply to each request: `ask` is given the places of those that are not known yet.
-Replies = Callable[[Sequence[str], Callable[[Sequence[int]], Sequence[Any]]], list[Any]]
+# (places of requests, how many replies are known) → those replies.
+Ask = Callable[[Sequence[int], int], Sequence[Any]]
+# (keys, ask, ready) → the reply to each request; `ready` is called before any is asked.
+Replies = Callable[[Sequence[str], Ask, Callable[[], Any]], list[Any]]
 
 
-def asked_anew(keys: Sequence[str], ask: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
+def asked_anew(keys: Sequence[str], ask: Ask, ready: Callable[[], Any]) -> list[Any]:
     """Nothing is known."""
-    return list(ask(range(len(keys))))
+    return list(ask(range(len(keys)), 0))
 
 
 class HarnessModel(LM):  # type: ignore[misc]
@@ -141,16 +143,13 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def _read(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
         """Of the weighted tokens of each text the log-probability, and whether each is the likeliest."""
-        done = 0
 
-        def ask(places: Sequence[int]) -> list[tuple[float, bool]]:
-            nonlocal done
-            tell = partial(_tell, self._progress, done, len(examples))
+        def ask(places: Sequence[int], known: int) -> list[tuple[float, bool]]:
+            tell = partial(_tell, self._progress, known, len(examples))
             read = read_texts(self._model(), [examples[k] for k in places], self._capacity, tell)
-            done += len(places)
             return [(r.log_p, r.greedy) for r in read]
 
-        return self._replies([hash_json(["read", *_written(e)]) for e in examples], ask)
+        return self._replies([hash_json(["read", *_written(e)]) for e in examples], ask, self._model)
 
     def _continued(self, context: str, continuation: str) -> Example:
         chat = self._chat(context)
@@ -213,17 +212,19 @@ class HarnessModel(LM):  # type: ignore[misc]
             asked[key] = asked.get(key, -1) + 1
             keys.append(f"{key}:{asked[key]}")
 
-        def ask(places: Sequence[int]) -> list[str]:
-            nonlocal done
+        def ask(places: Sequence[int], known: int) -> list[str]:
             choose = ending(chooser_of(wanted.sampling, [keys[k] for k in places]), wanted.until, self._tokenizer)
-            sampler, tell = LocalSampler(self._model(), self._tokenizer), partial(_tell, self._progress, done, total)
+            sampler, tell = (
+                LocalSampler(self._model(), self._tokenizer),
+                partial(_tell, self._progress, done + known, total),
+            )
             given = sampler.answer([prompts[k] for k in places], most, tell, choose=choose)
-            done += len(places)
             return [a.text for a in given]
 
         how = [asdict(wanted.sampling), wanted.until]
         draws = keys if wanted.sampling.temperature > 0 else [""] * len(keys)
-        texts = self._replies([hash_json(["answer", p, d, how]) for p, d in zip(prompts, draws, strict=True)], ask)
+        names = [hash_json(["answer", p, d, how]) for p, d in zip(prompts, draws, strict=True)]
+        texts = self._replies(names, ask, self._model)
         return [
             before(text if c is None or c.opened else answer_to(text, c.messages, self._tokenizer), wanted.until)
             for text, c in zip(texts, chats, strict=True)

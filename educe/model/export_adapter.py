@@ -41,6 +41,9 @@ def write_adapter(
     Raises `ModelError` for adapters that peft would put elsewhere.
     """
     model = adapted(base, weights, tuning, device, new_ids=tokenizer.new_tokens.values())
+    if tokenizer.new_tokens and getattr(model.base.get_output_embeddings(), "bias", None) is not None:
+        found = "has a head with a bias, which peft leaves out where rows of new tokens are trained."
+        raise ModelError(206, model.base.config.model_type, found, "Use --as merged.")
     if alpha != 1:
         dilute(model.network, alpha)
     config = model.network.peft_config["default"]

@@ -16,33 +16,42 @@ from torch import Tensor, nn
 
 
 class NewRows(TrainableTokensLayer):  # type: ignore[misc]
-    """peft's layer, with a forward of its own while one adapter is on. What it computes is peft's; where it differs is rounding."""
+    """peft's layer, with a forward of its own while one adapter is on. What it computes is peft's, with the bias of a head, which that
+    leaves out; where it differs is rounding."""
 
     as_peft = False
 
     def forward_adapters(self, x: Tensor, active_adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Vectors of ids `x`, or logits of hidden states `x`; with the head's bias, which peft leaves out."""
+        """Vectors of ids `x`, or logits of hidden states `x`."""
         base = self.base_layer
         own = len(active_adapters) == 1 and not (args or kwargs or self.merged or self.disable_adapters)
         if not own or self.as_peft:
-            out: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
-            return out + base.bias if own and isinstance(base, nn.Linear) and base.bias is not None else out
-        out = base(x)
-        ids_K = torch.tensor(self.token_indices[active_adapters[0]], device=out.device)
+            made: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
+            return made
+        out: Tensor = base(x)
+        ids_K = self._ids(active_adapters[0], out.device)
         rows_KD = self.trainable_tokens_delta[active_adapters[0]].to(base.weight.dtype)
         if isinstance(base, nn.Embedding):
             scale = self._get_embed_scale()
             rows_KD = rows_KD if scale is None else rows_KD * scale.to(rows_KD.dtype)
-            place = torch.searchsorted(ids_K, x).clamp_(max=len(ids_K) - 1)
-            return torch.where((ids_K[place] == x)[..., None], rows_KD[place], out)
+            is_one = x[..., None] == ids_K
+            place = is_one.to(torch.uint8).argmax(-1)
+            return torch.where(is_one.any(-1)[..., None], nn.functional.embedding(place, rows_KD), out)
         bias_K = None if base.bias is None else base.bias[ids_K]
         return out.index_copy_(
             -1, ids_K, nn.functional.linear(x, rows_KD, bias_K)
         )  # nothing else has seen these logits
 
+    def _ids(self, name: str, device: torch.device) -> Tensor:
+        """On the device: put there once, since the host would wait."""
+        held: Tensor | None = self.__dict__.get("_held_ids")
+        if held is None or held.device != device:
+            held = self.__dict__["_held_ids"] = torch.tensor(self.token_indices[name], device=device)
+        return held
+
 
 def computes_rows(network: nn.Module) -> None:
-    """Trained rows of the network compute as here from now on. Their ids are sorted."""
+    """Trained rows of the network compute as here from now on, but beside an embedding that changes its rows when they are read."""
     for module in network.modules():
-        if type(module) is TrainableTokensLayer:
+        if type(module) is TrainableTokensLayer and getattr(module.base_layer, "max_norm", None) is None:
             module.__class__ = NewRows

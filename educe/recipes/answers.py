@@ -19,6 +19,7 @@ from educe.files.run_dir import RunDir
 from educe.model.device import Device
 from educe.model.load import CausalLM
 from educe.model.source import Say
+from educe.recipes.arithmetic import arithmetic_of
 from educe.recipes.both import Both
 from educe.recipes.naming import row_names
 from educe.recipes.prepare import Prepared
@@ -153,4 +154,4 @@ def _cache_file(run: RunDir, both: Both, ids: list[list[int]], max_new_tokens: i
 def base_key(run: RunDir, device: Device, asked: Any) -> str:
     """Of what the run's untouched model says to `asked`, in the device's arithmetic."""
     provenance: dict[str, Any] = run.load(run.provenance)
-    return hash_json([provenance["model"]["sha256"], *asked, device.dtype, provenance["packages"]])[:24]
+    return hash_json([provenance["model"]["sha256"], *asked, *arithmetic_of(device)])[:24]

@@ -52,6 +52,7 @@ class Check:
     reasons: list[dict[str, Any]]
     odd: list[str]
     warnings: list[str]
+    of_machine: list[str]
     blockers: list[str]
     findings: list[Finding]
 
@@ -65,7 +66,7 @@ class Check:
         return {
             "ready": self.ready,
             "blockers": self.blockers,
-            "warnings": self.warnings,
+            "warnings": [*self.warnings, *self.of_machine],
             "odd": self.odd,
             "rows": {"in": s["rows_in"], **s["rows"], "dropped": s["dropped"], "refused": s["refused"]},
             "tokens": s["tokens"],
@@ -149,7 +150,8 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
         free_disk_bytes=free,
         reasons=_reasons(prepared),
         odd=odd,
-        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan), *busy(device.kind)],
+        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan)],
+        of_machine=busy(device.kind),
         blockers=blockers,
         findings=findings,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,16 +14,18 @@ from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
 from educe.model.source import Say
 
-_PIECE = 128  # requests between two writes to disk: what a killed process loses
+# (places of requests, how many replies are known) → those replies.
+Ask = Callable[[Sequence[int], int], Sequence[Any]]
+_PIECE = 64  # requests between two writes to disk: what a killed process loses
 
 
 class KeptReplies:
     """One model's, in a file of its own. `seconds`: what all replies given took, those of the cache when they were made."""
 
     def __init__(self, name: str, of: Any, say: Say) -> None:
-        """`of` holds all that replies depend on but the requests."""
+        """`of` holds all that replies depend on but the requests and how many are asked together."""
         self._name, self._say = name, say
-        self._file = cache_dir() / "answers" / f"replies-{hash_json(of)[:24]}.jsonl"
+        self._file = cache_dir() / "answers" / f"replies-{hash_json([of, _PIECE])[:24]}.jsonl"
         self._lines: dict[str, dict[str, Any]] = {}
         self._journal = Journal(self._file, say)
         self.seconds = 0.0
@@ -37,22 +40,29 @@ class KeptReplies:
         with one_at_a_time(self._file.with_suffix(".lock"), waits):
             self._journal.begin(lambda line: True, keys={"key", "seconds", "reply"})
             self._lines = {line["key"]: line for line in read_jsonl(self._file)}
-            yield
-            self._journal.settle(must=False)
+            try:
+                yield
+            finally:
+                self._journal.settle(must=False)
 
-    def replies(self, keys: Sequence[str], ask: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
-        """The reply to each request, by its key; `ask` is given the places of those that are missing, some at a time."""
-        todo = [k for k, key in enumerate(keys) if key not in self._lines]
-        if len(todo) < len(keys):
-            known = len(keys) - len(todo)
+    def replies(self, keys: Sequence[str], ask: Ask, ready: Callable[[], Any]) -> list[Any]:
+        """The reply to each request, by its key; `ask` is given the places of those that are missing, some at a time, and how many are
+        known; `ready` is called before, where there is one. A number that is none (of a broken model) is not kept."""
+        missing = {key: k for k, key in reversed([*enumerate(keys)]) if key not in self._lines}
+        todo = sorted(missing.values())
+        known = sum(key not in missing for key in keys)
+        if known:
             self._say(f"{self._name}: {known} of {len(keys)} replied to before on this machine; taken from the cache")
-        for piece in (todo[k : k + _PIECE] for k in range(0, len(todo), _PIECE)):
-            began = time.perf_counter()
-            replies = ask(piece)
+        if todo:
+            ready()
+        for at in range(0, len(todo), _PIECE):
+            piece, began = todo[at : at + _PIECE], time.perf_counter()
+            replies = ask(piece, len(keys) - len(todo) + at)
             took = (time.perf_counter() - began) / len(piece)
             for k, reply in zip(piece, replies, strict=True):
                 line = {"key": keys[k], "seconds": took, "reply": reply}
                 self._lines[keys[k]] = line
-                self._journal.append(line)
+                if not isinstance(reply, tuple) or all(map(math.isfinite, reply)):
+                    self._journal.append(line)
         self.seconds += sum(self._lines[key]["seconds"] for key in keys)
         return [self._lines[key]["reply"] for key in keys]

@@ -20,6 +20,7 @@ from educe.model.describe import describe_model
 from educe.model.device import Device
 from educe.model.load import CausalLM
 from educe.model.source import Say
+from educe.recipes.arithmetic import arithmetic_of
 from educe.recipes.both import Both
 from educe.recipes.eval import final_weights, models_of
 from educe.recipes.prepare import Prepared
@@ -36,9 +37,9 @@ class KeptSampler:
     def __init__(
         self, name: str, model: Callable[[], CausalLM], of: Any, prepared: Prepared, recipe: Recipe, say: Say
     ) -> None:
-        """`of` holds all that answers depend on but the prompts and how they are drawn."""
+        """`of` holds all that answers depend on but the prompts, how they are drawn and how many are asked together."""
         self.name, self._model, self._prepared, self._recipe, self._say = name, model, prepared, recipe, say
-        self.kept = cache_dir() / "answers" / f"kept-{hash_json(of)[:24]}.jsonl"
+        self.kept = cache_dir() / "answers" / f"kept-{hash_json([of, CHUNK])[:24]}.jsonl"
         self.seconds = 0.0
 
     def sample(
@@ -84,9 +85,11 @@ class KeptSampler:
         done = len(keys) - len(todo)
         if done:
             self._say(f"{self.name}: {done} of {len(keys)} answered before on this machine; taken from the cache")
-        for chunk in (todo[k : k + CHUNK] for k in range(0, len(todo), CHUNK)):
-            sampler = LocalSampler(self._model(), self._prepared.tokenizer, self.name)
-            began = time.perf_counter()
+        if not todo:
+            return found
+        sampler = LocalSampler(self._model(), self._prepared.tokenizer, self.name)
+        for at in range(0, len(todo), CHUNK):
+            chunk, began = todo[at : at + CHUNK], time.perf_counter()
             given = sampler.sample([prompts[k] for k in chunk], sampling, _after(done, progress))
             took = (time.perf_counter() - began) / len(chunk)
             for k, answer in zip(chunk, given, strict=True):
@@ -104,7 +107,7 @@ def _after(done: int, progress: Callable[[int], None] | None) -> Callable[[int],
 
 def answers_depend_on(tokenizer: ChatTokenizer, device: Device) -> list[Any]:
     """What answers depend on besides weights, prompts and how they are drawn."""
-    return [sorted(tokenizer.stop), tokenizer.tokenizer_hash, device.dtype, CHUNK]
+    return [sorted(tokenizer.stop), tokenizer.tokenizer_hash, *arithmetic_of(device)]
 
 
 def samplers_of(run: RunDir, say: Say) -> Callable[[str], KeptSampler]:
@@ -120,5 +123,5 @@ def answers_of_both(run: RunDir, both: Both, say: Say) -> dict[str, Any]:
     """All that the answers of the "untouched" and the "tuned" model depend on but prompts and how they are drawn."""
     weights, provenance = final_weights(run, say), run.load(run.provenance)
     on = answers_depend_on(both.prepared.tokenizer, both.device)
-    of = [provenance["model"]["sha256"], *on, provenance["packages"]]
+    of = [provenance["model"]["sha256"], *on]
     return {"untouched": of, "tuned": [*of, hash_file(weights), both.recipe.tuning.model_dump(mode="json")]}

@@ -77,8 +77,9 @@ def process_bytes(*, loads: bool = False) -> int:
     return int(psutil.Process().memory_info().rss) + (200_000_000 if loads and "peft" not in sys.modules else 0)
 
 
-def memory_of(kind: str) -> int:
-    """Bytes that a run may use: what is free now, on the GPU or in the system, and what this process has of it already."""
+def memory_of(kind: str, ranks: int = 1) -> int:
+    """Bytes that a run may use: what is free now, on the GPU or in the system, there divided over `ranks`, and what this process has
+    of it already. Pages of files, such as mapped weights, are free as the system counts."""
     if kind == "cuda":
         import torch
 
@@ -86,4 +87,5 @@ def memory_of(kind: str) -> int:
         return int(free + torch.cuda.memory_reserved())  # what others have taken is not ours
     from educe.model.device import free_host_memory
 
-    return free_host_memory() + process_bytes()
+    held = psutil.Process().memory_info()
+    return free_host_memory() // ranks + int(held.rss - getattr(held, "shared", 0))

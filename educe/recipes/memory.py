@@ -103,7 +103,7 @@ def memory_of_run(
     """The plan for the memory that is there now; on a CPU `ranks` share it. `process`: what a process held before its model was
     loaded; None: what this one holds, which has none."""
     reach, spread = kept_attention(plan.drawn(prepared.store("train").lengths), on_gpu=device.kind == "cuda")
-    there = memory_of(device.kind) / (1 if device.kind == "cuda" else ranks)
+    there = memory_of(device.kind, ranks)
     return plan_memory(
         facts,
         recipe,
@@ -154,7 +154,7 @@ def plan_memory(
         optimizer=trained * ((0 if own else 4) + (8 if recipe.train.optimizer == "adamw" else 2.1)),
         activations=0.0,
         logits=min(logit_bytes, logits) * (2 if recipe.train.kl_to_base else 1) + head_slope,
-        process=max(_PROCESS_BYTES, process) if device.kind == "cpu" else 0.0,
+        process=max(_PROCESS_BYTES, process) if device.kind != "cuda" else 0.0,
         logit_bytes=logit_bytes,
         num_layers=facts.num_layers,
         recomputed_layers=0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from educe.model.describe import ModelFacts
 from educe.model.device import Device
 from educe.model.four_bit import num_packed
 from educe.pack.plan import PLAN_VERSION
+from educe.recipes.arithmetic import PACKAGES, version_of
 from educe.recipes.model_of import weights_hash
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.trainee import Trainee
 from educe.secrets import redacted_values
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "jinja2")
 # Bump when the same settings and data would train other weights.
 TRAIN_VERSION = 5
 
@@ -76,7 +75,7 @@ def how_it_is_computed(device: Device, t: Trainee, ranks: int, started: str | No
         "compiled": t.compiled,
         "ranks": ranks,
         "memory": t.memory.as_json(),
-        "packages": {p: _version(p) for p in (*_PACKAGES, *low)},
+        "packages": {p: version_of(p) for p in (*PACKAGES, *low)},
         "threads": torch.get_num_threads(),
         "started": started or _now(),
     }
@@ -92,7 +91,7 @@ def provenance_of(
     """provenance.json as it is while the run goes on; `how`: see `how_it_is_computed`."""
     hashes = _data_hashes(recipe)
     made = {
-        "educe": _version("educe"),
+        "educe": version_of("educe"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **how,
@@ -174,13 +173,6 @@ def _data_hashes(recipe: Recipe) -> dict[str, str]:
     """One hash for the files of each task and split."""
     hashes = {name: [hash_file_once(f) for f in files] for name, files in _data_files(recipe).items()}
     return {name: found[0] if len(found) == 1 else hash_json(found) for name, found in hashes.items()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _now() -> str:

@@ -40,7 +40,7 @@ def check_stages(
     said: set[str] = set()
 
     def say_once(line: str) -> None:
-        if line not in said:
+        if line.startswith("warning: ") or line not in said:
             said.add(line)
             say(line)
 

@@ -6,6 +6,7 @@ where that is asked for.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,6 +80,7 @@ def train_stages(
         mine = tuple(f for f in how.allow if recipe.learns_pairs or not f.startswith("objective."))
         going = replace(how, allow=mine, stays=k + 1 < len(runs))
         _one(partial(train, recipe, text, say, screen, going, dog), name)
+        gc.collect()  # what is left of a stage would be planned for as if the next one needed it
         release_free_memory()
     return made
 

@@ -36,8 +36,8 @@ def text_of(path: Path) -> str:
 
 def _parts(path: Path) -> tuple[Path, str]:
     """FILE#STAGE, unless there is a file of that name."""
-    file, _, name = str(path).rpartition("#")
-    return (Path(file), name) if file and not path.exists() else (path, "")
+    file, _, name = path.name.rpartition("#")
+    return (path.with_name(file), name) if file and name and not path.exists() else (path, "")
 
 
 def stage_of(staged: StagedRecipe, k: int, *, to_train: bool = False, untrained: bool = False) -> Recipe:

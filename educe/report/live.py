@@ -56,12 +56,11 @@ class LivePage:
         """To the stage that wrote last."""
         with contextlib.suppress(RunError):  # its list of stages is being written
             if is_staged(self._path):
-                runs = list(stages_of(self._path).items())
-                k = max(range(len(runs)), key=lambda k: last_touched(runs[k][1].path))
-                name, run = runs[k]
+                runs = enumerate(stages_of(self._path).items(), 1)
+                k, (name, run) = max(runs, key=lambda each: last_touched(each[1][1].path), default=(0, ("", self._run)))
                 if run.path != self._run.path:
                     self._run, self._kept, self._state, self._next = run, Kept(), None, 0.0
-                    self._stage = f"Stage {k + 1} of {len(runs)}, {name}. "
+                    self._stage = f"Stage {k}, {name}. "
 
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
         found = []

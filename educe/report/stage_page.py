@@ -54,6 +54,8 @@ def stages_markdown(found: Mapping[str, Any]) -> str:
     for line in found["measures"]:
         cells = [value_text(line, v) for v in line["values"].values()]
         lines.append(f"| {named(line)} ({line['rows']}) | " + " | ".join(cells) + " |")
+    if said := _of_suite(found).strip():
+        lines += ["", said]
     return "\n".join(lines) + "\n"
 
 
