@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 from educe.config import Recipe  # noqa: E402
 from educe.model import attention  # noqa: E402
+from educe.model import device as device_module  # noqa: E402
 from educe.model.describe import ModelFacts  # noqa: E402
 from educe.model.device import Device  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
 from educe.pack.plan import PackPlan, plan_packs  # noqa: E402
+from educe.recipes.machine import memory_of, process_bytes  # noqa: E402
 from educe.recipes.memory import MemoryPlan, kept_attention, layer_bytes, memory_plan_of, plan_memory  # noqa: E402
 from educe.types import Example  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
@@ -133,6 +135,21 @@ def test_each_part_is_what_it_says() -> None:
     assert memory_plan_of(full.as_json()) == full
     assert "12% above the plan" in full.compared(1.12 * full.total)
     assert "3% below the plan" in replace(full, process=0.0).compared(0.97 * full.total)
+
+
+def test_mapped_weights_are_not_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of a file are this process's and free as the system counts (held still here, since others use it too); its own memory
+    is not free any more."""
+    monkeypatch.setattr(device_module, "free_host_memory", lambda: 10**10)
+    (tmp_path / "weights").write_bytes(bytes(200_000_000))
+    there, held = memory_of("cpu"), process_bytes()
+    mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
+    assert int(mapped[::4096].sum()) == 0
+    assert process_bytes() - held > 150_000_000
+    assert memory_of("cpu") - there < 50_000_000
+    own = np.ones(200_000_000, np.uint8)
+    assert memory_of("cpu") - there > 150_000_000 * own[0]
+    assert memory_of("cpu", ranks=4) - there < -7_000_000_000
 
 
 RECIPE = """
