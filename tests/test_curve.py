@@ -140,6 +140,7 @@ def measured(label: str, mean: float, right: int | None = None, seed: int = 0) -
         (measured("50", 2.0), measured("100", 1.8, seed=1), "helps", "loss", "dev loss fell by 0."),
         (measured("50", 1.8), measured("100", 2.0, seed=1), "hurts", "loss", "dev loss rose by 0."),
         (measured("50", 2.0), measured("100", 2.002, seed=1), "open", "loss", "dev rows"),
+        (measured("50", 2.0), measured("100", 1.9999), "level", "loss", "gave nothing at the last"),
         (measured("50", 2.0, 20), measured("100", 2.5, 40), "helps", "score", "score rose by 40.0 points"),
         (measured("50", 2.0, 40), measured("100", 2.5, 41), "open", "score", "dev rows"),
         (measured("50", 2.0, 40), measured("100", 1.5, 40), "helps", "loss", "dev loss fell"),

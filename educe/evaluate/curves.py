@@ -28,12 +28,16 @@ class Measured:
     scores_SQ: tuple[tuple[float, ...], ...]
 
 
+# Changes of dev loss in nats a token that are worth no word, however surely they are not 0.
+_LEVEL = 0.001
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """`kind`: more data helped, made it worse, or nothing could be told. `gain` of the last point on the one before it, better is
+    """`kind`: more data helped, changed nothing worth a word, made it worse, or nothing could be told. `gain` of the last point on the one before it, better is
     positive; `spread`: of the seeds. `needed`: dev rows that would show the difference as it was seen, 4 times in 5."""
 
-    kind: Literal["helps", "hurts", "open"]
+    kind: Literal["helps", "level", "hurts", "open"]
     by: By
     gain: Interval
     needed: int | None
@@ -79,6 +83,9 @@ def judge(points: Sequence[Measured], weights_R: Sequence[float], unit: str) -> 
     gain = found.both or found.rows
     step = f"from {before.label} to {after.label}"
     amount = f"{_said(gain.value, by)} (95 %: {_said(gain.low, by)} to {_said(gain.high, by)})"
+    if by == "loss" and -_LEVEL < gain.low <= gain.high < _LEVEL:
+        text = f"More {unit} gave nothing at the last: {step} dev loss changed by less than {_said(_LEVEL, by)} a token."
+        return Judgement(kind="level", by=by, gain=gain, needed=None, text=text)
     if gain.low > 0:
         what = "the dev score rose" if by == "score" else "dev loss fell"
         text = f"More {unit} helped up to the last: {step} {what} by {amount}. It had not levelled off."
