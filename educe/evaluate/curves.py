@@ -34,8 +34,9 @@ _LEVEL = 0.001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """`kind`: more data helped, changed nothing worth a word, made it worse, or nothing could be told. `gain` of the last point on the one before it, better is
-    positive; `spread`: of the seeds. `needed`: dev rows that would show the difference as it was seen, 4 times in 5."""
+    """`kind`: more data helped, changed nothing worth a word, made it worse, or nothing could be told. `gain` of the last point on the
+    one before it, better is positive; `spread`: of the seeds. `needed`: dev rows that would show the difference as it was seen, 4
+    times in 5."""
 
     kind: Literal["helps", "level", "hurts", "open"]
     by: By
@@ -84,7 +85,9 @@ def judge(points: Sequence[Measured], weights_R: Sequence[float], unit: str) -> 
     step = f"from {before.label} to {after.label}"
     amount = f"{_said(gain.value, by)} (95 %: {_said(gain.low, by)} to {_said(gain.high, by)})"
     if by == "loss" and -_LEVEL < gain.low <= gain.high < _LEVEL:
-        text = f"More {unit} gave nothing at the last: {step} dev loss changed by less than {_said(_LEVEL, by)} a token."
+        text = (
+            f"More {unit} gave nothing at the last: {step} dev loss changed by less than {_said(_LEVEL, by)} a token."
+        )
         return Judgement(kind="level", by=by, gain=gain, needed=None, text=text)
     if gain.low > 0:
         what = "the dev score rose" if by == "score" else "dev loss fell"
