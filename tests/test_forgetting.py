@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from educe.chat.tokens import load_tokenizer  # noqa: E402
 from educe.chat.turns import Row, find_turn  # noqa: E402
+from educe.errors import UsageError  # noqa: E402
 from educe.evaluate.drift import Texts  # noqa: E402
 from educe.evaluate.forgetting import Said, as_scores, flags, prompt_change, text_change  # noqa: E402
 from educe.evaluate.general import own_passages  # noqa: E402
@@ -23,6 +24,7 @@ from educe.evaluate.shift import MARGINAL, Asked, Place, base_ranks, by_position
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.blended import read_packed  # noqa: E402
 from educe.model.load import CausalLM, load_model  # noqa: E402
+from educe.recipes import both  # noqa: E402
 from educe.recipes.effect import rows_within  # noqa: E402
 from educe.recipes.forgetting import heard  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
@@ -282,6 +284,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
         path = recipe(place, "small", epochs=8)
         path.write_text(path.read_text().replace("few_shot: 0", "few_shot: 2"), encoding="utf-8")
         yield train(path)
+
+
+def test_a_general_text_that_is_none_is_told_before_a_model_is_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(both, "load_model", None)
+    with pytest.raises(UsageError, match=r"none\.txt cannot be read"):
+        run.eval(general=run.path / "none.txt")
 
 
 def test_eval_says_what_was_forgotten_and_where_answers_shift(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = ("torch", "transformers", "peft", "safetensors", "lm_eval")
 ROOMS = ("types", "errors", "config", "files", "seeds", "stats", "data", "chat", "store", "pack", "report")
@@ -59,3 +60,20 @@ def test_help_lists_the_job_in_order_then_the_rest() -> None:
     assert re.findall(r"(?m)^  (\w+) ", more) == [
         "blend", "curve", "data", "judge", "ledger", "lr", "prepare", "quickstart", "rows", "serve", "template", "watch"]  # fmt: skip
     assert text.endswith("[]")
+
+
+def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: a\nmodel: m\ndata: {train: t.jsonl}\ntrain: {epochs: 0.3}\n")
+    code = (
+        f"import sys, atexit; atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules])); "
+        f"from educe.cli.main import main; main(['train', {str(tmp_path / 'r.yaml')!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "train.epochs is 0.3" in done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_terminal_draws_no_pictures_for_names() -> None:
+    code = "from educe.cli.screens import say; say('grading by grade.py:boom: it runs as you')"
+    assert "grade.py:boom: it runs" in "".join(python(code))

@@ -17,7 +17,7 @@ from educe.secrets import redacted
 if TYPE_CHECKING:
     from educe.training.state import StepReport
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)  # "grade.py:boom: it runs as you" holds no picture
 _PLAIN_EVERY_S = 10.0
 NAMES = {"untouched": "untouched", "few_shot": "untouched, best prompt", "tuned": "tuned"}
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
 from educe.evaluate.compare import ABOUT, SYSTEMS, expected_loss, grade, regrade, score, ungraded, unjudged
+from educe.evaluate.general import read_passages
 from educe.evaluate.metrics.question import Question
 from educe.files.atomic import make_private, told, write_json
 from educe.files.hashes import hash_json
@@ -153,6 +154,8 @@ def evaluate(
     if also is not None and samples > 1:
         found = "gives one answer to each row, and --samples wants several."
         raise UsageError(101, "--also", found, "Leave one of --also and --samples out.")
+    if general is not None:
+        read_passages(general)  # what is wrong with the file is told before any model is asked
     old = run.load(run.scores) if run.scores.is_file() else {}
     if regrade_only:
         table, weights = _stored(run, old), old.get("weights")

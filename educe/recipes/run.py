@@ -356,15 +356,15 @@ def train(
     begun with. With `hang_after_s` a run without a sign of life for so long writes its stacks and ends the whole process.
     """
     stop_at = time.monotonic() + stop_after_s if stop_after_s is not None else None
+    path = Path(recipe)
+    loaded = recipe_or_stages(path, to_train=True)  # a mistake in it is told before seconds of imports
+    if redo and isinstance(loaded, Recipe):
+        raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     need_torch()
     from educe.recipes.job import How
     from educe.recipes.train import train as run_train
     from educe.training.watchdog import watched
 
-    path = Path(recipe)
-    loaded = recipe_or_stages(path, to_train=True)
-    if redo and isinstance(loaded, Recipe):
-        raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     shown = screen if screen is not None and leads() else Silent()
     how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
     tells = say if leads() else quiet

@@ -52,7 +52,9 @@ def _graded(function: Scoring, entry: str, answer: str, question: Question) -> V
         score = function(answer, question.expected, row)
     except Exception as e:
         found = f"{entry} raised {type(e).__name__}: {e}"
-        raise EvalError(202, question.row, found, "Mend it, then `educe eval --regrade`.") from e
+        raise EvalError(
+            202, question.row, found, "Mend it and run this again; `educe eval --regrade` grades stored answers."
+        ) from e
     if not isinstance(score, (bool, int, float)) or not math.isfinite(score) or not 0 <= score <= 1:
         found = f"{entry} gave {score!r:.60}."
         raise EvalError(202, question.row, found, "Give a number from 0 to 1, or True or False.")
