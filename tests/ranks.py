@@ -20,6 +20,7 @@ from educe.errors import MachineError, TrainError
 from educe.files.atomic import verify
 from educe.model.device import Device
 from educe.model.load import load_model
+from educe.model.saving import save_network
 from educe.pack.batch import rank_step
 from educe.pack.plan import PackPlan, plan_packs
 from educe.parallel.world import World, join
@@ -208,6 +209,13 @@ def of_pairs(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     return found
 
 
+def written(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
+    """A model that every rank writes, each to a place of its own."""
+    at = place / f"written-{world.rank}"
+    save_network(load_model(model_dir, cpu("float32")).network, at)
+    return {"written": sorted(p.name for p in at.iterdir())}
+
+
 def resharded(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
     """Go on from what other numbers of ranks wrote."""
     return {"resharded": {n: everything(going_on(place / f"of-{n}", model_dir, world)) for n in (1, 4)}}
@@ -301,6 +309,7 @@ def staged(place: Path, model_dir: Path, world: World) -> dict[str, Any]:
 JOBS = {
     "refused": refused,
     "staged": staged,
+    "written": written,
     "spoilt": spoilt,
     "steps": steps,
     "more": more,

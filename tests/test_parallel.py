@@ -41,7 +41,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     torch.set_num_threads(1)
     one = [ranks.JOBS[job](place, tiny_model, ALONE) for job in ("steps", "more", "pairs")]
     four = results("steps", place, tiny_model, 4)
-    jobs = "steps, more, pairs, resharded, refused, staged, spoilt"
+    jobs = "steps, more, pairs, resharded, refused, staged, written, spoilt"
     return {0: place, 1: [one[0] | one[1] | one[2]], 2: results(jobs, place, tiny_model, 2), 4: four}
 
 
@@ -138,6 +138,12 @@ def test_the_rank_whose_loss_is_no_number_is_named_by_all(found: dict[int, Any])
 def test_ranks_try_a_refused_checkpoint_again_together(found: dict[int, Any]) -> None:
     """Rank 0 alone knows that it was refused: were it alone to copy again, the others would wait for ever."""
     assert [one["refused"] for one in found[2]] == [True, True]
+
+
+def test_any_rank_can_write_a_model(found: dict[int, Any]) -> None:
+    """As one does for a stage that starts from another's weights; transformers itself would write nothing but on rank 0."""
+    for one in found[2]:
+        assert {"config.json", "model.safetensors"} <= {*one["written"]}
 
 
 def test_a_copy_that_fails_on_one_rank_leaves_none_waiting(found: dict[int, Any]) -> None:

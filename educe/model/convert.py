@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from educe.errors import ModelError
 from educe.files.atomic import directory
 from educe.model.load import quiet
+from educe.model.saving import save_network
 
 _SPACE = "\u2581"
 
@@ -32,7 +33,7 @@ def convert(file: Path, target: Path, card: str, papers: Mapping[str, bytes]) ->
     with quiet():
         model = _dequantised(file)
         with directory(target, about={"stage": "model", "from": file.name}) as part:
-            model.save_pretrained(part)
+            save_network(model, part)
             TOKENIZERS[kind](file, fields, part)
             for name, text in {"README.md": card.encode(), **papers}.items():
                 (part / name).write_bytes(text)

@@ -24,6 +24,7 @@ from educe.model.attention import answers_with
 from educe.model.describe import weight_files
 from educe.model.device import Device
 from educe.model.load import CausalLM, load_model, quiet
+from educe.model.saving import save_network
 from educe.types import Conversation, Message
 
 # One file of weights has at most so many bytes: hosts and file systems know limits.
@@ -147,7 +148,7 @@ def write_model(
     `tokenizer` is the one that training used, with the control tokens that its template added and with its template; `system`
     the prompt that training put before rows without one.
     """
-    model.network.save_pretrained(directory, max_shard_size=MAX_SHARD_BYTES)
+    save_network(model.network, directory, max_shard_size=MAX_SHARD_BYTES)
     write_tokenizer(base, tokenizer, directory, system=system)
     write_stops(directory, tokenizer)
     (directory / "README.md").write_text(card, encoding="utf-8")
