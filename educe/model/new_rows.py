@@ -1,7 +1,7 @@
 """Trained rows of a frozen embedding and of its head: those of tokens that are new to the model.
 
 peft copies the whole matrix and puts the rows in, for every piece of the loss, and its gradient is the whole matrix again. Here the
-rows are looked up, and multiplied with, beside the matrix: a step of Gemma 3 270M (a vocabulary of 262,144) takes 20 % less.
+rows are looked up, and multiplied with, beside the matrix: a step of Gemma 3 270M (a vocabulary of 262,144) takes 17 % less.
 
 Shape legend: K new tokens, D hidden size.
 """
