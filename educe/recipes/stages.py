@@ -66,6 +66,7 @@ def train_stages(
             make_private(made.path)
         if redo:
             _make_way(staged, _told_by(staged, redo), say, dog)
+            say("where this is stopped, the same command without --redo goes on; with it the stage is deleted again")
         write_text(made.path / "recipe.yaml", text)
         stages = {name: run.path.name for name, run in runs.items()}
         write_json(
