@@ -226,7 +226,7 @@ def test_tasks_of_files_are_run_before_and_after(trained: Run, tasks: Path, caps
         patch.setattr(both, "load_model", None)
         patch.setattr(both, "merged", None)
         assert run_tasks(trained, tasks, "--suite-rows", "8") == [choice, answers, text]
-    assert "untouched: 32 of 32 replied to before on this machine" in capsys.readouterr().out
+    assert "untouched: 32 of 32 answered before on this machine" in capsys.readouterr().out
     (chatted,) = run_tasks(trained, tasks, "--chat", "--suite-rows", "8")
     assert chatted["chat"] is True
     said = read_jsonl(trained.dir.suites / "lm-eval-tiny_choice" / "tuned.jsonl")

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from educe.files.jsonl import read_jsonl
-from educe.recipes.kept_replies import _PIECE, KeptReplies
+from educe.recipes.kept_replies import KeptReplies
 
-KEYS = [f"request {k}" for k in range(_PIECE + 20)]
+PIECE = 8
+KEYS = [f"request {k}" for k in range(PIECE + 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,21 +41,21 @@ class Asked:
 
 
 def replied(of: Any, asked: Asked, keys: Sequence[str] = KEYS, said: list[str] | None = None) -> list[Any]:
-    kept = KeptReplies("tuned", of, (said if said is not None else []).append)
+    kept = KeptReplies("tuned", of, (said if said is not None else []).append, piece=PIECE)
     with kept.open():
         return kept.replies(keys, asked, asked.ready)
 
 
 def test_what_was_replied_before_a_kill_is_not_asked_again() -> None:
-    first, second, third = Asked(dies_after=_PIECE), Asked(), Asked()
+    first, second, third = Asked(dies_after=PIECE), Asked(), Asked()
     with pytest.raises(KeyboardInterrupt):
         replied("w", first)
     said: list[str] = []
     found = replied("w", second, said=said)
-    assert (first.places, second.places) == ([*range(_PIECE)], [*range(_PIECE, len(KEYS))])
-    assert second.known == [_PIECE]
+    assert (first.places, second.places) == ([*range(PIECE)], [*range(PIECE, len(KEYS))])
+    assert second.known == [PIECE]
     assert [log_p for log_p, _ in found] == [-1.0 * k for k in range(len(KEYS))]
-    assert f"tuned: {_PIECE} of {len(KEYS)} replied to before on this machine; taken from the cache" in said
+    assert f"tuned: {PIECE} of {len(KEYS)} answered before on this machine; taken from the cache" in said
     assert [list(x) for x in replied("w", third)] == [list(x) for x in found]
     assert (third.places, third.loads) == ([], 0)
 
@@ -71,8 +72,8 @@ def test_a_number_that_is_none_is_given_and_not_kept(tmp_path: Path) -> None:
     def broken(places: Sequence[int], known: int) -> list[Any]:
         return [(math.nan, False), (-math.inf, False), (-2.0, True)]
 
-    kept = KeptReplies("tuned", "w", lambda _: None)
+    kept = KeptReplies("tuned", "w", lambda _: None, piece=PIECE)
     with kept.open():
         assert math.isnan(kept.replies(["x", "y", "z"], broken, lambda: None)[0][0])
-    (file,) = (tmp_path / "answers").glob("replies-*.jsonl")
+    (file,) = (tmp_path / "answers").glob("kept-*.jsonl")
     assert [line["key"] for line in read_jsonl(file)] == ["z"]

@@ -104,14 +104,14 @@ def test_two_processes_that_ask_the_same_take_turns(run: Run) -> None:
     how = Sampling(max_new_tokens=3)
     first = samplers_of(run.dir, said.append)("tuned")
     given = first.sample(prompts, how)
-    *before, last = first.kept.read_text().splitlines(keepends=True)
+    *before, last = first.kept.file.read_text().splitlines(keepends=True)
 
     def never() -> Any:
         raise AssertionError("a model was loaded, or a lock waited for")
 
     with ThreadPoolExecutor(1) as pool:
-        with one_at_a_time(first.kept.with_suffix(".lock"), never):
-            first.kept.write_text("".join(before))
+        with one_at_a_time(first.kept.file.with_suffix(".lock"), never):
+            first.kept.file.write_text("".join(before))
             second = samplers_of(run.dir, said.append)("tuned")
             second._model = never
             said.clear()
@@ -119,11 +119,11 @@ def test_two_processes_that_ask_the_same_take_turns(run: Run) -> None:
             while not said:
                 time.sleep(0.01)
             assert not asked.done()
-            with first.kept.open("a") as f:
+            with first.kept.file.open("a") as f:
                 f.write(last)
         assert [a.text for a in asked.result(30)] == [a.text for a in given]
     assert "another process" in said[0]
-    assert first.kept.read_text() == "".join([*before, last])
+    assert first.kept.file.read_text() == "".join([*before, last])
     assert second.seconds == pytest.approx(first.seconds)
 
 

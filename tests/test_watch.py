@@ -66,7 +66,16 @@ def test_the_page_of_a_chain_follows_it_from_stage_to_stage(tmp_path: Path) -> N
     chain.mkdir()
     with watching(chain) as (port, page, links):
         cookie = enter(port, page, links)
+
+        def shows(text: str) -> None:
+            deadline = time.monotonic() + 10
+            while text not in ask(port, page, Cookie=cookie)[2]:
+                assert time.monotonic() < deadline, text
+                time.sleep(0.05)
+
         assert "Waiting for the run to begin" in ask(port, page, Cookie=cookie)[2]
+        (chain / "stages.resolved.json").write_text("[]")
+        shows("stages.resolved.json is damaged")
         held = {"stages": {"tune": "1-tune", "prefer": "2-prefer"}}
         (chain / "stages.resolved.json").write_text(json.dumps(held))
         for k, name in enumerate(held["stages"], 1):
@@ -74,10 +83,7 @@ def test_the_page_of_a_chain_follows_it_from_stage_to_stage(tmp_path: Path) -> N
             when = 1_800_000_000 + k
             for file in run.path.iterdir():
                 os.utime(file, (when, when))
-            deadline = time.monotonic() + 10
-            while f"Stage {k}, {name}. Live; as of" not in ask(port, page, Cookie=cookie)[2]:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            shows(f"Stage {k}, {name}. Live; as of")
 
 
 def test_the_link_becomes_a_cookie_and_shows_the_page(tmp_path: Path) -> None:

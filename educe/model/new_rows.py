@@ -38,16 +38,15 @@ class NewRows(TrainableTokensLayer):  # type: ignore[misc]
             place = is_one.to(torch.uint8).argmax(-1)
             return torch.where(is_one.any(-1)[..., None], nn.functional.embedding(place, rows_KD), out)
         bias_K = None if base.bias is None else base.bias[ids_K]
-        return out.index_copy_(
-            -1, ids_K, nn.functional.linear(x, rows_KD, bias_K)
-        )  # nothing else has seen these logits
+        logits_K = nn.functional.linear(x, rows_KD, bias_K)
+        return out.index_copy_(-1, ids_K, logits_K)  # in place: nothing else has seen these logits
 
     def _ids(self, name: str, device: torch.device) -> Tensor:
         """On the device: put there once, since the host would wait."""
-        held: Tensor | None = self.__dict__.get("_held_ids")
-        if held is None or held.device != device:
-            held = self.__dict__["_held_ids"] = torch.tensor(self.token_indices[name], device=device)
-        return held
+        held: dict[tuple[str, torch.device], Tensor] = self.__dict__.setdefault("_held_ids", {})
+        if (name, device) not in held:
+            held[name, device] = torch.tensor(self.token_indices[name], device=device)
+        return held[name, device]
 
 
 def computes_rows(network: nn.Module) -> None:

@@ -13,7 +13,7 @@ ANSWERS_VERSION = 1
 
 
 def version_of(package: str) -> str:
-    """ "unknown" where it is not installed."""
+    """As installed; "unknown" where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # lm-eval's own numbers (`lm_eval.defaults`): choices that tasks shuffle and examples that they draw are then as anywhere else.
 _SEED, _OTHER_SEED = 0, 1234
+_PIECE = 64  # requests between two writes to disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ def harness_scores(run: RunDir, wish: Wish, say: Say, on_answers: OnAnswers) -> 
     from educe.evaluate.harness import HarnessModel
 
     for system, model_of in ((BEFORE, both.untouched), (AFTER, both.tuned)):
-        kept = KeptReplies(system, depends[system], say)
+        kept = KeptReplies(system, depends[system], say, piece=_PIECE)
         asked = HarnessModel(
             model_of,
             both.prepared.tokenizer,

@@ -1,4 +1,4 @@
-"""What a run's models replied to lm-eval, kept in the cache as it comes: asked again, or killed, nothing is computed twice."""
+"""What a model said, kept in the cache as it comes: asked again, or killed, nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from educe.model.source import Say
 
 # (places of requests, how many replies are known) → those replies.
 Ask = Callable[[Sequence[int], int], Sequence[Any]]
-_PIECE = 64  # requests between two writes to disk: what a killed process loses
 
 
 class KeptReplies:
     """One model's, in a file of its own. `seconds`: what all replies given took, those of the cache when they were made."""
 
-    def __init__(self, name: str, of: Any, say: Say) -> None:
-        """`of` holds all that replies depend on but the requests and how many are asked together."""
-        self._name, self._say = name, say
-        self._file = cache_dir() / "answers" / f"replies-{hash_json([of, _PIECE])[:24]}.jsonl"
+    def __init__(self, name: str, of: Any, say: Say, *, piece: int) -> None:
+        """`of` holds all that replies depend on but the requests and how many are asked together, which `piece` says: so many are lost
+        with a process that is killed."""
+        self._name, self._say, self._piece = name, say, piece
+        self.file = cache_dir() / "answers" / f"kept-{hash_json([of, piece])[:24]}.jsonl"
         self._lines: dict[str, dict[str, Any]] = {}
-        self._journal = Journal(self._file, say)
+        self._journal = Journal(self.file, say)
         self.seconds = 0.0
 
     @contextlib.contextmanager
@@ -37,9 +37,9 @@ class KeptReplies:
         def waits() -> None:
             self._say(f"{self._name}: another process asks the same model; waiting for that to end")
 
-        with one_at_a_time(self._file.with_suffix(".lock"), waits):
+        with one_at_a_time(self.file.with_suffix(".lock"), waits):
             self._journal.begin(lambda line: True, keys={"key", "seconds", "reply"})
-            self._lines = {line["key"]: line for line in read_jsonl(self._file)}
+            self._lines = {line["key"]: line for line in read_jsonl(self.file)}
             try:
                 yield
             finally:
@@ -52,11 +52,11 @@ class KeptReplies:
         todo = sorted(missing.values())
         known = sum(key not in missing for key in keys)
         if known:
-            self._say(f"{self._name}: {known} of {len(keys)} replied to before on this machine; taken from the cache")
+            self._say(f"{self._name}: {known} of {len(keys)} answered before on this machine; taken from the cache")
         if todo:
             ready()
-        for at in range(0, len(todo), _PIECE):
-            piece, began = todo[at : at + _PIECE], time.perf_counter()
+        for at in range(0, len(todo), self._piece):
+            piece, began = todo[at : at + self._piece], time.perf_counter()
             replies = ask(piece, len(keys) - len(todo) + at)
             took = (time.perf_counter() - began) / len(piece)
             for k, reply in zip(piece, replies, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,10 +10,7 @@ from educe.chat.prompt import render_prompt
 from educe.chat.tokens import ChatTokenizer
 from educe.config import Recipe
 from educe.errors import ModelError
-from educe.files.hashes import cache_dir, hash_file, hash_json
-from educe.files.journal import Journal
-from educe.files.jsonl import read_jsonl
-from educe.files.locks import one_at_a_time
+from educe.files.hashes import hash_file, hash_json
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.device import Device
@@ -23,6 +19,7 @@ from educe.model.source import Say
 from educe.recipes.arithmetic import arithmetic_of
 from educe.recipes.both import Both
 from educe.recipes.eval import final_weights, models_of
+from educe.recipes.kept_replies import KeptReplies
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
 from educe.types import Answer, Prompt, Sampling
@@ -31,16 +28,14 @@ CHUNK = 32  # prompts between two writes to disk: what a killed process loses
 
 
 class KeptSampler:
-    """One model's answers, in the file `kept`. The model is loaded where an answer is missing. `seconds`: what all answers given took,
-    those of the cache when they were made."""
+    """One model's answers, which are `kept`. The model is loaded where one is missing."""
 
     def __init__(
         self, name: str, model: Callable[[], CausalLM], of: Any, prepared: Prepared, recipe: Recipe, say: Say
     ) -> None:
         """`of` holds all that answers depend on but the prompts, how they are drawn and how many are asked together."""
         self.name, self._model, self._prepared, self._recipe, self._say = name, model, prepared, recipe, say
-        self.kept = cache_dir() / "answers" / f"kept-{hash_json([of, CHUNK])[:24]}.jsonl"
-        self.seconds = 0.0
+        self.kept = KeptReplies(name, of, say, piece=CHUNK)
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Callable[[int], None] | None = None
@@ -51,14 +46,22 @@ class KeptSampler:
         ids = self._ids(prompts)
         draws = [p.key if sampling.temperature > 0 else "" for p in prompts]
         keys = [hash_json([i, d, asdict(sampling)])[:24] for i, d in zip(ids, draws, strict=True)]
+        loaded: list[LocalSampler] = []
 
-        def waits() -> None:
-            self._say(f"{self.name}: another process asks the same model; waiting for that to end")
+        def ask(places: Sequence[int], known: int) -> list[dict[str, Any]]:
+            given = loaded[0].sample([prompts[k] for k in places], sampling, _after(known, progress))
+            return [asdict(replace(answer, ids=())) for answer in given]
 
-        with one_at_a_time(self.kept.with_suffix(".lock"), waits):
-            found = self._found(list(prompts), keys, sampling, progress)
-        self.seconds += sum(found[key]["seconds"] for key in keys)
-        return [Answer(**found[key]["answer"] | {"ids": ()}) for key in keys]
+        def ready() -> None:
+            loaded.append(LocalSampler(self._model(), self._prepared.tokenizer, self.name))
+
+        with self.kept.open():
+            return [Answer(**reply | {"ids": ()}) for reply in self.kept.replies(keys, ask, ready)]
+
+    @property
+    def seconds(self) -> float:
+        """What all answers given took, those of the cache when they were made."""
+        return self.kept.seconds
 
     def room(self, prompts: Sequence[Prompt], most: int) -> int:
         """How long answers may be, so that the longest prompt leaves room for them; said where that is less than `most`."""
@@ -73,32 +76,6 @@ class KeptSampler:
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         return [render_prompt(p.messages, self._prepared.tokenizer, p.tools) for p in prompts]
-
-    def _found(
-        self, prompts: list[Prompt], keys: list[str], sampling: Sampling, progress: Callable[[int], None] | None
-    ) -> dict[str, dict[str, Any]]:
-        """Lines of the file by their keys, after what was missing is asked."""
-        journal = Journal(self.kept, self._say)
-        journal.begin(lambda line: True, keys={"key", "seconds", "answer"})
-        found = {line["key"]: line for line in read_jsonl(self.kept)}
-        todo = [k for k, key in enumerate(keys) if key not in found]
-        done = len(keys) - len(todo)
-        if done:
-            self._say(f"{self.name}: {done} of {len(keys)} answered before on this machine; taken from the cache")
-        if not todo:
-            return found
-        sampler = LocalSampler(self._model(), self._prepared.tokenizer, self.name)
-        for at in range(0, len(todo), CHUNK):
-            chunk, began = todo[at : at + CHUNK], time.perf_counter()
-            given = sampler.sample([prompts[k] for k in chunk], sampling, _after(done, progress))
-            took = (time.perf_counter() - began) / len(chunk)
-            for k, answer in zip(chunk, given, strict=True):
-                line = {"key": keys[k], "seconds": took, "answer": asdict(replace(answer, ids=()))}
-                found[keys[k]] = line
-                journal.append(line)
-            done += len(chunk)
-        journal.settle(must=False)
-        return found
 
 
 def _after(done: int, progress: Callable[[int], None] | None) -> Callable[[int], None] | None:

@@ -29,6 +29,7 @@ from educe.recipes.eval import answering_device, data_of, recipe_of
 from educe.recipes.expected import after_prompts
 from educe.recipes.forgetting import general_questions, general_texts, heard
 from educe.recipes.grading import Grading, check_fit, grading_of
+from educe.recipes.kept_samplers import answers_depend_on
 from educe.recipes.prepare import Prepared
 from educe.recipes.stage_leaks import leaks_between
 from educe.seeds import derive, permute
@@ -67,13 +68,7 @@ class Scale:
         texts = [t.key for t in (self.domain, self.general, self.expected) if t is not None]
         asked = [[a.question.row, list(a.question.prompt), a.question.expected] for a in self.asked]
         pairs = [p.ids_T.tolist() for p in self.pairs]
-        how: list[Any] = [
-            sorted(tokenizer.stop),
-            tokenizer.tokenizer_hash,
-            tokenizer.template_hash,
-            self.device.kind,
-            self.device.dtype,
-        ]
+        how: list[Any] = [*answers_depend_on(tokenizer, self.device), tokenizer.template_hash]
         if isinstance(e.metric, CustomMetric):  # what it is called is not what it does
             how.append(hash_file(Path(e.metric.function.rpartition(":")[0])))
         return hash_json([texts, asked, self.recipe.evaluation.model_dump(mode="json"), self.prompt_ids, pairs, how])[

@@ -23,6 +23,7 @@ from educe.model.device import CLOSE_OTHERS, release_free_memory, told_of_memory
 from educe.model.load import CausalLM, load_model
 from educe.model.source import Say
 from educe.recipes.answers import OnAnswers
+from educe.recipes.arithmetic import arithmetic_of
 from educe.recipes.eval import final_manifest, recipe_of
 from educe.recipes.model_of import model_of, weights_hash
 from educe.recipes.stage_rows import Scale, as_json, measured, of_json, scale_of
@@ -117,7 +118,7 @@ def _remember(base_dir: Path, scale: Scale) -> None:
     if scale.general.base_nll_R:
         return
     template = scale.asking.tokenizer.template_hash  # its tokens are added to the vocabulary
-    key = hash_json([weights_hash(base_dir), template, scale.general.key, scale.device.kind, scale.device.dtype])[:24]
+    key = hash_json([weights_hash(base_dir), template, scale.general.key, *arithmetic_of(scale.device)])[:24]
     file = cache_dir() / "general" / f"stages-{key}.safetensors"
     if not scale.general.read(file):
         scale.general.remember(_loaded(base_dir, scale))

@@ -42,7 +42,7 @@ class LivePage:
         """HTML and its tag."""
         with self._lock:
             self._follow()
-            state = self._marks()
+            state = (self._stage, self._marks())
             if state != self._state and time.monotonic() >= self._next:
                 began = time.monotonic()
                 self._count += 1
@@ -53,14 +53,18 @@ class LivePage:
             return self._html, self._tag
 
     def _follow(self) -> None:
-        """To the stage that wrote last."""
-        with contextlib.suppress(RunError):  # its list of stages is being written
-            if is_staged(self._path):
-                runs = enumerate(stages_of(self._path).items(), 1)
-                k, (name, run) = max(runs, key=lambda each: last_touched(each[1][1].path), default=(0, ("", self._run)))
-                if run.path != self._run.path:
-                    self._run, self._kept, self._state, self._next = run, Kept(), None, 0.0
-                    self._stage = f"Stage {k}, {name}. "
+        """To the stage that wrote last. A damaged list of stages is said on the page."""
+        if not is_staged(self._path):
+            return
+        try:
+            runs = enumerate(stages_of(self._path).items(), 1)
+        except RunError as e:
+            self._stage = f"{e.where} {e.found} {e.fix} "
+            return
+        k, (name, run) = max(runs, key=lambda each: last_touched(each[1][1].path), default=(0, ("", self._run)))
+        if run.path != self._run.path:
+            self._run, self._kept, self._state, self._next = run, Kept(), None, 0.0
+            self._stage = f"Stage {k}, {name}. "
 
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
         found = []
