@@ -1,6 +1,7 @@
-"""educe beside TRL on one CPU: real tokens a second of DPO, the reference's pass counted, both sides in turn in one run.
+"""educe beside TRL on one CPU or GPU: real tokens a second of DPO, the reference's pass counted, both sides in turn in one run.
 
     python bench/preference.py [--model MODEL_DIR] [--data dpo_en_demo.json] [--pairs 20] [--rounds 3] [--threads 2]
+    python bench/preference.py --device cuda --model MODEL_DIR --pairs 288 --step-pairs 16 --most-tokens 1024
 
 Same model, same pairs, same ids, AdamW, as many pairs a step, no activation checkpointing, the reference's log-probabilities
 computed once on both sides. A token is counted once, whatever is done with it; padding never. The first step (kernels are made in
@@ -17,20 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "preference" / "dpo_en_demo.json"
-MOST_TOKENS = 256  # of an answer with its prompt
 LEARNING_RATE, BETA = 1e-6, 0.1
 # TRL: pairs a micro-batch, arithmetic. The reference is computed before training: a third less to do than in each step.
-SWEEP = [(1, "bf16"), (2, "bf16"), (4, "bf16"), (1, "autocast"), (2, "autocast")]
+SWEEP = {
+    "cpu": [(1, "bf16"), (2, "bf16"), (4, "bf16"), (1, "autocast"), (2, "autocast")],
+    "cuda": [(4, "bf16"), (8, "bf16"), (16, "bf16"), (8, "autocast")],
+}
 
 Ids = dict[str, list[int]]
 
 
-def pairs_of(tokenizer: Any, file: Path, number: int) -> tuple[list[dict[str, Any]], list[Ids]]:
+def pairs_of(tokenizer: Any, file: Path, number: int, most: int) -> tuple[list[dict[str, Any]], list[Ids]]:
     """The first pairs that are short enough: as messages, and as the ids that TRL makes of them."""
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -49,13 +53,35 @@ def pairs_of(tokenizer: Any, file: Path, number: int) -> tuple[list[dict[str, An
         prompt = [message(m) for m in row["conversations"]]
         answers = {k: [message(row[k])] for k in ("chosen", "rejected")}
         ids = {"prompt": ids_of(prompt, asks=True), **{k: ids_of(prompt + a) for k, a in answers.items()}}
-        if len(rows) < number and max(map(len, ids.values())) <= MOST_TOKENS:
+        if len(rows) < number and max(map(len, ids.values())) <= most:
             rows.append({"prompt": prompt, **answers})
             found.append(ids)
     return rows, found
 
 
-def run_educe(model_dir: Path, file: Path, num_pairs: int, of_step: int, dtype: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """What both sides do."""
+
+    model_dir: Path
+    file: Path
+    num_pairs: int
+    step_pairs: int
+    most_tokens: int  # of an answer with its prompt
+    device: str
+
+    def pairs(self, tokenizer: Any) -> tuple[list[dict[str, Any]], list[Ids]]:
+        return pairs_of(tokenizer, self.file, self.num_pairs, self.most_tokens)
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def run_educe(job: Job, dtype: str) -> dict[str, Any]:
     from dataclasses import replace
 
     import numpy as np
@@ -72,25 +98,28 @@ def run_educe(model_dir: Path, file: Path, num_pairs: int, of_step: int, dtype: 
     from educe.types import Example
     from transformers import AutoTokenizer
 
-    _, pairs = pairs_of(AutoTokenizer.from_pretrained(model_dir), file, num_pairs)
+    _, pairs = job.pairs(AutoTokenizer.from_pretrained(job.model_dir))
     examples = []
     for ids in pairs:
         for kind in ("chosen", "rejected"):
             trained = (np.arange(len(ids[kind])) >= len(ids["prompt"])).astype(np.float32)
             examples.append(Example(ids_T=np.array(ids[kind], np.int32), weights_T=trained))
-    steps = [examples[i : i + 2 * of_step] for i in range(0, len(examples), 2 * of_step)]
-    model = load_model(model_dir, choose_device("cpu", dtype), Full(kind="full"))
-    began, busy_s = time.perf_counter(), time.process_time()
+    width = 2 * job.step_pairs
+    steps = [examples[i : i + width] for i in range(0, len(examples), width)]
+    model = load_model(job.model_dir, choose_device(job.device, dtype), Full(kind="full"))
+    if job.device == "cuda":  # as `compile: auto` does there
+        model.compile(max(sum(len(e.ids_T) for e in step) for step in steps))
+    began, busy_s = job.now(), time.process_time()
     found = iter(reference_log_p(model, map(build_batch, steps)).tolist())
-    reference_s = time.perf_counter() - began
+    reference_s = job.now() - began
     known = [[replace(e, reference=next(found)) for e in step] for step in steps]
     state = State(model=model, optimizer=Adam(model.trainable(), AdamSettings(betas=(0.9, 0.999))))
-    marks = [(time.perf_counter(), 0)]
+    marks = [(job.now(), 0)]
 
     def mark(state: State, report: Any) -> None:
         if report.step % 2 == 0:  # as a run does
             release_free_memory()
-        marks.append((time.perf_counter(), report.tokens))
+        marks.append((job.now(), report.tokens))
 
     config = LoopConfig(
         total_steps=len(steps),
@@ -102,10 +131,10 @@ def run_educe(model_dir: Path, file: Path, num_pairs: int, of_step: int, dtype: 
     )
     train(state, lambda s: [build_batch(known[s])], PreferenceLoss(compare=LOSSES["dpo"](beta=BETA)), [mark], config)
     busy_s = time.process_time() - busy_s
-    return {**_rates(reference_s, marks, busy_s), "peak_memory_bytes": peak_memory_bytes("cpu")}
+    return {**_rates(reference_s, marks, busy_s), "peak_memory_bytes": peak_memory_bytes(job.device)}
 
 
-def run_trl(model_dir: Path, file: Path, num_pairs: int, of_step: int, micro: int, arithmetic: str) -> dict[str, Any]:
+def run_trl(job: Job, micro: int, arithmetic: str) -> dict[str, Any]:
     import datasets
     import torch
     from educe.model.device import peak_memory_bytes
@@ -113,17 +142,17 @@ def run_trl(model_dir: Path, file: Path, num_pairs: int, of_step: int, micro: in
     from trl import DPOConfig, DPOTrainer
 
     datasets.disable_progress_bars()
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
-    data: Any = datasets.Dataset.from_list(pairs_of(tokenizer, file, num_pairs)[0])
+    tokenizer: Any = AutoTokenizer.from_pretrained(job.model_dir)
+    data: Any = datasets.Dataset.from_list(job.pairs(tokenizer)[0])
     marks: list[tuple[float, int]] = []
     counted, reference_s = 0, 0.0
 
     class Timed(DPOTrainer):  # type: ignore[misc]
         def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
             nonlocal reference_s
-            began = time.perf_counter()
+            began = job.now()
             found = super()._precompute_ref_logps(*args, **kwargs)
-            reference_s = time.perf_counter() - began
+            reference_s = job.now() - began
             return found
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,23 +162,23 @@ def run_trl(model_dir: Path, file: Path, num_pairs: int, of_step: int, micro: in
 
     class Marks(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            marks.append((time.perf_counter(), 0))
+            marks.append((job.now(), 0))
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            marks.append((time.perf_counter(), counted - sum(n for _, n in marks)))
+            marks.append((job.now(), counted - sum(n for _, n in marks)))
 
     with tempfile.TemporaryDirectory() as place:
         config = DPOConfig(
             output_dir=place,
             report_to="none",
-            use_cpu=True,
+            use_cpu=job.device == "cpu",
             bf16=arithmetic == "autocast",
             gradient_checkpointing=False,
             precompute_ref_log_probs=True,
             precompute_ref_batch_size=micro,
             max_length=None,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=of_step // micro,
+            gradient_accumulation_steps=job.step_pairs // micro,
             beta=BETA,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
@@ -161,7 +190,7 @@ def run_trl(model_dir: Path, file: Path, num_pairs: int, of_step: int, micro: in
             disable_tqdm=True,
         )
         weights = torch.bfloat16 if arithmetic == "bf16" else torch.float32
-        network = AutoModelForCausalLM.from_pretrained(model_dir, dtype=weights, attn_implementation="sdpa")
+        network = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=weights, attn_implementation="sdpa")
         busy_s = time.process_time()
         trainer: Any = Timed(
             model=network,
@@ -172,7 +201,7 @@ def run_trl(model_dir: Path, file: Path, num_pairs: int, of_step: int, micro: in
         )
         trainer.train()
         busy_s = time.process_time() - busy_s
-    return {**_rates(reference_s, marks, busy_s), "peak_memory_bytes": peak_memory_bytes("cpu")}
+    return {**_rates(reference_s, marks, busy_s), "peak_memory_bytes": peak_memory_bytes(job.device)}
 
 
 def _rates(reference_s: float, marks: list[tuple[float, int]], busy_s: float) -> dict[str, Any]:
@@ -206,6 +235,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--sweep-pairs", type=int, default=8)
     parser.add_argument("--step-pairs", type=int, default=4)
+    parser.add_argument("--most-tokens", type=int, default=256, help="of an answer with its prompt")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
@@ -223,14 +254,14 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(a.threads)
-        common = (a.model, a.data, a.pairs, a.step_pairs)
+        job = Job(a.model, a.data, a.pairs, a.step_pairs, a.most_tokens, a.device)
         name, *how = a.side
-        print(json.dumps(run_educe(*common, a.dtype) if name == "educe" else run_trl(*common, int(how[0]), how[1])))
+        print(json.dumps(run_educe(job, a.dtype) if name == "educe" else run_trl(job, int(how[0]), how[1])))
         return
 
     def side(pairs: int, *what: Any) -> dict[str, Any]:
-        sizes = {"pairs": pairs, "step-pairs": a.step_pairs, "threads": a.threads}
-        options = {"model": a.model, "data": a.data, "dtype": a.dtype, **sizes}
+        sizes = {"pairs": pairs, "step-pairs": a.step_pairs, "threads": a.threads, "most-tokens": a.most_tokens}
+        options = {"model": a.model, "data": a.data, "dtype": a.dtype, "device": a.device, **sizes}
         common = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         found = _apart([*common, "--side", *map(str, what)])
         print(
@@ -241,7 +272,7 @@ def main() -> None:
         )
         return found
 
-    swept = {s: side(a.sweep_pairs, "trl", *s) for s in SWEEP if a.step_pairs % s[0] == 0}
+    swept = {s: side(a.sweep_pairs, "trl", *s) for s in SWEEP[a.device] if a.step_pairs % s[0] == 0}
     best = max(swept, key=lambda s: swept[s]["tokens_per_cpu_s"])
     exact = max(
         (s for s in swept if s[1] != "bf16"), key=lambda s: swept[s]["tokens_per_cpu_s"]

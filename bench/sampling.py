@@ -1,6 +1,7 @@
 """Tokens a second of the local sampler beside `model.generate` one prompt at a time, in turn, on the quickstart's test questions.
 
-    python bench/sampling.py MODEL_DIR [--prompts 64] [--one-by-one 16] [--new 32] [--rounds 3] [--threads 1] [--dtype float32]
+    python bench/sampling.py MODEL_DIR [--device cpu] [--prompts 64] [--one-by-one 16] [--new 32] [--rounds 3] [--threads 1]
+        [--dtype float32]
 
 Greedy on both sides, the same ids, the same weights in the same arithmetic; transformers' side has its own attention and cache. CPU
 seconds of the process where one thread computes, since a busy machine stretches the clock; the clock's are shown too.
@@ -38,6 +39,7 @@ def main() -> None:
     parse.add_argument("model", type=Path)
     for name, usual in (("prompts", 64), ("one-by-one", 16), ("new", 32), ("rounds", 3), ("threads", 1)):
         parse.add_argument(f"--{name}", type=int, default=usual)
+    parse.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parse.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parse.parse_args()
     torch.set_num_threads(asked.threads)
@@ -45,9 +47,11 @@ def main() -> None:
     with as_file(files("educe.quickstart") / "test.jsonl") as file:
         rows = [[m for m in row["messages"] if m["role"] != "assistant"] for row in read_jsonl(file)]
     prompts = [render_prompt(tuple(Message(**m) for m in row), tokenizer) for row in rows[: asked.prompts]]
-    device = Device(kind="cpu", dtype=asked.dtype, name="CPU", flops=1e9, why="")
+    device = Device(kind=asked.device, dtype=asked.dtype, name="", flops=1e9, why="")
     sampler = LocalSampler(load_model(asked.model, device), tokenizer)
-    theirs = AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype)).eval()
+    theirs = (
+        AutoModelForCausalLM.from_pretrained(asked.model, dtype=getattr(torch, asked.dtype)).eval().to(asked.device)
+    )
     stop, said = sorted(tokenizer.stop), {}
 
     def batched() -> int:
@@ -59,7 +63,7 @@ def main() -> None:
     def one_by_one() -> int:
         made = []
         for p in prompts[:: len(prompts) // asked.one_by_one][: asked.one_by_one]:
-            ids = torch.tensor([p])
+            ids = torch.tensor([p], device=asked.device)
             how = {"max_new_tokens": asked.new, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop[0]}
             made.append(theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(p) :].tolist())
         said["theirs"] = [tokenizer.decode(m[:-1] if m[-1] in stop else m) for m in made]
