@@ -9,7 +9,7 @@ from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.data.formats import BESIDE
 from educe.data.messages import TURN_KEYS
-from educe.errors import ModelError, RecipeError, UsageError
+from educe.errors import DataError, ModelError, RecipeError, UsageError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs, plan_pairs
 from educe.recipes.mixing import Mixed
@@ -65,12 +65,19 @@ def plan_run(
     )
 
 
-def refuse_idle_ranks(recipe: Recipe, num_ranks: int) -> None:
-    """Raises `UsageError` where a step has not a pack for each rank: it would grow, or some would compute nothing."""
+def idle_ranks(recipe: Recipe, num_ranks: int) -> str:
+    """Why a step has not a pack for each rank: it would grow, or some would compute nothing. Empty where it has."""
     batch, micro = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
-    if num_ranks * micro > batch:
-        found = f"{num_ranks} devices need {num_ranks} packs of {micro} tokens a step, train.batch_tokens holds {batch // micro}."
-        raise UsageError(101, "--devices", found, "Lower train.micro_batch_tokens, or raise train.batch_tokens.")
+    if num_ranks * micro <= batch:
+        return ""
+    return f"{num_ranks} devices need {num_ranks} packs of {micro} tokens a step, train.batch_tokens holds {batch // micro}"
+
+
+def refuse_idle_ranks(recipe: Recipe, num_ranks: int) -> None:
+    """Raises `UsageError` where `idle_ranks` says why."""
+    if idle := idle_ranks(recipe, num_ranks):
+        fix = "Lower train.micro_batch_tokens, or raise train.batch_tokens."
+        raise UsageError(101, "--devices", f"{idle}.", fix)
 
 
 def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
@@ -81,6 +88,12 @@ def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
     return [
         f"{unused} of {rows} rows are not used, more than the share of data.max_unused ({recipe.data.max_unused:g})"
     ]
+
+
+def refuse_unused(recipe: Recipe, prepared: Prepared) -> None:
+    """Raises `DataError` where `too_many_unused` says why."""
+    if why := too_many_unused(recipe, prepared):
+        raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
 
 
 def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan) -> list[str]:
