@@ -131,6 +131,7 @@ def test_pairs_start_at_their_reference_and_part(chain: Path) -> None:
     assert before["loss"] == pytest.approx(0.6931472, abs=1e-5)
     assert after["loss"] < before["loss"]
     assert after["pairs"]["accuracy"] > 0.5
+    assert before["pairs"]["ranked"] > 0.9  # the start's own ranking, where its loss sees nothing but ties
     assert before["kl"] == pytest.approx(0, abs=1e-6)
     assert after["kl"] > 1e-4
     assert not [x for x in read_jsonl(chain / "3-preference" / "metrics.jsonl") if x["kind"] == "score"]

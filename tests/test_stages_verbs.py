@@ -45,7 +45,7 @@ def test_evaluating_pairs_goes_by_the_dev_pairs(chain: Path) -> None:
     found = json.loads((chain / "3-preference" / "scores.json").read_text())
     assert found["metric"] == "text"
     assert found["verdict"].startswith("50 % → ")
-    assert "dev pairs ranked right, KL from the start" in found["verdict"]
+    assert "dev pairs ranked right (log-probability per token), KL from the stage's start" in found["verdict"]
     page = Page(educe.Run("runs/chain/3-preference").report().read_text())
     assert "no answer is graded right or wrong" in page.text
     assert "loss of the expected answers" not in page.text

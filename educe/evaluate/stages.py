@@ -37,7 +37,7 @@ MEASURES: dict[str, Measure] = {
     "questions": Measure(title="general questions, right", unit="", kind="share", better="more"),
     "questions_end": Measure(title="general answers end", unit="", kind="share", better="more"),
     "pairs": Measure(title="preferred ranked first", unit="", kind="share", better="more"),
-    "kl": Measure(title="KL from start", unit="nats/token", kind="ratio", better=""),
+    "kl": Measure(title="KL from start, general text", unit="nats/token", kind="ratio", better=""),
 }
 
 
