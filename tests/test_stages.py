@@ -14,21 +14,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
-from educe.config import StagedRecipe, load_any  # noqa: E402
 from educe.errors import EduceError  # noqa: E402
 from educe.evaluate.ifeval.examples import EXAMPLES  # noqa: E402
 from educe.evaluate.ifeval.prompts import Instruction, Task  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
-from educe.parallel.world import World  # noqa: E402
 from educe.recipes import stage_scores  # noqa: E402
-from educe.recipes.job import How  # noqa: E402
 from educe.recipes.kept_samplers import CHUNK  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
-from educe.recipes.run import quiet  # noqa: E402
 from educe.recipes.run_stages import check_stages, eval_stages  # noqa: E402
-from educe.recipes.stage_ahead import refuse_ahead  # noqa: E402
-from educe.training.watchdog import ASLEEP  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from small_runs import Dying, final, same  # noqa: E402
@@ -145,50 +139,6 @@ def test_what_stands_is_passed_over(chain: Path, place: Path) -> None:
     assert {p: p.read_bytes() for p in chain.glob("*/metrics.jsonl")} == before
 
 
-@pytest.mark.parametrize(
-    "kept,old,new,said",
-    [
-        ("4-direct", "learning_rate: 1e-2}", "learning_rate: 2e-2}", r"4 of 4: direct, .*rate was 0.01, now 0.02.*--redo direct"),
-        ("2-sft", "", "", r"2 of 4: sft, .*from stage pretrain, which is not there any more.*--redo pretrain"),
-        ("", "pairs.jsonl, test", "rows.jsonl, test", r"3 of 4: preference, .*rows.jsonl has no usable row"),
-        ("", "", "", r"1 of 4: pretrain, P63 secrets: 1 found"),
-        ("", "micro_batch_tokens: 128, learning_rate: 5e-3", "micro_batch_tokens: 256, learning_rate: 5e-3",
-         r"2 of 4: sft, --devices 2 devices need 2 packs of 256 tokens a step"),
-    ],
-)  # fmt: skip
-def test_what_can_be_known_is_refused_before_the_first_step(
-    chain: Path, place: Path, kept: str, old: str, new: str, said: str
-) -> None:
-    """Of every stage, by its name, and nothing is written of it."""
-    path = recipe(place, "ahead", more=DIRECT)
-    run = place / "runs" / "ahead"
-    shutil.rmtree(run, ignore_errors=True)
-    if kept:
-        shutil.copytree(chain / kept, run / kept)
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace(old, new) if new else text, encoding="utf-8")
-    staged, secret = load_any(path), "" if new else f"# hf_{'a1B2' * 9}"
-    assert isinstance(staged, StagedRecipe)
-    world = World(size=2 if "micro" in old else 1)
-    with pytest.raises(EduceError, match=f"stage {said}"):
-        educe.train(path) if kept else refuse_ahead(staged, secret, quiet, How(), world, ASLEEP)
-    assert [p.name for p in run.glob("?-*")] == ([kept] if kept else [])
-
-
-def test_check_plans_for_several_devices(place: Path) -> None:
-    """More of them hold less each, and have as many packs; a step that has not a pack for each is no step."""
-    path = recipe(place, "devices")
-    one, two = check_stages(path), check_stages(path, devices=2)
-    for name in one:
-        assert one[name].ready
-        assert two[name].ready
-        assert two[name].plan.num_ranks == 2
-        assert two[name].memory.optimizer < one[name].memory.optimizer
-    code, said = command("check", "devices.yaml#sft", "--devices", "3")
-    assert code == 2
-    assert "--devices 3: 3 devices need 3 packs of 128 tokens a step, train.batch_tokens holds 2" in said
-
-
 def test_a_changed_stage_is_refused_and_made_anew_on_request(place: Path) -> None:
     path = recipe(place, "redone")
     run = educe.train(path).path
@@ -233,9 +183,21 @@ def test_a_model_from_scratch(place: Path) -> None:
     path = recipe(
         place, "scratch", model="{init: random, vocabulary: 320, layers: 1, width: 32, heads: 2, kv_heads: 1}"
     )
-    assert command("prepare", "scratch.yaml#sft")[0] == 0  # it is there for any verb on any stage
-    assert (place / "runs" / "scratch" / "0-random").is_dir()
-    assert set(check_stages(path)) == {"pretrain", "sft", "preference"}
+    for words in (
+        ("prepare", "scratch.yaml#sft"),
+        ("inspect", "scratch.yaml#pretrain"),
+        ("train", "scratch.yaml#pretrain"),
+    ):
+        shutil.rmtree(place / "runs" / "scratch", ignore_errors=True)
+        assert command(*words)[0] == 0, words  # it is made for any verb on any stage
+    text = path.read_text(encoding="utf-8")
+    for rate, said in (("5e-3", None), ("5e-5", "is low")):  # of random weights, not of trained ones
+        path.write_text(text.replace("1e-2", rate), encoding="utf-8")
+        checked = check_stages(path)
+        assert set(checked) == {"pretrain", "sft", "preference"}
+        warned = [w for w in checked["pretrain"].warnings if "train.learning_rate" in w]
+        assert bool(warned) is bool(said) is any("is low" in w for w in warned)
+    path.write_text(text, encoding="utf-8")
     made = educe.train(path).path
     facts = describe_model(made / "0-random", "scratch")
     assert facts.hidden_size == 32

@@ -87,6 +87,28 @@ def test_a_stage_is_a_recipe_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "new,rates",
+    [
+        ("start: base", (5e-5, 2e-5, 1e-6, 1e-6)),
+        ("start: base\n    tuning: {kind: lora}", (5e-5, 2e-5, 1e-6, 1e-5)),
+        ("start: base\n    tuning: {kind: lora}\n    train: {learning_rate: 1e-6}", (5e-5, 2e-5, 1e-6, 1e-6)),
+    ],
+)
+def test_a_default_rate_is_that_of_kind_and_tuning(tmp_path: Path, new: str, rates: tuple[float, ...]) -> None:
+    for model, first in (("tiny", 5e-5), ("{init: random}", 1e-3)):
+        text = WHOLE.replace("start: base", new).replace("model: tiny", f"model: {model}")
+        staged = load_any(written(tmp_path, text))
+        assert isinstance(staged, StagedRecipe)
+        made = [stage_of(staged, k).train.learning_rate for k in range(4)]
+        assert made[:3] == pytest.approx([first, *rates[1:3]])
+        if model == "tiny":
+            assert made[3] == pytest.approx(rates[3])
+    lora = load_any(written(tmp_path, "name: x\nmodel: tiny\ndata: {train: a.jsonl}\ntuning: {kind: lora}\n"))
+    assert isinstance(lora, Recipe)
+    assert lora.train.learning_rate == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(
     "old,new,said",
     [
         ("beta: 0.2", "bta: 0.2", "r.yaml:9:23 stages.2.loss.bta is not a known key. Did you mean 'beta'?"),

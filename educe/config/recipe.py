@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -202,6 +202,9 @@ class Evaluation(Knobs):
     max_rows: int = Field(default=1000, ge=1, description="at most this many test rows are answered")
 
 
+# A run's peak rate with adapters, over that of all weights: LoRA Without Regret, thinkingmachines.ai/blog/lora.
+LORA_RATE = 10.0
+
 # Settings of the data and the run that mean nothing where no prompt is answered.
 _OF_ANSWERS = ("system", "train_on", "prompt_weight", "reasoning_weight", "too_long")
 _OF_STREAMS = ("replay", "loss_mean")
@@ -226,6 +229,16 @@ class Recipe(Knobs):
     tuning: Tuning = Field(default=Full(kind="full"), description="what is trained")
     train: Train = Field(default=Train(), description="the optimizer run")
     evaluation: Evaluation = Field(default=Evaluation(), description="the before/after test")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_its_tuning(cls, given: Any) -> Any:
+        train = given.get("train", {}) if isinstance(given, dict) else None
+        tuning = given.get("tuning") if isinstance(given, dict) else None
+        lora = isinstance(tuning, dict) and tuning.get("kind") == "lora"
+        if lora and isinstance(train, dict) and "learning_rate" not in train:
+            return {**given, "train": {**train, "learning_rate": LORA_RATE * Train().learning_rate}}
+        return given
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

@@ -10,10 +10,12 @@ from pydantic import Field, model_validator
 from educe.config.data import Data
 from educe.config.knobs import Knobs, Name
 from educe.config.objective import Preference, Pretrain, Sft
-from educe.config.recipe import Evaluation, Full, OwnTemplate, Recipe, Template, Train, Tuning
+from educe.config.recipe import LORA_RATE, Evaluation, Full, Lora, OwnTemplate, Recipe, Template, Train, Tuning
 
 # Where a stage may start besides the stages before it.
 BASE = "base"
+# Of a stage that starts from random weights, where the recipe gives none.
+SCRATCH_RATE = 1e-3
 
 
 class PretrainTrain(Train):
@@ -149,6 +151,15 @@ class StagedRecipe(Knobs):
             lengths.append(1 if start is None else lengths[start] + 1)
         return self.names[lengths.index(max(lengths))]
 
+    def _rate(self, k: int) -> float:
+        """Stage k's peak rate: as given, or the default of its kind, its tuning and what it starts from."""
+        train, tuning = self.stages[k].train, self.stages[k].tuning
+        if "learning_rate" in train.model_fields_set:
+            return train.learning_rate
+        if isinstance(self.model, Scratch) and self.start_of(k) is None:
+            return SCRATCH_RATE
+        return train.learning_rate * (LORA_RATE if isinstance(tuning, Lora) else 1.0)
+
     def recipe(self, k: int, model: str) -> Recipe:
         """Stage k as a recipe of its own, that starts from `model`. Raises `ValueError`."""
         stage = self.stages[k]
@@ -163,7 +174,7 @@ class StagedRecipe(Knobs):
                 objective=objective,
                 data=stage.data,
                 tuning=stage.tuning,
-                train=Train.model_validate(stage.train.model_dump()),
+                train=Train.model_validate(stage.train.model_dump() | {"learning_rate": self._rate(k)}),
                 **shared,
             )
         except ValueError as e:

@@ -156,7 +156,7 @@ def check(
         free_disk_bytes=free,
         reasons=_reasons(prepared),
         odd=odd,
-        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan)],
+        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan, stands_in=stands_in)],
         of_machine=busy(device.kind),
         blockers=blockers,
         findings=findings,

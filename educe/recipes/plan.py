@@ -14,7 +14,8 @@ from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs, plan_pairs
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
-from educe.recipes.rates import RateAdvice, advise_rate, stretch_of
+from educe.recipes.rates import RateAdvice, advise_fresh, advise_rate, stretch_of
+from educe.recipes.scratch import is_scratch
 
 # Keys that mean something in a row or a turn: what an unread key may have been meant for.
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
@@ -96,8 +97,10 @@ def refuse_unused(recipe: Recipe, prepared: Prepared) -> None:
         raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
 
 
-def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan) -> list[str]:
-    """What may be right but is worth a look."""
+def warnings_of(
+    recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan, *, stands_in: bool = False
+) -> list[str]:
+    """What may be right but is worth a look. `stands_in`: the model is there for another."""
     s, said = prepared.summary, []
     if s["duplicates"]:
         said.append(f"{s['duplicates']} training rows are exact copies of others")
@@ -161,7 +164,8 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
         said.append(
             f"only {plan.num_steps} step{'s' if plan.num_steps > 1 else ''}: lower train.batch_tokens or raise train.epochs"
         )
-    rate, advice = recipe.train.learning_rate, advised_rate(recipe, facts, plan)
+    fresh = is_scratch(facts.directory) and not stands_in
+    rate, advice = recipe.train.learning_rate, advise_fresh(facts) if fresh else advised_rate(recipe, facts, plan)
     if not advice.low <= rate <= advice.high:
         way = "high" if rate > advice.high else "low"
         what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"

@@ -361,7 +361,8 @@ def train(
     """
     stop_at = time.monotonic() + stop_after_s if stop_after_s is not None else None
     path = Path(recipe)
-    loaded = recipe_or_stages(path, to_train=True)  # a mistake in it is told before seconds of imports
+    tells = say if leads() else quiet
+    loaded = recipe_or_stages(path, to_train=True, say=tells)  # a mistake in it is told before seconds of imports
     if redo and isinstance(loaded, Recipe):
         raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     need_torch()
@@ -371,7 +372,6 @@ def train(
 
     shown = screen if screen is not None and leads() else Silent()
     how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
-    tells = say if leads() else quiet
     with watched(hang_after_s, tells) as dog:
         if isinstance(loaded, StagedRecipe):
             from educe.recipes.stages import train_stages

@@ -21,9 +21,10 @@ def one_recipe(
     if not name:
         return load_recipe(file)
     staged, k = _stage(file, name)
-    if say is not None:
+    recipe = stage_of(staged, k, to_train=to_train, untrained=untrained)
+    if say is not None and recipe.model == str(staged.scratch_path()):
         begin_with(staged, say)
-    return stage_of(staged, k, to_train=to_train, untrained=untrained)
+    return recipe
 
 
 def _stage(file: Path, name: str) -> tuple[StagedRecipe, int]:
