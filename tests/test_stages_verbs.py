@@ -197,6 +197,26 @@ def test_a_stage_lies_within_its_run(tmp_path: Path, where: Any) -> None:
         report_stages(path, None, "html")
 
 
+def test_an_adapter_of_a_stage_names_a_base_that_can_be_made(place: Path) -> None:  # noqa: F811
+    """The command in its card writes the model that its config names; peft puts the adapter onto it."""
+    peft = pytest.importorskip("peft")
+    path = recipe(place, "adapted")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("kind: sft", "kind: sft\n    tuning: {kind: lora, rank: 4}"), encoding="utf-8")
+    for stage in ("pretrain", "sft"):
+        educe.train(path.with_name(f"adapted.yaml#{stage}"))
+    code, said = command("export", "runs/adapted/2-sft", "adapter", "--as", "adapter")
+    assert code == 0, said
+    card = (place / "adapter" / "README.md").read_text(encoding="utf-8")
+    words = card[card.index("`educe export ") + 1 :].split("`")[0].split()
+    assert " ".join(words) in " ".join(said.split())
+    code, said = command(*words[1:])
+    assert code == 0, (words, said)
+    assert f"base_model: {words[-1]}" in card
+    assert json.loads((place / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == words[-1]
+    assert peft.AutoPeftModelForCausalLM.from_pretrained("adapter").peft_config
+
+
 # What any stage would refuse
 
 
