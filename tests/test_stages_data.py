@@ -233,6 +233,18 @@ def test_each_stage_learns_from_rows_of_its_kind(place: Path, name: str, kept: i
     assert "stage of `kind: " in told
 
 
+def test_raw_text_alone_teaches_no_answer(place: Path) -> None:
+    """Beside answers it is trained whole."""
+    lines(place / "texts.jsonl", *({"text": f"the model {k}"} for k in range(9)))
+    lines(place / "rows.jsonl", *({"prompt": f"the user {k}", "response": "yes"} for k in range(9)))
+    text = "name: raw\nmodel: ./tiny\ndata:\n  tasks:\n    a: {files: texts.jsonl}\n"
+    (place / "raw.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(EduceError, match=r"E-DATA-005 .*texts.jsonl holds raw text alone.*stages: \[\{kind: pretrain"):
+        prepare(one_recipe(place / "raw.yaml"), quiet)
+    (place / "raw.yaml").write_text(f"{text}    b: {{files: rows.jsonl}}\n", encoding="utf-8")
+    assert prepare(one_recipe(place / "raw.yaml"), quiet).summary["documents"]
+
+
 def test_a_pair_is_two_answers_behind_one_prompt(place: Path) -> None:
     other = {"chosen": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}],
              "rejected": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "no"}]}  # fmt: skip
