@@ -111,18 +111,24 @@ def test_a_default_rate_is_that_of_kind_and_tuning(tmp_path: Path, new: str, rat
 @pytest.mark.parametrize(
     "old,new,said",
     [
-        ("beta: 0.2", "bta: 0.2", "r.yaml:9:23 stages.2.loss.bta is not a known key. Did you mean 'beta'?"),
-        ("kind: sft", "kind: stf", "r.yaml:6:5 stages.1.kind is 'stf'. Did you mean 'sft'?"),
-        ("beta: 0.2", "beta: 0", "stages.2.loss.beta is 0. It must be above 0"),
-        ("loss: ipo", "loss: ppo", "stages.3.loss is 'ppo'. Did you mean 'ipo'?"),
-        ("name: direct", "name: sft", "stages[3]: 'sft' is the name of another one"),
-        ("start: base", "start: rlhf", "stages[3].start is 'rlhf', and before it there are base, pretrain, sft, preference"),
-        ("micro_batch_tokens: 256", "micro_batch_tokens: 255", "must hold two rows of data.max_tokens (128)"),
-        ("max_tokens: 128}", "max_tokens: 128, train_on: last}", "stages[2]: data.train_on means nothing"),
-        ("train: texts.txt}", "train: texts.txt, prompt_weight: 0.5}", "stages[0]: data.prompt_weight means nothing"),
+        ("beta: 0.2", "bta: 0.2", "r.yaml:9:23 stage 3 of 4: loss.bta is not a known key. Did you mean 'beta'?"),
+        ("kind: sft", "kind: stf", "r.yaml:6:5 stage 2 of 4: kind is 'stf'. Did you mean 'sft'?"),
+        ("beta: 0.2", "beta: 0", "stage 3 of 4: loss.beta is 0. It must be above 0"),
+        ("beta: 0.2", "nll_weight: 0.2", "stage 3 of 4: loss.nll_weight is not a known key. It stands beside `loss:`, not in it."),
+        ("loss: ipo", "loss: ppo", "stage 4 of 4: loss is 'ppo'. Did you mean 'ipo'?"),
+        ("name: direct", "name: sft", "r.yaml:13:5 stage 4 of 4: 'sft' is the name of another one. Give each its own"),
+        ("start: base", "start: rlhf",
+         "r.yaml:14:5 stage 4 of 4: start is 'rlhf', and before it there is base, pretrain, sft, preference. Name one of them."),
+        ("kind: pretrain", "kind: pretrain\n    start: sft", "stage 1 of 4: start is 'sft', and before it there is base. Leave"),
+        ("micro_batch_tokens: 256", "micro_batch_tokens: 255", "must hold two rows of data.max_tokens (128). Lower the second"),
+        ("max_tokens: 128}", "max_tokens: 128, train_on: last}", "stage 3 of 4: data.train_on means nothing"),
+        ("train: texts.txt}", "train: texts.txt, prompt_weight: 0.5}", "stage 1 of 4: data.prompt_weight means nothing"),
         ("batch_tokens: 1024,", "kl_to_base: 1.0, batch_tokens: 1024,", "train.kl_to_base means nothing"),
         ("model: tiny", "model: {init: random, layer: 2}", "r.yaml:2:23 model.layer is not a known key. Did you mean 'layers'?"),
         ("model: tiny", "model: {init: random, width: 30}", "width (30) must be a multiple"),
+        ("model: tiny", "model: tiny\ntuning: {kind: lora}", "r.yaml:3:1 tuning is not a known key. Move it into the stages"),
+        ("model: tiny", "model: tiny\ndata: {train: a.txt}", "r.yaml:3:1 data is not a known key. Move it into the stages"),
+        ("stages:\n  - kind: pretrain\n    data: {train: texts.txt}\n", "stages: {}\nother:\n", "r.yaml:3:1 stages is {}, and"),
         ("kind: pretrain", "kind: sft\n    name: first", ""),
     ],
 )  # fmt: skip
@@ -145,8 +151,15 @@ def test_what_is_no_stage_is_said(tmp_path: Path) -> None:
     with pytest.raises(EduceError, match=r"r.yaml:3:1 objective is not a known key. Write a stage"):
         one_recipe(path)
     text = WHOLE.replace("model: tiny", "model: {init: random}").replace("kind: pretrain", "kind: sft\n    name: first")
-    with pytest.raises(EduceError, match="needs a first stage of `kind: pretrain`"):
+    with pytest.raises(
+        EduceError, match=r"stage 1 of 4: model: \{init: random\} needs texts.*Begin with a stage of `kind: pretrain`"
+    ):
         load_any(written(tmp_path, text))
+    for stages in ("sft", "[]", "{kind: sft}", ""):
+        with pytest.raises(EduceError, match=r"r.yaml:3:1 stages is .*, and must be a list of stages. Write one block"):
+            load_any(written(tmp_path, f"name: x\nmodel: tiny\nstages: {stages}\n"))
+    with pytest.raises(EduceError, match=r"r.yaml:2:1 model: \{init: random\} begins a recipe of stages"):
+        load_any(written(tmp_path, "name: x\nmodel: {init: random}\ndata: {train: a.jsonl}\n"))
 
 
 # The plan of pairs

@@ -18,7 +18,7 @@ from educe.errors import EduceError  # noqa: E402
 from educe.parallel.world import World  # noqa: E402
 from educe.recipes.job import How  # noqa: E402
 from educe.recipes.report import report_stages  # noqa: E402
-from educe.recipes.run import quiet  # noqa: E402
+from educe.recipes.run import Run, quiet  # noqa: E402
 from educe.recipes.run_stages import check_stages  # noqa: E402
 from educe.recipes.stage_ahead import refuse_ahead  # noqa: E402
 from educe.training.watchdog import ASLEEP  # noqa: E402
@@ -107,6 +107,16 @@ def test_data_and_ledger_take_a_stage_by_its_recipe(chain: Path) -> None:
     code, said = command("data", "chain.yaml#rlhf")
     assert code == 2
     assert "none of them called 'rlhf'" in said
+
+
+def test_a_stage_is_named_by_its_run_too(chain: Path) -> None:
+    assert Run("runs/chain#sft").path.name == "2-sft"
+    for words, said in (
+        ("chain#rlhf", "has no stage 'rlhf'. Name one: runs/chain#pretrain"),
+        ("chain/2-sft#a", "is no run of stages"),
+    ):
+        with pytest.raises(EduceError, match=said):
+            Run(f"runs/{words}")
 
 
 def test_what_run_means_where_the_latest_is_a_chain(chain: Path) -> None:

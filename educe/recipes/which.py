@@ -1,4 +1,4 @@
-"""Which recipe or run a verb means: FILE, FILE#STAGE; a directory, the latest one, of a run of stages the last."""
+"""Which recipe or run a verb means: FILE, FILE#STAGE; a directory, RUN#STAGE, the latest one, of a run of stages the last."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from educe.config import Recipe, Scratch, StagedRecipe, load_any, load_recipe
-from educe.errors import EduceError, RecipeError
-from educe.files.run_dir import RunDir, find_place, is_staged, last_stage
+from educe.errors import EduceError, RecipeError, RunError
+from educe.files.run_dir import RunDir, find_place, is_staged, last_stage, stages_of
 from educe.recipes.machine import need_torch
 
 
@@ -104,8 +104,18 @@ def stage_of(staged: StagedRecipe, k: int, *, to_train: bool = False, untrained:
 
 
 def run_named(given: Path | None) -> Path | None:
-    """FILE#STAGE as the directory of that stage's run; anything else as it is."""
-    return one_recipe(given).run_path() if given is not None and _parts(given)[1] else given
+    """FILE#STAGE and RUN#STAGE as the directory of that stage's run; anything else as it is. Raises `RecipeError`, `RunError`."""
+    place, name = _parts(given) if given is not None else (None, "")
+    if place is None or not name:
+        return given
+    if not place.is_dir():
+        return one_recipe(place.with_name(f"{place.name}#{name}")).run_path()
+    runs = stages_of(find_place(place, Path("runs"))) if is_staged(place) else {}
+    if name not in runs:
+        there = ", ".join(f"{place}#{n}" for n in runs)
+        found = f"has no stage {name!r}." if runs else f"is no run of stages, and its stage {name!r} is asked for."
+        raise RunError(1, str(place), found, f"Name one: {there}." if runs else f"Give {place}.")
+    return runs[name].path
 
 
 def run_or_stages(given: Path | None) -> Path:
