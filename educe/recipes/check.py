@@ -24,7 +24,7 @@ from educe.recipes.memory import MemoryPlan, memory_of_run, trained_share
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
 from educe.recipes.plan import idle_ranks, plan_run, too_many_unused, warnings_of
 from educe.recipes.preflight import without_model, worst_first
-from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare
+from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare, without_rows
 from educe.recipes.survey import odd_rows
 
 # Checks whose failure is said above, in words of its own.
@@ -178,6 +178,7 @@ def _too_large(needed: MemoryPlan, memory: int, estimate: Estimate, free: int) -
 
 def _about_files(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
     said = [f"{file} is named more than once: its rows count as often" for file in named_twice(inputs)]
+    said += [f"{file} is empty: not read" for file in without_rows(recipe)]
     for rows in recipe.data.sources.values():
         if aside := passed_over(rows.files):
             names = ", ".join(p.name for p in aside[:3]) + (f" and {len(aside) - 3} more" if len(aside) > 3 else "")
