@@ -20,6 +20,7 @@ from educe.pack.plan import both_of, plan_once, plan_pairs
 from educe.recipes.mixing import mix
 from educe.recipes.prepare import prepare
 from educe.recipes.run import init, quiet
+from educe.recipes.survey import survey
 from educe.recipes.which import one_recipe, stage_of
 from educe.types import Document, Example, Pair, Source
 from hypothesis import given, settings
@@ -263,11 +264,14 @@ def test_a_pair_is_two_answers_behind_one_prompt(place: Path) -> None:
              "rejected": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "no"}]}  # fmt: skip
     words = ("the", "user", "said", "hello", "model", "yes", "no", "one", "two", "three")
     rows = [PAIR | {"prompt": f"{a} {b}"} for a in words for b in words]
-    lines(place / "pairs.jsonl", PAIR | {"rejected": "yes"}, other, *rows)
+    lines(place / "pairs.jsonl", PAIR | {"rejected": "yes"}, other, PAIR | {"rejected": " yes\n"}, *rows)
     recipe = one_recipe(place / "r.yaml#preference")
     prepared = prepare(recipe, quiet)
     ledger = read_jsonl(prepared.path / "ledger.jsonl")
-    assert [line["code"] for line in ledger[:2]] == ["E-DATA-154", "E-DATA-153"]
+    assert [line["code"] for line in ledger[:4]] == ["E-DATA-154", "E-DATA-153", "E-DATA-154", None]
+    (found,) = survey([f"{place / 'r.yaml'}#preference"])
+    assert [r.where.rpartition(":")[2] for r in found.problems["E-DATA-154"].first] == ["1", "3"]
+    assert "differ in white space around them alone" in str(found.problems["E-DATA-154"].first[1])
     store = prepared.store("train")
     assert len(store) == 2 * prepared.summary["rows"]["train"]
     assert (store.rows[::2] == store.rows[1::2]).all()

@@ -39,7 +39,7 @@ from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, op
 from educe.types import Conversation, Message, Source, ToolCall
 
 # Bump when the same rows and settings would be prepared differently.
-PREPARE_VERSION = 7
+PREPARE_VERSION = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
