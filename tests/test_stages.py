@@ -326,7 +326,11 @@ def test_the_verbs_end_well(chain: Path, scores: dict[str, Any], place: Path) ->
     page.feed((chain / "report.html").read_text(encoding="utf-8"))
     assert not page.live
     assert "What each stage gave and took" in page.texts
-    assert (chain / "2-sft" / "report.html").is_file()
+    html = (chain / "report.html").read_text(encoding="utf-8")
+    for name in ("1-pretrain", "2-sft", "3-preference", "4-direct"):  # each leads to the other
+        assert f'href="{name}/report.html"' in html
+        assert 'href="../report.html"' in (chain / name / "report.html").read_text(encoding="utf-8")
+    assert " min</td>" not in html  # seconds are said as such
     assert command("report", "runs/chain", "--format", "md")[1].startswith("# chain: its stages")
     assert json.loads(command("report", "runs/chain", "--format", "json")[1])["measures"] == scores["measures"]
     code, said = command("check", "chain.yaml")

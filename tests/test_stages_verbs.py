@@ -15,12 +15,14 @@ torch = pytest.importorskip("torch")
 import educe  # noqa: E402
 from educe.config import StagedRecipe, load_any  # noqa: E402
 from educe.errors import EduceError  # noqa: E402
+from educe.evaluate.stages import amount  # noqa: E402
 from educe.parallel.world import World  # noqa: E402
 from educe.recipes.job import How  # noqa: E402
 from educe.recipes.report import report_stages  # noqa: E402
 from educe.recipes.run import Run, quiet  # noqa: E402
 from educe.recipes.run_stages import check_stages  # noqa: E402
 from educe.recipes.stage_ahead import refuse_ahead  # noqa: E402
+from educe.report.stage_page import change_text  # noqa: E402
 from educe.training.watchdog import ASLEEP  # noqa: E402
 
 from report_payloads import PAYLOADS, poison  # noqa: E402
@@ -107,6 +109,22 @@ def test_data_and_ledger_take_a_stage_by_its_recipe(chain: Path) -> None:
     code, said = command("data", "chain.yaml#rlhf")
     assert code == 2
     assert "none of them called 'rlhf'" in said
+
+
+def test_what_is_prepared_ahead_is_what_the_stages_train_on(chain: Path, place: Path) -> None:  # noqa: F811
+    """Whatever weights a stage starts from by then."""
+    recipe(place, "ahead-of")
+    code, said = command("prepare", "ahead-of.yaml")
+    assert (code, said.count("Prepared: ")) == (0, 3)
+    made = {p.name for p in (place / "runs" / "ahead-of" / "prepared").iterdir()}
+    assert made == {p.name for p in (chain / "prepared").iterdir()}
+
+
+@pytest.mark.parametrize("moved,said", [(0.25, "0.250"), (-0.0004, "0.0004"), (0.000021, "2.1e-05")])
+def test_a_small_change_is_no_nought(moved: float, said: str) -> None:
+    line = {"kind": "ratio", "unit": "bits/byte"}
+    assert amount(line, {"value": moved}).startswith(said)
+    assert not change_text(line, dict.fromkeys(("value", "low", "high"), moved)).lstrip("+−").startswith("0.000 ")
 
 
 def test_a_stage_is_named_by_its_run_too(chain: Path) -> None:

@@ -165,13 +165,15 @@ cli.add_command(watch)
 @cli.command()
 @click.argument("recipe", type=RECIPE)
 def prepare(recipe: Path) -> None:
-    """The data part of `train` alone, for a machine without a GPU."""
+    """The data part of `train` alone, for a machine without a GPU; of every stage where there are some."""
     from educe.cli.screens import say
     from educe.recipes.run import prepare as run_prepare
+    from educe.recipes.run_stages import prepare_stages
 
-    made = run_prepare(recipe, say=say)
-    s = made.summary
-    click.echo(f"Prepared: {made.path} ({s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained)")
+    for made in prepare_stages(recipe, say=say).values() or [run_prepare(recipe, say=say)]:
+        s = made.summary
+        told = f"{s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained"
+        click.echo(f"Prepared: {made.path} ({told})")
 
 
 @cli.command()

@@ -106,7 +106,8 @@ def verdict_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 def amount(line: Mapping[str, Any], change: Mapping[str, float]) -> str:
     """How large a change is: points of a share, or its own unit."""
     if line["kind"] == "ratio":
-        return f"{abs(change['value']):.3f} {line['unit']}"
+        small = abs(change["value"]) < 0.001
+        return f"{abs(change['value']):{'.2g' if small else '.3f'}} {line['unit']}"
     return f"{100 * abs(change['value']):.1f} points"
 
 

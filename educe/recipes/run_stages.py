@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from educe.config import StagedRecipe
 from educe.recipes.machine import need_torch
-from educe.recipes.run import Progress, Say, check, no_progress, quiet
+from educe.recipes.run import Progress, Say, check, no_progress, prepare, quiet
 from educe.recipes.stage_leaks import leaks_between
 from educe.recipes.which import at_stage, begin_with, recipe_or_stages
 
 if TYPE_CHECKING:
     from educe.recipes.check import Check
+    from educe.recipes.prepare import Prepared
 
 
 def check_stages(
@@ -51,6 +52,17 @@ def check_stages(
             found[name] = check(stage, **how, argv=argv, say=say_once)
     for line in leaks_between({name: c.prepared for name, c in found.items()}):
         say(f"warning: {line}")
+    return found
+
+
+def prepare_stages(recipe: str | Path, *, say: Say = quiet) -> dict[str, Prepared]:
+    """The data part of every stage of a recipe, by name; empty for a recipe of one run."""
+    path = Path(recipe)
+    staged, found = recipe_or_stages(path), {}
+    for k, name in enumerate(staged.names if isinstance(staged, StagedRecipe) else ()):
+        assert isinstance(staged, StagedRecipe)
+        with at_stage(staged, k):
+            found[name] = prepare(path.with_name(f"{path.name}#{name}"), say=say)
     return found
 
 
