@@ -161,6 +161,10 @@ class EduceError(Exception):
         """The same with one more sentence of what was found."""
         return type(self)(self.number, self.where, f"{self.found} {sentence}", self.fix)
 
+    def within(self, place: str) -> Self:
+        """The same, of something in this place."""
+        return type(self)(self.number, f"{place}, {self.where}", self.found, self.fix)
+
     def __reduce__(self) -> tuple[type[EduceError], tuple[int, str, str, str]]:
         return type(self), (self.number, self.where, self.found, self.fix)  # from a process to another
 

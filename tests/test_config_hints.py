@@ -74,9 +74,9 @@ def test_bounds_are_said_with_what_they_bound(text: str, fix: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "says"),
     [
-        ("train: {measure_every_share: 1}", r"stages\.0\.train\.measure_every_share is 1.*below 1"),
-        ("train: {learning_rate: fast}", r"stages\.0\.train\.learning_rate is 'fast'.*valid number"),
-        ("tuning: {kind: full, base_bits: 4}", r"stages\.0\.tuning\.base_bits is not a known key.*kind: lora"),
+        ("train: {measure_every_share: 1}", r"stage 1 of 1: train\.measure_every_share is 1.*below 1"),
+        ("train: {learning_rate: fast}", r"stage 1 of 1: train\.learning_rate is 'fast'.*valid number"),
+        ("tuning: {kind: full, base_bits: 4}", r"stage 1 of 1: tuning\.base_bits is not a known key.*kind: lora"),
     ],
 )
 def test_a_mistake_in_a_stage_is_told_as_in_a_recipe_of_one(stage: str, says: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from educe.data.finding import find_files, passed_over
+from educe.data.finding import empty_files, find_files, passed_over
 from educe.data.reading import Reading, format_of_rows, read_row
 from educe.data.sources import read_rows
 from educe.errors import DataError, Refusal
@@ -50,6 +50,20 @@ def test_a_directory_and_a_glob_are_their_data_files(tree: Path) -> None:
     for spec, code in ((f"{tree}/*.zip", "E-DATA-010"), (f"{tree}/b.json", "E-DATA-001")):
         with pytest.raises(DataError, match=code):
             find_files(spec)
+
+
+def test_a_file_without_a_row_is_left_out_where_others_hold_some(tree: Path) -> None:
+    before = names(find_files(str(tree)), tree)
+    empty = {"0.jsonl": b"", "blank.jsonl": b" \n\n", "a/list.json": b"[]\n", "z.csv": b"prompt,completion\n"}
+    for name, held in empty.items():
+        (tree / name).write_bytes(held)
+    (tree / "0.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tree / "bad.jsonl").write_text("no row\n")  # it is no row, and not nothing
+    assert names(find_files(str(tree)), tree) == sorted([*before, "bad.jsonl"])
+    assert names(empty_files(str(tree)), tree) == sorted([*empty, "0.jsonl.gz"])
+    assert "z.csv" in names(find_files(str(tree), header=("a", "b")), tree)
+    assert names(find_files(f"{tree}/0.jsonl"), tree) == ["0.jsonl"]  # which is refused when it is read
+    assert names(find_files(f"{tree}/*0.jsonl*"), tree) == ["0.jsonl", "0.jsonl.gz"]
 
 
 def test_only_what_educe_wrote_is_passed_over(tree: Path) -> None:

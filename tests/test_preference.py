@@ -296,6 +296,8 @@ def test_the_loop_reports_pairs(tiny_model: Path) -> None:
     assert last.objective == pytest.approx((3 * last.task_losses[0] + 0.6 * last.task_losses[1]) / 5)
     assert after.mean < last.loss < 0.5 * first.loss
     assert after.pairs.accuracy == 1
+    log_p_N = reference_log_p(model, step_of(rows, 5)) / [(e.weights_T > 0).sum() for pair in rows for e in pair]
+    assert after.pairs.ranked == np.mean(log_p_N[::2] > log_p_N[1::2])  # by the model itself, whatever it began with
     assert after.pairs.margin > last.pairs.margin > 1
     assert after.pairs.chosen > after.pairs.rejected
 
@@ -307,11 +309,11 @@ def test_means_of_pairs_are_over_pairs_whatever_their_batches_and_tokens() -> No
     for batch in rows:
         each = torch.tensor([next(margins) for _ in range(int(batch.denominator))])
         some = torch.ones(batch.predict_N.size)
-        told = PairsOut(loss_K=each**2, margin_K=each, chosen_K=each + 1, rejected_K=-each)
+        told = PairsOut(loss_K=each**2, margin_K=each, lead_K=-each, chosen_K=each + 1, rejected_K=-each)
         means.add(batch, LossOut(loss=torch.zeros(()), nll_N=some, entropy_N=some, pairs=told))
     assert means.mean == pytest.approx(21 / 5)
     assert means.by_task == pytest.approx({0: 21 / 3, 1: 0.0})
-    assert means.pairs == PairMeans(accuracy=3 / 5, margin=1.0, chosen=2.0, rejected=-1.0)
+    assert means.pairs == PairMeans(ranked=2 / 5, accuracy=3 / 5, margin=1.0, chosen=2.0, rejected=-1.0)
     assert means.entropy == 1
     assert means.over(ALONE, 3).pairs == means.pairs
 

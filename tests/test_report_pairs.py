@@ -26,7 +26,13 @@ def pair_lines() -> list[dict[str, Any]]:
     lines = [x for x in metric_records(STEPS) if x["kind"] != "score"]
     for x in lines:
         share = SHARES.get(x["step"], 0.5)
-        x["pairs"] = {"accuracy": share, "margin": 3 * share - 1.5, "chosen": -0.1, "rejected": -0.2}
+        x["pairs"] = {
+            "ranked": share,
+            "accuracy": 1 - share,
+            "margin": 3 * share - 1.5,
+            "chosen": -0.1,
+            "rejected": -0.2,
+        }
         if x["kind"] == "dev":
             x["kl"] = 0.01 * x["step"]
     return lines
@@ -61,7 +67,7 @@ def test_the_loss_of_pairs_is_called_what_it_is(preference: RunDir) -> None:
     assert "per trained token" not in page.text
     assert "50.0 % → 87.5 % of the dev pairs ranked right." in page.text
     head = page.text[: page.text.index("Before and after")]
-    assert "step 0 → step 12; KL from the start 0.12 nats per token" in head
+    assert "per token, step 0 → step 12; KL on chosen answers 0.12 nats per token" in head
 
 
 def test_pairs_and_drift_are_drawn_for_pointer_and_keyboard(preference: RunDir) -> None:
@@ -71,19 +77,19 @@ def test_pairs_and_drift_are_drawn_for_pointer_and_keyboard(preference: RunDir) 
     for step, share in SHARES.items():
         said = f"Step {step}: {100 * share:.1f}\u202f% of the dev pairs ranked right, mean margin"
         assert html.count(f'aria-label="{said}') == 2
-        assert html.count(f'aria-label="Step {step}: KL from the start') == 2
+        assert html.count(f'aria-label="Step {step}: KL on chosen answers') == 2
     assert not Page(html).open
 
 
 def test_markdown_and_json_have_the_pairs(preference: RunDir) -> None:
     found = json.loads(text_of([preference], "json"))
     assert found["objective"] == "preference"
-    assert {p["step"]: p["accuracy"] for p in found["dev_pairs"]} == SHARES
+    assert {p["step"]: p["ranked"] for p in found["dev_pairs"]} == SHARES
     assert [p["kl"] for p in found["dev_pairs"]] == pytest.approx([0.01 * s for s in SHARES])
     text = text_of([preference], "md")
     assert "50.0 % → 87.5 % of the dev pairs ranked right." in text.replace("\u202f", " ")
     assert "Held-out loss, of a pair" in text
-    assert "KL from the start" in text
+    assert "KL on chosen answers" in text
     assert "educe eval" not in text
 
 
@@ -109,7 +115,7 @@ def test_shares_that_cannot_be_are_left_out(tmp_path: Path) -> None:
     run = run_of(tmp_path / "odd", PAIRS)
     wrong: list[Any] = [1.5, -0.1, None, "0.5", float("nan"), True]
     lines = [
-        {"kind": "dev", "step": k, "loss": 0.6, "pairs": {"accuracy": x}, "kl": -1} for k, x in enumerate([*wrong, 0.5])
+        {"kind": "dev", "step": k, "loss": 0.6, "pairs": {"ranked": x}, "kl": -1} for k, x in enumerate([*wrong, 0.5])
     ]
     write_file(run.metrics, lines)
     assert [p.step for p in read_run(run).pairs] == [len(wrong)]
@@ -122,7 +128,7 @@ def test_texts_of_a_preference_run_never_become_markup(tmp_path: Path, how: str)
         run = run_of(tmp_path / name, PAIRS)
         lines = pair_lines()
         for x in lines:
-            x["pairs"]["accuracy"] = x["pairs"]["accuracy"] if how == "texts" else f"{word}"
+            x["pairs"]["ranked"] = x["pairs"]["ranked"] if how == "texts" else f"{word}"
         write_file(run.metrics, lines)
         wanted = run.load(run.resolved)
         wanted["recipe"]["objective"]["loss"] = poison(PAIRS["loss"], word, how == "everything") | {"kind": word}

@@ -125,6 +125,7 @@ def test_pairs_start_at_their_reference_and_part(chain: Path) -> None:
     assert before["loss"] == pytest.approx(0.6931472, abs=1e-5)
     assert after["loss"] < before["loss"]
     assert after["pairs"]["accuracy"] > 0.5
+    assert before["pairs"]["ranked"] > 0.9  # the start's own ranking, where its loss sees nothing but ties
     assert before["kl"] == pytest.approx(0, abs=1e-6)
     assert after["kl"] > 1e-4
     assert not [x for x in read_jsonl(chain / "3-preference" / "metrics.jsonl") if x["kind"] == "score"]
@@ -182,7 +183,21 @@ def test_a_model_from_scratch(place: Path) -> None:
     path = recipe(
         place, "scratch", model="{init: random, vocabulary: 320, layers: 1, width: 32, heads: 2, kv_heads: 1}"
     )
-    assert set(check_stages(path)) == {"pretrain", "sft", "preference"}
+    for words in (
+        ("prepare", "scratch.yaml#sft"),
+        ("inspect", "scratch.yaml#pretrain"),
+        ("train", "scratch.yaml#pretrain"),
+    ):
+        shutil.rmtree(place / "runs" / "scratch", ignore_errors=True)
+        assert command(*words)[0] == 0, words  # it is made for any verb on any stage
+    text = path.read_text(encoding="utf-8")
+    for rate, said in (("5e-3", None), ("5e-5", "is low")):  # of random weights, not of trained ones
+        path.write_text(text.replace("1e-2", rate), encoding="utf-8")
+        checked = check_stages(path)
+        assert set(checked) == {"pretrain", "sft", "preference"}
+        warned = [w for w in checked["pretrain"].warnings if "train.learning_rate" in w]
+        assert bool(warned) is bool(said) is any("is low" in w for w in warned)
+    path.write_text(text, encoding="utf-8")
     made = educe.train(path).path
     facts = describe_model(made / "0-random", "scratch")
     assert facts.hidden_size == 32
@@ -311,13 +326,21 @@ def test_the_verbs_end_well(chain: Path, scores: dict[str, Any], place: Path) ->
     page.feed((chain / "report.html").read_text(encoding="utf-8"))
     assert not page.live
     assert "What each stage gave and took" in page.texts
-    assert (chain / "2-sft" / "report.html").is_file()
+    html = (chain / "report.html").read_text(encoding="utf-8")
+    for name in ("1-pretrain", "2-sft", "3-preference", "4-direct"):  # each leads to the other
+        assert f'href="{name}/report.html"' in html
+        assert 'href="../report.html"' in (chain / name / "report.html").read_text(encoding="utf-8")
+    assert " min</td>" not in html  # seconds are said as such
     assert command("report", "runs/chain", "--format", "md")[1].startswith("# chain: its stages")
     assert json.loads(command("report", "runs/chain", "--format", "json")[1])["measures"] == scores["measures"]
     code, said = command("check", "chain.yaml")
     assert code == 0, said
     assert "stage 4 of 4: direct (preference)" in said
     assert "all stages" in said
+    code, said = command("check", "chain.yaml", "--without-weights")
+    assert code == 0, said  # the weights that it began with are not there to be compared
+    code, said = command("check", "chain.yaml#sft", "--without-weights")
+    assert code == 0, said
 
 
 def test_a_row_that_is_trained_here_and_tested_there_is_told(place: Path) -> None:

@@ -20,6 +20,7 @@ from educe.pack.plan import both_of, plan_once, plan_pairs
 from educe.recipes.mixing import mix
 from educe.recipes.prepare import prepare
 from educe.recipes.run import init, quiet
+from educe.recipes.survey import survey
 from educe.recipes.which import one_recipe, stage_of
 from educe.types import Document, Example, Pair, Source
 from hypothesis import given, settings
@@ -87,20 +88,48 @@ def test_a_stage_is_a_recipe_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "new,rates",
+    [
+        ("start: base", (5e-5, 2e-5, 1e-6, 1e-6)),
+        ("start: base\n    tuning: {kind: lora}", (5e-5, 2e-5, 1e-6, 1e-5)),
+        ("start: base\n    tuning: {kind: lora}\n    train: {learning_rate: 1e-6}", (5e-5, 2e-5, 1e-6, 1e-6)),
+    ],
+)
+def test_a_default_rate_is_that_of_kind_and_tuning(tmp_path: Path, new: str, rates: tuple[float, ...]) -> None:
+    for model, first in (("tiny", 5e-5), ("{init: random}", 1e-3)):
+        text = WHOLE.replace("start: base", new).replace("model: tiny", f"model: {model}")
+        staged = load_any(written(tmp_path, text))
+        assert isinstance(staged, StagedRecipe)
+        made = [stage_of(staged, k).train.learning_rate for k in range(4)]
+        assert made[:3] == pytest.approx([first, *rates[1:3]])
+        if model == "tiny":
+            assert made[3] == pytest.approx(rates[3])
+    lora = load_any(written(tmp_path, "name: x\nmodel: tiny\ndata: {train: a.jsonl}\ntuning: {kind: lora}\n"))
+    assert isinstance(lora, Recipe)
+    assert lora.train.learning_rate == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(
     "old,new,said",
     [
-        ("beta: 0.2", "bta: 0.2", "r.yaml:9:23 stages.2.loss.bta is not a known key. Did you mean 'beta'?"),
-        ("kind: sft", "kind: stf", "r.yaml:6:5 stages.1.kind is 'stf'. Did you mean 'sft'?"),
-        ("beta: 0.2", "beta: 0", "stages.2.loss.beta is 0. It must be above 0"),
-        ("loss: ipo", "loss: ppo", "stages.3.loss is 'ppo'. Did you mean 'ipo'?"),
-        ("name: direct", "name: sft", "stages[3]: 'sft' is the name of another one"),
-        ("start: base", "start: rlhf", "stages[3].start is 'rlhf', and before it there are base, pretrain, sft, preference"),
-        ("micro_batch_tokens: 256", "micro_batch_tokens: 255", "must hold two rows of data.max_tokens (128)"),
-        ("max_tokens: 128}", "max_tokens: 128, train_on: last}", "stages[2]: data.train_on means nothing"),
-        ("train: texts.txt}", "train: texts.txt, prompt_weight: 0.5}", "stages[0]: data.prompt_weight means nothing"),
+        ("beta: 0.2", "bta: 0.2", "r.yaml:9:23 stage 3 of 4: loss.bta is not a known key. Did you mean 'beta'?"),
+        ("kind: sft", "kind: stf", "r.yaml:6:5 stage 2 of 4: kind is 'stf'. Did you mean 'sft'?"),
+        ("beta: 0.2", "beta: 0", "stage 3 of 4: loss.beta is 0. It must be above 0"),
+        ("beta: 0.2", "nll_weight: 0.2", "stage 3 of 4: loss.nll_weight is not a known key. It stands beside `loss:`, not in it."),
+        ("loss: ipo", "loss: ppo", "stage 4 of 4: loss is 'ppo'. Did you mean 'ipo'?"),
+        ("name: direct", "name: sft", "r.yaml:13:5 stage 4 of 4: 'sft' is the name of another one. Give each its own"),
+        ("start: base", "start: rlhf",
+         "r.yaml:14:5 stage 4 of 4: start is 'rlhf', and before it there is base, pretrain, sft, preference. Name one of them."),
+        ("kind: pretrain", "kind: pretrain\n    start: sft", "stage 1 of 4: start is 'sft', and before it there is base. Leave"),
+        ("micro_batch_tokens: 256", "micro_batch_tokens: 255", "must hold two rows of data.max_tokens (128). Lower the second"),
+        ("max_tokens: 128}", "max_tokens: 128, train_on: last}", "stage 3 of 4: data.train_on means nothing"),
+        ("train: texts.txt}", "train: texts.txt, prompt_weight: 0.5}", "stage 1 of 4: data.prompt_weight means nothing"),
         ("batch_tokens: 1024,", "kl_to_base: 1.0, batch_tokens: 1024,", "train.kl_to_base means nothing"),
         ("model: tiny", "model: {init: random, layer: 2}", "r.yaml:2:23 model.layer is not a known key. Did you mean 'layers'?"),
         ("model: tiny", "model: {init: random, width: 30}", "width (30) must be a multiple"),
+        ("model: tiny", "model: tiny\ntuning: {kind: lora}", "r.yaml:3:1 tuning is not a known key. Move it into the stages"),
+        ("model: tiny", "model: tiny\ndata: {train: a.txt}", "r.yaml:3:1 data is not a known key. Move it into the stages"),
+        ("stages:\n  - kind: pretrain\n    data: {train: texts.txt}\n", "stages: {}\nother:\n", "r.yaml:3:1 stages is {}, and"),
         ("kind: pretrain", "kind: sft\n    name: first", ""),
     ],
 )  # fmt: skip
@@ -123,8 +152,15 @@ def test_what_is_no_stage_is_said(tmp_path: Path) -> None:
     with pytest.raises(EduceError, match=r"r.yaml:3:1 objective is not a known key. Write a stage"):
         one_recipe(path)
     text = WHOLE.replace("model: tiny", "model: {init: random}").replace("kind: pretrain", "kind: sft\n    name: first")
-    with pytest.raises(EduceError, match="needs a first stage of `kind: pretrain`"):
+    with pytest.raises(
+        EduceError, match=r"stage 1 of 4: model: \{init: random\} needs texts.*Begin with a stage of `kind: pretrain`"
+    ):
         load_any(written(tmp_path, text))
+    for stages in ("sft", "[]", "{kind: sft}", ""):
+        with pytest.raises(EduceError, match=r"r.yaml:3:1 stages is .*, and must be a list of stages. Write one block"):
+            load_any(written(tmp_path, f"name: x\nmodel: tiny\nstages: {stages}\n"))
+    with pytest.raises(EduceError, match=r"r.yaml:2:1 model: \{init: random\} begins a recipe of stages"):
+        load_any(written(tmp_path, "name: x\nmodel: {init: random}\ndata: {train: a.jsonl}\n"))
 
 
 # The plan of pairs
@@ -211,16 +247,31 @@ def test_each_stage_learns_from_rows_of_its_kind(place: Path, name: str, kept: i
     assert "stage of `kind: " in told
 
 
+def test_raw_text_alone_teaches_no_answer(place: Path) -> None:
+    """Beside answers it is trained whole."""
+    lines(place / "texts.jsonl", *({"text": f"the model {k}"} for k in range(9)))
+    lines(place / "rows.jsonl", *({"prompt": f"the user {k}", "response": "yes"} for k in range(9)))
+    text = "name: raw\nmodel: ./tiny\ndata:\n  tasks:\n    a: {files: texts.jsonl}\n"
+    (place / "raw.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(EduceError, match=r"E-DATA-005 .*texts.jsonl holds raw text alone.*stages: \[\{kind: pretrain"):
+        prepare(one_recipe(place / "raw.yaml"), quiet)
+    (place / "raw.yaml").write_text(f"{text}    b: {{files: rows.jsonl}}\n", encoding="utf-8")
+    assert prepare(one_recipe(place / "raw.yaml"), quiet).summary["documents"]
+
+
 def test_a_pair_is_two_answers_behind_one_prompt(place: Path) -> None:
     other = {"chosen": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}],
              "rejected": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "no"}]}  # fmt: skip
     words = ("the", "user", "said", "hello", "model", "yes", "no", "one", "two", "three")
     rows = [PAIR | {"prompt": f"{a} {b}"} for a in words for b in words]
-    lines(place / "pairs.jsonl", PAIR | {"rejected": "yes"}, other, *rows)
+    lines(place / "pairs.jsonl", PAIR | {"rejected": "yes"}, other, PAIR | {"rejected": " yes\n"}, *rows)
     recipe = one_recipe(place / "r.yaml#preference")
     prepared = prepare(recipe, quiet)
     ledger = read_jsonl(prepared.path / "ledger.jsonl")
-    assert [line["code"] for line in ledger[:2]] == ["E-DATA-154", "E-DATA-153"]
+    assert [line["code"] for line in ledger[:4]] == ["E-DATA-154", "E-DATA-153", "E-DATA-154", None]
+    (found,) = survey([f"{place / 'r.yaml'}#preference"])
+    assert [r.where.rpartition(":")[2] for r in found.problems["E-DATA-154"].first] == ["1", "3"]
+    assert "differ in white space around them alone" in str(found.problems["E-DATA-154"].first[1])
     store = prepared.store("train")
     assert len(store) == 2 * prepared.summary["rows"]["train"]
     assert (store.rows[::2] == store.rows[1::2]).all()

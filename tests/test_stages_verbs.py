@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,23 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
+from educe.config import StagedRecipe, load_any  # noqa: E402
 from educe.errors import EduceError  # noqa: E402
+from educe.evaluate.stages import amount  # noqa: E402
+from educe.parallel.world import World  # noqa: E402
+from educe.recipes.job import How  # noqa: E402
 from educe.recipes.report import report_stages  # noqa: E402
+from educe.recipes.run import Run, quiet  # noqa: E402
+from educe.recipes.run_stages import check_stages  # noqa: E402
+from educe.recipes.stage_ahead import refuse_ahead  # noqa: E402
+from educe.report.stage_page import change_text  # noqa: E402
+from educe.training.watchdog import ASLEEP  # noqa: E402
 
 from report_payloads import PAYLOADS, poison  # noqa: E402
 from run_directory import Page  # noqa: E402
 from test_engine import _one_thread  # noqa: E402, F401
 from test_export import command  # noqa: E402
-from test_stages import place, recipe  # noqa: E402, F401
+from test_stages import DIRECT, place, recipe  # noqa: E402, F401
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -45,7 +55,7 @@ def test_evaluating_pairs_goes_by_the_dev_pairs(chain: Path) -> None:
     found = json.loads((chain / "3-preference" / "scores.json").read_text())
     assert found["metric"] == "text"
     assert found["verdict"].startswith("50 % → ")
-    assert "dev pairs ranked right, KL from the start" in found["verdict"]
+    assert "dev pairs ranked right (log-probability per token), KL from the stage's start" in found["verdict"]
     page = Page(educe.Run("runs/chain/3-preference").report().read_text())
     assert "no answer is graded right or wrong" in page.text
     assert "loss of the expected answers" not in page.text
@@ -99,6 +109,32 @@ def test_data_and_ledger_take_a_stage_by_its_recipe(chain: Path) -> None:
     code, said = command("data", "chain.yaml#rlhf")
     assert code == 2
     assert "none of them called 'rlhf'" in said
+
+
+def test_what_is_prepared_ahead_is_what_the_stages_train_on(chain: Path, place: Path) -> None:  # noqa: F811
+    """Whatever weights a stage starts from by then."""
+    recipe(place, "ahead-of")
+    code, said = command("prepare", "ahead-of.yaml")
+    assert (code, said.count("Prepared: ")) == (0, 3)
+    made = {p.name for p in (place / "runs" / "ahead-of" / "prepared").iterdir()}
+    assert made == {p.name for p in (chain / "prepared").iterdir()}
+
+
+@pytest.mark.parametrize("moved,said", [(0.25, "0.250"), (-0.0004, "0.0004"), (0.000021, "2.1e-05")])
+def test_a_small_change_is_no_nought(moved: float, said: str) -> None:
+    line = {"kind": "ratio", "unit": "bits/byte"}
+    assert amount(line, {"value": moved}).startswith(said)
+    assert not change_text(line, dict.fromkeys(("value", "low", "high"), moved)).lstrip("+−").startswith("0.000 ")
+
+
+def test_a_stage_is_named_by_its_run_too(chain: Path) -> None:
+    assert Run("runs/chain#sft").path.name == "2-sft"
+    for words, said in (
+        ("chain#rlhf", "has no stage 'rlhf'. Name one: runs/chain#pretrain"),
+        ("chain/2-sft#a", "is no run of stages"),
+    ):
+        with pytest.raises(EduceError, match=said):
+            Run(f"runs/{words}")
 
 
 def test_what_run_means_where_the_latest_is_a_chain(chain: Path) -> None:
@@ -187,3 +223,77 @@ def test_a_stage_lies_within_its_run(tmp_path: Path, where: Any) -> None:
     (path / "stages.resolved.json").write_text(json.dumps({"recipe": {}, "stages": {"sft": where}}))
     with pytest.raises(EduceError, match="is damaged, or was written by another version"):
         report_stages(path, None, "html")
+
+
+def test_an_adapter_of_a_stage_names_a_base_that_can_be_made(place: Path) -> None:  # noqa: F811
+    """The command in its card writes the model that its config names; peft puts the adapter onto it."""
+    peft = pytest.importorskip("peft")
+    path = recipe(place, "adapted")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("kind: sft", "kind: sft\n    tuning: {kind: lora, rank: 4}"), encoding="utf-8")
+    for stage in ("pretrain", "sft"):
+        educe.train(path.with_name(f"adapted.yaml#{stage}"))
+    code, said = command("export", "runs/adapted/2-sft", "adapter", "--as", "adapter")
+    assert code == 0, said
+    card = (place / "adapter" / "README.md").read_text(encoding="utf-8")
+    words = card[card.index("`educe export ") + 1 :].split("`")[0].split()
+    assert " ".join(words) in " ".join(said.split())
+    code, said = command(*words[1:])
+    assert code == 0, (words, said)
+    assert f"base_model: {words[-1]}" in card
+    assert json.loads((place / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == words[-1]
+    assert peft.AutoPeftModelForCausalLM.from_pretrained("adapter").peft_config
+
+
+# What any stage would refuse
+
+
+@pytest.mark.parametrize(
+    "kept,old,new,said",
+    [
+        ("4-direct", "learning_rate: 1e-2}", "learning_rate: 2e-2}", r"4 of 4: direct, .*rate was 0.01, now 0.02.*--redo direct"),
+        ("2-sft", "", "", r"2 of 4: sft, .*from stage pretrain, which is not there any more.*--redo pretrain"),
+        ("", "pairs.jsonl, test", "rows.jsonl, test", r"3 of 4: preference, .*rows.jsonl has no usable row"),
+        ("", "", "", r"1 of 4: pretrain, P63 secrets: 1 found"),
+        ("", "micro_batch_tokens: 128, learning_rate: 5e-3", "micro_batch_tokens: 256, learning_rate: 5e-3",
+         r"2 of 4: sft, --devices 2 devices need 2 packs of 256 tokens a step"),
+    ],
+)  # fmt: skip
+def test_what_can_be_known_is_refused_before_the_first_step(
+    chain: Path,
+    place: Path,  # noqa: F811
+    kept: str,
+    old: str,
+    new: str,
+    said: str,
+) -> None:
+    """Of every stage, by its name, and nothing is written of it."""
+    path = recipe(place, "ahead", more=DIRECT)
+    run = place / "runs" / "ahead"
+    shutil.rmtree(run, ignore_errors=True)
+    if kept == "4-direct":
+        educe.train(path.with_name("ahead.yaml#direct"))
+    elif kept:
+        shutil.copytree(chain / kept, run / kept)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(old, new) if new else text, encoding="utf-8")
+    staged, secret = load_any(path), "" if new else f"# hf_{'a1B2' * 9}"
+    assert isinstance(staged, StagedRecipe)
+    world = World(size=2 if "micro" in old else 1)
+    with pytest.raises(EduceError, match=f"stage {said}"):
+        educe.train(path) if kept else refuse_ahead(staged, secret, quiet, How(), world, ASLEEP)
+    assert [p.name for p in run.glob("?-*")] == ([kept] if kept else [])
+
+
+def test_check_plans_for_several_devices(place: Path) -> None:  # noqa: F811
+    """More of them hold less each, and have as many packs; a step that has not a pack for each is no step."""
+    path = recipe(place, "devices")
+    one, two = check_stages(path), check_stages(path, devices=2)
+    for name in one:
+        assert one[name].ready
+        assert two[name].ready
+        assert two[name].plan.num_ranks == 2
+        assert two[name].memory.optimizer < one[name].memory.optimizer
+    code, said = command("check", "devices.yaml#sft", "--devices", "3")
+    assert code == 2
+    assert "--devices 3: 3 devices need 3 packs of 128 tokens a step, train.batch_tokens holds 2" in said

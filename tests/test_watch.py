@@ -83,7 +83,7 @@ def test_the_page_of_a_chain_follows_it_from_stage_to_stage(tmp_path: Path) -> N
             when = 1_800_000_000 + k
             for file in run.path.iterdir():
                 os.utime(file, (when, when))
-            shows(f"Stage {k}, {name}. Live; as of")
+            shows(f"Stage {k} of 2: {name}. Live; as of")
 
 
 def test_the_link_becomes_a_cookie_and_shows_the_page(tmp_path: Path) -> None:

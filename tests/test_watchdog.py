@@ -198,6 +198,14 @@ def test_stacks_of_an_earlier_hang_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "rank-0.txt").read_text() == "an earlier hang\n"
 
 
+def test_going_on_to_another_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    dog = Watchdog(60, lambda line: None)
+    for name in ("1-pretrain", "2-sft"):
+        dog.guard(tmp_path / name / "stacks", 0, 1)
+    dog.close()
+    assert not [*tmp_path.rglob("stacks")]
+
+
 def test_a_watchdog_asleep_costs_nothing(tmp_path: Path) -> None:
     with watched(None, print) as dog:
         dog.guard(tmp_path / "stacks", 0, 1)

@@ -23,6 +23,9 @@ _MOST_ODD = 12
 def show_survey(found: FileSurvey) -> None:
     """One file: what it is, what is wrong with it, what looks odd."""
     console.print(f"[bold]{escape(found.file)}[/bold]", soft_wrap=True)
+    if not found.rows:
+        console.print("[yellow]![/yellow] It is empty: not read beside files that hold rows.\n")
+        return
     table = Table.grid(padding=(0, 2))
     for name, value in _about(found):
         table.add_row(f"[bold]{name}[/bold]", escape(value))

@@ -84,9 +84,10 @@ def init(data: str, dev: str | None, test: str | None, model: str | None, out: P
     is_flag=True,
     help="Plan with the model's configs and tokenizer alone: its weights are not fetched.",
 )
+@click.option("--devices", type=click.IntRange(1), default=1, help="Plan for so many, as `educe train --devices`.")
 @click.option("--all", "every", is_flag=True, help="List every check, those that passed too.")
 @click.option("--json", "as_json", is_flag=True, help="Print verdict, estimate and findings as JSON.")
-def check(recipe: Path, on_model: bool, without_weights: bool, every: bool, as_json: bool) -> None:
+def check(recipe: Path, on_model: bool, without_weights: bool, devices: int, every: bool, as_json: bool) -> None:
     """Say what a run will do, cost and need before anything is spent."""
     from educe.cli.check import show_check, show_stage_checks
     from educe.cli.screens import say
@@ -94,7 +95,7 @@ def check(recipe: Path, on_model: bool, without_weights: bool, every: bool, as_j
     from educe.recipes.run_stages import check_stages
 
     told = (lambda line: click.echo(line, err=True)) if as_json else say
-    how = {"on_model": on_model, "without_weights": without_weights}
+    how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices}
     if stages := check_stages(recipe, **how, argv=sys.argv[1:], say=told):
         if as_json:
             click.echo(json.dumps({name: c.as_json() for name, c in stages.items()}, indent=1))
@@ -164,13 +165,15 @@ cli.add_command(watch)
 @cli.command()
 @click.argument("recipe", type=RECIPE)
 def prepare(recipe: Path) -> None:
-    """The data part of `train` alone, for a machine without a GPU."""
+    """The data part of `train` alone, for a machine without a GPU; of every stage where there are some."""
     from educe.cli.screens import say
     from educe.recipes.run import prepare as run_prepare
+    from educe.recipes.run_stages import prepare_stages
 
-    made = run_prepare(recipe, say=say)
-    s = made.summary
-    click.echo(f"Prepared: {made.path} ({s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained)")
+    for made in prepare_stages(recipe, say=say).values() or [run_prepare(recipe, say=say)]:
+        s = made.summary
+        told = f"{s['examples']} examples, {s['tokens']} tokens, {s['trained_tokens']} trained"
+        click.echo(f"Prepared: {made.path} ({told})")
 
 
 @cli.command()

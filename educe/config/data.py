@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from educe.config.knobs import Knobs, Share
+from educe.config.knobs import Contradiction, Knobs, Share
 from educe.types import Role
 
 # Name of the only task where `data.train` names the rows.
@@ -147,18 +147,26 @@ class Data(Knobs):
     @model_validator(mode="after")
     def _one_of(self) -> Data:
         if (self.train is None) == (not self.tasks):
-            raise ValueError("data needs either train (the files of one task) or tasks (a mixture)")
+            raise Contradiction(
+                "data needs either train (the files of one task) or tasks (a mixture)", "Give one of the two."
+            )
         named = [s.task for s in (self.dev, self.test) if isinstance(s, FileSplit) and s.task is not None]
         unknown = [n for n in (*self.hold_out, *named) if n not in self.tasks]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no task of data.tasks ({', '.join(self.tasks) or 'there are none'})")
+            there = ", ".join(self.tasks)
+            fix = f"Name one of {there}." if there else "Leave it out, or give tasks by their names."
+            raise Contradiction(f"{unknown[0]!r} is no task of data.tasks ({there or 'there are none'})", fix)
         explicit = isinstance(self.rates, Rates) and self.rates.kind == "explicit"
         for name, task in self.tasks.items():
             if (task.rate is not None) != explicit and name not in self.hold_out:
                 need = "needs a rate, since" if explicit else "has a rate, which is read only where"
-                raise ValueError(f"data.tasks.{name} {need} data.rates is {{kind: explicit}} (its key is `rate:`)")
+                fix = "Give every task a `rate:`." if explicit else "Set data.rates: explicit, or leave the rate out."
+                raise Contradiction(f"data.tasks.{name} {need} data.rates is {{kind: explicit}}", fix)
             if not name.strip() or name == REPLAY or "/" in name:
-                raise ValueError(f"data.tasks: {name!r} cannot be the name of a task")
+                raise Contradiction(
+                    f"data.tasks: {name!r} cannot be the name of a task",
+                    f"Take another: not empty, no slash, not {REPLAY!r}.",
+                )
         return self
 
     @property

@@ -27,3 +27,15 @@ class Knobs(BaseModel):
     """Base of every block: strict types (no "4" for 4, no true for 1), frozen, nothing unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Contradiction(ValueError):
+    """Settings that do not go together, told as what was found and what to do; `at`: keys to where that is, if they are known."""
+
+    def __init__(self, found: str, fix: str, at: tuple[str | int, ...] = ()) -> None:
+        self.found, self.fix, self.at = found, fix, at
+        super().__init__(f"{found}. {fix}")
+
+    def of_stage(self, k: int) -> Contradiction:
+        """The same, of stage k of a recipe."""
+        return Contradiction(self.found, self.fix, ("stages", k, *self.at))

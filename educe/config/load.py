@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 
 from educe.config.data import Data, FileSplit, Rows
-from educe.config.hints import blocks_of, fix_of_bounds, fix_of_unknown, names_of_kinds
-from educe.config.knobs import FORMS
+from educe.config.mistakes import brief, position, told
 from educe.config.recipe import CustomMetric, Evaluation, FileTemplate, Recipe
 from educe.config.stages import StagedRecipe
 from educe.errors import RecipeError
@@ -27,8 +24,6 @@ from educe.secrets import find_secret
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_EVENTS = 20_000  # keys, values, and ends of blocks
-_Path = Sequence[str | int]
-_OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -56,7 +51,7 @@ def load_any(path: Path) -> Recipe | StagedRecipe:
         raise RecipeError(1, str(path), f"cannot be read: {e.strerror}.", fix) from e
     recipe = parse_recipe(text, str(path))
     try:
-        where = _position(_parse(text, str(path)), ("template", "file"), str(path))
+        where = position(_parse(text, str(path)), ("template", "file"), str(path))
         base = path.resolve().parent
         return (
             anchored_stages(recipe, base, where) if isinstance(recipe, StagedRecipe) else anchored(recipe, base, where)
@@ -74,14 +69,21 @@ def parse_recipe(text: str, shown: str) -> Recipe | StagedRecipe:
         raise RecipeError(101, shown, "is not a mapping of keys.", "Start from `educe init --data FILE`.")
     root: type[Recipe | StagedRecipe] = StagedRecipe if "stages" in tree else Recipe
     if root is Recipe and tree.get("objective", "sft") not in ("sft", {"kind": "sft"}):
-        at = _position(tree, ("objective",), shown)
+        at = position(tree, ("objective",), shown)
         raise RecipeError(
             102, at, "objective is not a known key.", "Write a stage: stages: [{kind: preference, data: ...}]."
         )
+    if root is Recipe and isinstance(tree.get("model"), Mapping):
+        at = position(tree, ("model",), shown)
+        fix = "Write stages, the first of `kind: pretrain`, whose texts teach it: docs/stages.md."
+        raise RecipeError(201, at, "model: {init: random} begins a recipe of stages, and this one has none.", fix)
+    if root is StagedRecipe and not (isinstance(tree["stages"], list) and tree["stages"]):
+        at, fix = position(tree, ("stages",), shown), "Write one block for each: stages: [{kind: sft, data: ...}]."
+        raise RecipeError(103, at, f"stages is {brief(_plain(tree['stages']))}, and must be a list of stages.", fix)
     try:
         return root.model_validate(_plain(tree))
     except ValidationError as e:
-        raise _told(e, tree, shown, root) from None
+        raise told(e, tree, shown, root) from None
 
 
 def _refuse_secret(text: str, shown: str) -> None:
@@ -237,136 +239,5 @@ def _whole_characters(text: str) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError as e:
-        found = f"{_brief(text)} holds half of a character."
+        found = f"{brief(text)} holds half of a character."
         raise RecipeError(103, "recipe", found, "Write the character itself, as UTF-8.") from e
-
-
-def _found(tree: Any, path: _Path) -> list[tuple[Any, tuple[int, int]]]:
-    """The values along `path`, each with the (line, column) of its key, from 0, as far as the file really has them."""
-    found = []
-    for key in path:
-        if isinstance(tree, Mapping) and key in tree:
-            at = tree.lc.key(key)  # type: ignore[attr-defined]
-        elif isinstance(tree, Sequence) and isinstance(key, int) and not isinstance(tree, str) and key < len(tree):
-            at = tree.lc.item(key)  # type: ignore[attr-defined]
-        else:
-            break
-        tree = tree[key]
-        found.append((tree, at))
-    return found
-
-
-def _position(tree: Any, path: _Path, shown: str) -> str:
-    """file:line:col of the deepest key of `path` that the file really has."""
-    found = _found(tree, path)
-    return f"{shown}:{found[-1][1][0] + 1}:{found[-1][1][1] + 1}" if found else shown
-
-
-def _walked(
-    path: _Path, root: type[BaseModel]
-) -> tuple[list[str | int], type[BaseModel] | None, list[type[BaseModel]]]:
-    """pydantic's path to a mistake as it is written, without the tags of unions; the block that its end is, if it is one; the
-    kinds of block it may be, if it is a choice.
-    """
-    written: list[str | int] = []
-    block: type[BaseModel] | None = root
-    kinds: list[type[BaseModel]] = []
-    named = False  # the next key is a name that the user gave to a block, or its place in a list
-    for key in path:
-        if named:
-            written.append(key)
-            named = False
-            continue
-        if kinds:
-            block, kinds = next((k for k in kinds if key in (*names_of_kinds([k]), k.__name__)), None), []
-            continue
-        if str(key).startswith("function-"):  # a block that checks itself, where text may stand too
-            continue
-        written.append(key)
-        field = block.model_fields.get(str(key)) if block is not None else None
-        named = field is not None and (get_origin(field.annotation) is dict or get_args(field.annotation)[1:] == (...,))
-        found = blocks_of(field.annotation) if field is not None else []
-        block, kinds = (found[0], []) if len(found) == 1 else (None, found)
-    return written, block, kinds
-
-
-def _told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -> RecipeError:
-    found_at = [e["loc"] for e in error.errors()]
-
-    def idle(e: ErrorDetails) -> bool:
-        """A list that is too short where what stands in it is wrong; a block that is no text where it may be one and is wrong."""
-        either = e["type"] == "string_type" and isinstance(e["input"], Mapping) and str(e["loc"][-1]).endswith("str")
-        above = e["loc"][:-1] if either else e["loc"]
-        return (either or e["type"] == "too_short") and any(
-            at != e["loc"] and at[: len(above)] == above for at in found_at
-        )
-
-    errors = [e for e in error.errors() if not idle(e)]
-    first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", len(e["loc"])))
-    written, _, kinds = _walked(first["loc"], root)
-    dotted = ".".join(map(str, written))
-    where = _position(tree, written, shown)
-    if first["type"] == "extra_forbidden":
-        block = _walked(first["loc"][:-1], root)[1] or root
-        fix = fix_of_unknown(str(written[-1]), block, _walked(first["loc"][:-2], root)[2])
-        return RecipeError(102, where, f"{dotted} is not a known key.", fix)
-    if first["type"] in ("missing", "union_tag_not_found"):
-        missing = dotted if first["type"] == "missing" else f"{dotted}.kind"
-        return RecipeError(104, where, f"{missing} is missing.", "Add it, or start from `educe init --data FILE`.")
-    if first["type"] == "value_error":
-        return _contradiction(first["msg"].removeprefix("Value error, "), written, tree, shown)
-    found = _found(tree, written)
-    if kinds and found:
-        return _no_kind(written, found[-1][0], names_of_kinds(kinds), tree, shown)
-    written = written[: len(found)] or written  # one more key names one of several types that a value may have
-    said = [
-        e["msg"].removeprefix("Input should be ")
-        for e in errors
-        if _walked(e["loc"], root)[0][: len(written)] == written
-    ]
-    fix = f"It must be {' or '.join(said)}." if len(said) > 1 or said[0] != first["msg"] else f"{first['msg']}."
-    if len(said) == 1 and first["type"] in _OUT_OF_BOUNDS:
-        around = _walked(first["loc"][:-1], root)[1]
-        fix = fix_of_bounds(around.model_fields.get(str(written[-1])) if around is not None else None) or fix
-    if first["type"] == "string_pattern_mismatch":
-        fix = FORMS[first["ctx"]["pattern"]]
-    text = f"{'.'.join(map(str, written))} is {_brief(first['input'])}."
-    return RecipeError(103, where, text, fix.replace("valid tuple", "valid list"))
-
-
-def _contradiction(message: str, written: _Path, tree: Any, shown: str) -> RecipeError:
-    """Settings that do not go together: told at the first of them that the file has; those that it has not are defaults."""
-    stage = re.match(r"stages\[(\d+)\]", message)
-    above: _Path = ["stages", int(stage[1])] if stage else []
-    places: list[_Path] = []
-
-    def told(match: re.Match[str]) -> str:
-        path = [*above, *match[1].split(".")]
-        if len(_found(tree, path)) < len(path):
-            return f"{match[1]} ({match[2]} by default)"
-        places.append(path)
-        return match[0]
-
-    text = re.sub(r"\b((?:data|train)(?:\.\w+)+) \((\d[^()]*)\)", told, message)
-    dotted = ".".join(map(str, written))
-    at = _position(tree, places[0] if places else above or written, shown)
-    return RecipeError(201, at, f"{'' if text.startswith(dotted) else f'{dotted}: '}{text}.", "Change what it names.")
-
-
-def _no_kind(written: _Path, value: Any, names: list[str], tree: Any, shown: str) -> RecipeError:
-    """A choice whose `kind:` is none of `names`, or that is no block."""
-    block = isinstance(value, Mapping)
-    named, path = (value.get("kind"), [*written, "kind"]) if block else (value, written)
-    near = difflib.get_close_matches(str(named), names, 1, 0.5)
-    if isinstance(named, str) and not block and "file" in names and re.search(r"[./\\]", named):
-        fix = f"For a file write {{kind: file, file: {named}}}."
-    elif isinstance(named, str) and near:
-        fix = f"Did you mean {near[0]!r}?" if near[0] != named else f"Write {{kind: {named}}}."
-    else:
-        fix = f"Give a block with `kind:`, one of {', '.join(names)}."
-    return RecipeError(103, _position(tree, path, shown), f"{'.'.join(map(str, path))} is {_brief(named)}.", fix)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from educe.config.data import Data
-from educe.config.knobs import FunctionName, Knobs, Name, Share, by_name
+from educe.config.knobs import Contradiction, FunctionName, Knobs, Name, Share, by_name
 from educe.config.objective import Objective, Preference, Sft
 
 
@@ -202,6 +202,9 @@ class Evaluation(Knobs):
     max_rows: int = Field(default=1000, ge=1, description="at most this many test rows are answered")
 
 
+# A run's peak rate with adapters, over that of all weights: LoRA Without Regret, thinkingmachines.ai/blog/lora.
+LORA_RATE = 10.0
+
 # Settings of the data and the run that mean nothing where no prompt is answered.
 _OF_ANSWERS = ("system", "train_on", "prompt_weight", "reasoning_weight", "too_long")
 _OF_STREAMS = ("replay", "loss_mean")
@@ -227,28 +230,43 @@ class Recipe(Knobs):
     train: Train = Field(default=Train(), description="the optimizer run")
     evaluation: Evaluation = Field(default=Evaluation(), description="the before/after test")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_its_tuning(cls, given: Any) -> Any:
+        train = given.get("train", {}) if isinstance(given, dict) else None
+        tuning = given.get("tuning") if isinstance(given, dict) else None
+        lora = isinstance(tuning, dict) and tuning.get("kind") == "lora"
+        if lora and isinstance(train, dict) and "learning_rate" not in train:
+            return {**given, "train": {**train, "learning_rate": LORA_RATE * Train().learning_rate}}
+        return given
+
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         schedule = self.train.schedule
         if isinstance(schedule, Wsd) and self.train.warmup_share + schedule.decay_share > 1:
-            raise ValueError(
+            found = (
                 f"train.warmup_share ({self.train.warmup_share:g}) and train.schedule.decay_share "
-                f"({schedule.decay_share:g}) exceed the whole run; lower one of them"
+                f"({schedule.decay_share:g}) exceed the whole run"
             )
+            raise Contradiction(found, "Lower one of them.")
         if self.train.micro_batch_tokens > self.train.batch_tokens:
-            raise ValueError(
+            found = (
                 f"train.micro_batch_tokens ({self.train.micro_batch_tokens}) exceeds "
-                f"train.batch_tokens ({self.train.batch_tokens}); lower the one or raise the other"
+                f"train.batch_tokens ({self.train.batch_tokens})"
             )
+            raise Contradiction(found, "Lower the one or raise the other.")
         if len(set(self.train.log_to)) < len(self.train.log_to):
-            raise ValueError(f"train.log_to names a client twice ({', '.join(self.train.log_to)}); name each once")
+            found = f"train.log_to names a client twice ({', '.join(self.train.log_to)})"
+            raise Contradiction(found, "Name each once.", ("train", "log_to"))
         if isinstance(self.train.rates, LoraPlus) and not isinstance(self.tuning, Lora):
-            raise ValueError("train.rates: lora_plus needs tuning.kind: lora")
+            fix = "Set tuning: {kind: lora}, or leave train.rates out."
+            raise Contradiction("train.rates: lora_plus needs tuning.kind: lora", fix, ("train", "rates"))
         if self.data.max_tokens > self.train.micro_batch_tokens:
-            raise ValueError(
+            found = (
                 f"data.max_tokens ({self.data.max_tokens}) exceeds train.micro_batch_tokens "
-                f"({self.train.micro_batch_tokens}): the longest row must fit a micro-batch; lower the one or raise the other"
+                f"({self.train.micro_batch_tokens}): the longest row must fit a micro-batch"
             )
+            raise Contradiction(found, "Lower the one or raise the other.")
         self._refuse_meaningless()
         return self
 
@@ -258,16 +276,18 @@ class Recipe(Knobs):
         if kind == "sft":
             return
         unread = {"pretrain": _OF_ANSWERS, "preference": _OF_ANSWERS[1:] + _OF_STREAMS}[kind]
-        given = [f"data.{n}" for n in unread if getattr(self.data, n) != Data.model_fields[n].default]
+        given = [("data", n) for n in unread if getattr(self.data, n) != Data.model_fields[n].default]
         if kind == "preference":
-            given += [f"train.{n}" for n in _OF_TOKENS if getattr(self.train, n) != Train.model_fields[n].default]
+            given += [("train", n) for n in _OF_TOKENS if getattr(self.train, n) != Train.model_fields[n].default]
             if 2 * self.data.max_tokens > self.train.micro_batch_tokens:
-                raise ValueError(
+                found = (
                     f"both answers of a pair are computed together: train.micro_batch_tokens ({self.train.micro_batch_tokens}) "
                     f"must hold two rows of data.max_tokens ({self.data.max_tokens})"
                 )
+                raise Contradiction(found, "Lower the second or raise the first.")
         if given:
-            raise ValueError(f"{given[0]} means nothing where the objective is {kind}; leave it out")
+            found = f"{'.'.join(given[0])} means nothing where the objective is {kind}"
+            raise Contradiction(found, "Leave it out.", given[0])
 
     @property
     def learns_pairs(self) -> bool:

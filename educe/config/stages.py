@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from educe.config.data import Data
-from educe.config.knobs import Knobs, Name
+from educe.config.knobs import Contradiction, Knobs, Name
 from educe.config.objective import Preference, Pretrain, Sft
-from educe.config.recipe import Evaluation, Full, OwnTemplate, Recipe, Template, Train, Tuning
+from educe.config.recipe import LORA_RATE, Evaluation, Full, Lora, OwnTemplate, Recipe, Template, Train, Tuning
 
 # Where a stage may start besides the stages before it.
 BASE = "base"
+# Of a stage that starts from random weights, where the recipe gives none.
+SCRATCH_RATE = 1e-3
 
 
 class PretrainTrain(Train):
@@ -76,8 +78,9 @@ class Scratch(Knobs):
     @model_validator(mode="after")
     def _fits(self) -> Scratch:
         if self.width % (2 * self.heads) or self.heads % self.kv_heads:
-            raise ValueError(
-                f"width ({self.width}) must be a multiple of 2 x heads ({self.heads}), heads one of kv_heads ({self.kv_heads})"
+            raise Contradiction(
+                f"width ({self.width}) must be a multiple of 2 x heads ({self.heads}), heads one of kv_heads ({self.kv_heads})",
+                "Change one of the three.",
             )
         return self
 
@@ -100,21 +103,22 @@ class StagedRecipe(Knobs):
     def _agree(self) -> StagedRecipe:
         names: list[str] = []
         for k, stage in enumerate(self.stages):
-            name = stage.name or stage.kind
+            name, at = stage.name or stage.kind, ("stages", k, "name" if stage.name else "kind")
             if name in (BASE, "start"):
-                raise ValueError(
-                    f"stages[{k}]: {name!r} is what the model before all stages is called; take another `name:`"
+                raise Contradiction(
+                    f"{name!r} is what the model before all stages is called", "Take another `name:`.", at
                 )
             if name in names:
-                raise ValueError(f"stages[{k}]: {name!r} is the name of another one; give each its own `name:`")
+                raise Contradiction(f"{name!r} is the name of another one", "Give each its own `name:`.", at)
             if stage.start not in (None, BASE, *names):
-                raise ValueError(
-                    f"stages[{k}].start is {stage.start!r}, and before it there are {', '.join((BASE, *names))}"
-                )
+                found = f"start is {stage.start!r}, and before it there is {', '.join((BASE, *names))}"
+                fix = "Name one of them." if k else "Leave it out: the first stage starts from the model."
+                raise Contradiction(found, fix, ("stages", k, "start"))
             names.append(name)
             self.recipe(k, "model")  # what only the whole of a stage shows
         if isinstance(self.model, Scratch) and self.stages[0].kind != "pretrain":
-            raise ValueError("model: {init: random} needs a first stage of `kind: pretrain`, whose texts teach it")
+            found = "model: {init: random} needs texts that teach it, and the first stage has none"
+            raise Contradiction(found, "Begin with a stage of `kind: pretrain`.", ("stages", 0, "kind"))
         return self
 
     @property
@@ -149,8 +153,17 @@ class StagedRecipe(Knobs):
             lengths.append(1 if start is None else lengths[start] + 1)
         return self.names[lengths.index(max(lengths))]
 
+    def _rate(self, k: int) -> float:
+        """Stage k's peak rate: as given, or the default of its kind, its tuning and what it starts from."""
+        train, tuning = self.stages[k].train, self.stages[k].tuning
+        if "learning_rate" in train.model_fields_set:
+            return train.learning_rate
+        if isinstance(self.model, Scratch) and self.start_of(k) is None:
+            return SCRATCH_RATE
+        return train.learning_rate * (LORA_RATE if isinstance(tuning, Lora) else 1.0)
+
     def recipe(self, k: int, model: str) -> Recipe:
-        """Stage k as a recipe of its own, that starts from `model`. Raises `ValueError`."""
+        """Stage k as a recipe of its own, that starts from `model`. Raises `Contradiction`."""
         stage = self.stages[k]
         learnt = next(kind for kind in (Sft, Pretrain, Preference) if isinstance(stage, kind))
         objective = learnt(**{name: getattr(stage, name) for name in learnt.model_fields})
@@ -163,10 +176,8 @@ class StagedRecipe(Knobs):
                 objective=objective,
                 data=stage.data,
                 tuning=stage.tuning,
-                train=Train.model_validate(stage.train.model_dump()),
+                train=Train.model_validate(stage.train.model_dump() | {"learning_rate": self._rate(k)}),
                 **shared,
             )
-        except ValueError as e:
-            errors = getattr(e, "errors", None)
-            said = errors()[0]["msg"].removeprefix("Value error, ") if errors is not None else str(e)
-            raise ValueError(f"stages[{k}]: {said}") from e
+        except ValidationError as e:
+            raise e.errors()[0]["ctx"]["error"].of_stage(k) from e

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from educe.data.sources import SUFFIXES
+from educe.data.sources import SUFFIXES, read_rows
 from educe.errors import DataError
 from educe.secrets import redacted
 
@@ -23,12 +23,39 @@ _PACKED = (".gz", ".zst")
 _NO_DATA = re.compile(r"(?i)(readme|licen[cs]e|dataset_infos?)\.")
 _NAMED = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})({'|'.join(map(re.escape, _PACKED))})?$", re.I)
 _stdin: list[Path] = []
+_MOST_EMPTY = 65_536  # bytes of a file that may hold no row: a header, an empty list, a Parquet schema
 
 
-def find_files(spec: str, without: Path | None = None) -> list[Path]:
-    """The data files that `spec` names, sorted by path; none that lie in `without`, where educe itself writes. Raises `DataError`
-    where there are none.
+def find_files(spec: str, without: Path | None = None, header: Sequence[str] = ()) -> list[Path]:
+    """The data files that `spec` names, sorted by path; none that lie in `without`, where educe itself writes, and none without a row
+    where others have some (`header`: as the rows are read). Raises `DataError` where there are none.
     """
+    found = _all(spec, without)
+    empty = set(_empty(found, header))
+    return [f for f in found if f not in empty]
+
+
+def empty_files(spec: str, without: Path | None = None, header: Sequence[str] = ()) -> list[Path]:
+    """Those that `find_files` leaves out, since they hold no row and others do."""
+    return _empty(_all(spec, without), header)
+
+
+def _empty(found: Sequence[Path], header: Sequence[str]) -> list[Path]:
+    if len(found) < 2:
+        return []
+    empty = [f for f in found if not _holds_rows(f, header)]
+    return empty if len(empty) < len(found) else []
+
+
+def _holds_rows(file: Path, header: Sequence[str]) -> bool:
+    """Whether there is a first row, or something that is none."""
+    try:
+        return file.stat().st_size > _MOST_EMPTY or next(read_rows(file, header), None) is not None
+    except (DataError, OSError) as e:
+        return getattr(e, "code", "") != "E-DATA-003"
+
+
+def _all(spec: str, without: Path | None) -> list[Path]:
     try:
         found = [f for f in _found(spec) if without is None or not _made_by_educe(f.resolve(), without)]
     except (RuntimeError, OSError) as e:  # a link that leads to itself

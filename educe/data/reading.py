@@ -314,7 +314,14 @@ def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
         raise Unfit(
             "E-DATA-155", said, "Name the key of the question: columns: {prompt: ..., chosen: ..., rejected: ...}."
         )
+    if one.messages[:-1] == other.messages[:-1] and _trimmed(one.messages[-1]) == _trimmed(other.messages[-1]):
+        how = "are the same" if one.messages == other.messages else "differ in white space around them alone"
+        raise Unfit("E-DATA-154", f"the chosen and the rejected answer {how}.", "Remove the row.")
     yield Pair(chosen=one, rejected=other)
+
+
+def _trimmed(answer: Message) -> Message:
+    return replace(answer, content=answer.content.strip())
 
 
 def _or_refusal(make: Callable[[], Item], at: Source) -> Item:

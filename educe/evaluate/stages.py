@@ -37,7 +37,7 @@ MEASURES: dict[str, Measure] = {
     "questions": Measure(title="general questions, right", unit="", kind="share", better="more"),
     "questions_end": Measure(title="general answers end", unit="", kind="share", better="more"),
     "pairs": Measure(title="preferred ranked first", unit="", kind="share", better="more"),
-    "kl": Measure(title="KL from start", unit="nats/token", kind="ratio", better=""),
+    "kl": Measure(title="KL from start, general text", unit="nats/token", kind="ratio", better=""),
 }
 
 
@@ -106,7 +106,8 @@ def verdict_of(lines: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 def amount(line: Mapping[str, Any], change: Mapping[str, float]) -> str:
     """How large a change is: points of a share, or its own unit."""
     if line["kind"] == "ratio":
-        return f"{abs(change['value']):.3f} {line['unit']}"
+        small = abs(change["value"]) < 0.001
+        return f"{abs(change['value']):{'.2g' if small else '.3f'}} {line['unit']}"
     return f"{100 * abs(change['value']):.1f} points"
 
 

@@ -176,10 +176,14 @@ def _time(seconds: float) -> str:
 def _by_pairs(pairs: Mapping[str, Any]) -> str:
     """Learned from pairs: no answer is the right one."""
     before, after = (f"{100 * share:.0f} %" for share in pairs["ranked"])
-    moved = f", KL from the start {pairs['kl']:.2g} nats per token" if pairs["kl"] is not None else ""
+    moved = (
+        f", KL from the stage's start {pairs['kl']:.2g} nats per token on chosen answers"
+        if pairs["kl"] is not None
+        else ""
+    )
     return (
-        f"{before} → {after} of the dev pairs ranked right{moved}. Which answers are better is not graded: "
-        "read them side by side, or let a model judge them (`educe judge`)."
+        f"{before} → {after} of the dev pairs ranked right (log-probability per token){moved}. Which answers are better is not "
+        "graded: read them side by side, or let a model judge them (`educe judge`)."
     )
 
 

@@ -32,11 +32,12 @@ _FILLED_TO = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairsOut:
     """Of each preference pair, detached: its loss (λ is not in it); `margin_K`, what the loss compares of the chosen answer less the
-    same of the rejected one; the log-ratio of each answer to the reference in nats per token (of the model alone where every
-    reference is 0)."""
+    same of the rejected one; `lead_K`, the log-probability per token of the chosen one less that of the other; the log-ratio of
+    each answer to the reference in nats per token (of the model alone where every reference is 0)."""
 
     loss_K: Float[Tensor, " k"]
     margin_K: Float[Tensor, " k"]
+    lead_K: Float[Tensor, " k"]
     chosen_K: Float[Tensor, " k"]
     rejected_K: Float[Tensor, " k"]
 

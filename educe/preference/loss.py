@@ -91,6 +91,7 @@ class PreferenceLoss:
         pairs = PairsOut(
             loss_K=loss_K.detach(),
             margin_K=compared.margin_K.detach(),
+            lead_K=(chosen.mean_log_p - rejected.mean_log_p).detach(),
             chosen_K=chosen.mean_ratio.detach(),
             rejected_K=rejected.mean_ratio.detach(),
         )

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from educe.recipes.job import TrainJob
+from educe.config import Recipe
+from educe.files.run_dir import RunDir
+from educe.model.describe import ModelFacts
+from educe.model.source import Say
+from educe.recipes.job import How, TrainJob
 from educe.recipes.memory import MemoryPlan, memory_plan_of
 from educe.recipes.plan import refuse_idle_ranks
+from educe.recipes.prepare import Prepared
 from educe.recipes.provenance import settings_of, steps_done
 from educe.recipes.resume import Found, changes_since, how_of, last_of, planned_ranks, take
 from educe.training.saver import Kept, prune
@@ -52,12 +57,21 @@ def _claim(job: TrainJob) -> Begun:
     recipe, run, ranks = job.recipe, job.run, job.world.size
     refuse_idle_ranks(recipe, ranks)
     found = last_of(run, job.say)
-    planned = planned_ranks(run, found, ranks, chosen=job.how.devices is not None or ranks > 1, say=job.say)
-    settings = settings_of(recipe, job.prepared, job.facts, planned)
-    changes = changes_since(run, found, recipe, settings, job.how.allow, job.say)
+    settings, changes = settings_now(recipe, job.prepared, job.facts, found, job.how, ranks, job.say)
     earlier = how_of(run, found, settings)
     take(run, recipe, settings, job.text, job.prepared, job.mixed, job.say)
     earlier["done"] = steps_done(run)
     if found is not None and found[1]["finished"]:  # it may have been killed before it had deleted the others
         prune(run.checkpoints, Kept(newest=1, every=recipe.train.keep_every_steps))
     return Begun(settings=settings, found=found, earlier=earlier, changes=[*earlier.get("changes", []), *changes])
+
+
+def settings_now(
+    recipe: Recipe, prepared: Prepared, facts: ModelFacts, found: Found | None, how: How, ranks: int, say: Say
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What decides the run's weights, and what of that is to be changed in the middle of it. Raises what `planned_ranks` and
+    `changes_since` raise."""
+    run = RunDir(recipe.run_path())
+    planned = planned_ranks(run, found, ranks, chosen=how.devices is not None or ranks > 1, say=say)
+    settings = settings_of(recipe, prepared, facts, planned)
+    return settings, changes_since(run, found, recipe, settings, how.allow, say)

@@ -101,6 +101,8 @@ def build(
         done = _done(parts, job, settled, engine, hands, say, alive)
         if not any(d.keys["train"] for d in done):
             raise _nothing_left(inputs, done)
+        if recipe.objective.kind == "sft" and all(d.counts["documents"] == d.counts["train"] for d in done):
+            raise _no_answer(inputs)
         _join(place, done, job, alive)
         alive()
         copies = _copies(place, recipe.data, alive)
@@ -365,6 +367,12 @@ def _nothing_left(inputs: Sequence[Input], done: Sequence[Done]) -> DataError:
         return DataError(5, file, "has no row left to train on after the split.", "Give more rows.")
     counts = sum((d.counts for d in done), Counter[str]())
     return no_usable_row(file, [(counts[c], c, line["where"], line["reason"]) for c, line in first.items()])
+
+
+def _no_answer(inputs: Sequence[Input]) -> DataError:
+    file = next(str(f) for i in inputs if i.role == "train" for f in i.files)
+    fix = "Train on it in a stage of its own: stages: [{kind: pretrain, data: ...}]; or name rows with questions and answers too."
+    return DataError(5, file, "holds raw text alone, and answers are to be learned (`kind: sft`).", fix)
 
 
 def no_usable_row(file: str, reasons: Sequence[tuple[int, str, str, str]]) -> DataError:

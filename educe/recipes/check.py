@@ -22,9 +22,9 @@ from educe.recipes.estimate import Estimate, estimate_run, whether_to_compile
 from educe.recipes.finding import Finding, before
 from educe.recipes.memory import MemoryPlan, memory_of_run, trained_share
 from educe.recipes.mixing import TaskPlan, mix, num_undrawn
-from educe.recipes.plan import plan_run, too_many_unused, warnings_of
+from educe.recipes.plan import idle_ranks, plan_run, too_many_unused, warnings_of
 from educe.recipes.preflight import without_model, worst_first
-from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare
+from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare, without_rows
 from educe.recipes.survey import odd_rows
 
 # Checks whose failure is said above, in words of its own.
@@ -81,10 +81,21 @@ class Check:
         }
 
 
-def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (), on_model: bool = False) -> Check:
+def check(
+    recipe: Recipe,
+    say: Say,
+    *,
+    text: str = "",
+    argv: Sequence[str] = (),
+    on_model: bool = False,
+    stands_in: bool = False,
+    ranks: int = 1,
+    hang_after_s: float | None = None,
+) -> Check:
     """Prepare the data, plan the run, estimate its cost, compare with the machine; `on_model` loads the model too and makes a step.
 
-    `text` is the recipe as given, `argv` the words of the command: neither should hold a secret.
+    `text` is the recipe as given, `argv` the words of the command: neither should hold a secret. `stands_in`: the recipe's model is
+    there for another, whose weights are not known yet. `ranks`: devices that share the run. `hang_after_s`: as `educe train` has it.
     """
     from educe.recipes.machine import busy, device_of, memory_of, refuse_offload
     from educe.training.watchdog import HANG_AFTER_S
@@ -93,24 +104,18 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
     inputs, names = inputs_of(recipe)
     facts = describe_model(prepared.model_dir, recipe.model)
     mixed = mix(recipe, prepared)
-    plan = plan_run(recipe, prepared, facts, mixed)
+    idle = idle_ranks(recipe, ranks)
+    plan = plan_run(recipe, prepared, facts, mixed, num_ranks=1 if idle else ranks)
     device = device_of(recipe)
     refuse_offload(recipe, device.kind)
     share = trained_share(prepared)
-    estimate = estimate_run(facts, recipe, plan, prepared, device)
-    memory = memory_of(device.kind)
+    estimate = estimate_run(facts, recipe, plan, prepared, device, ranks)
+    memory = memory_of(device.kind, ranks)
     compiled, why = whether_to_compile(recipe, facts, plan, device, share, packed=True)
-    needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled)
+    needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled, ranks=ranks)
     free = shutil.disk_usage(existing(Path(recipe.runs))).free
-    blockers = []
-    if not needed.fits:
-        blockers.append(
-            f"needs {needed.total / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are there: lower "
-            "train.micro_batch_tokens, set tuning.kind: lora, or train.activations: auto"
-        )
-    if estimate.disk_bytes > free:
-        blockers.append(f"needs {sized(estimate.disk_bytes)} of disk, {sized(free)} are free")
-    blockers += too_many_unused(recipe, prepared)
+    blockers = [f"--devices {ranks}: {idle}"] if idle else []
+    blockers += [*_too_large(needed, memory, estimate, free), *too_many_unused(recipe, prepared)]
     odd = odd_rows(inputs, names)
     b = before(
         recipe,
@@ -124,7 +129,8 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
         text=text,
         argv=argv,
         odd=odd,
-        hang_after_s=HANG_AFTER_S,  # as `educe train` has it where nothing is said
+        hang_after_s=hang_after_s or HANG_AFTER_S,
+        stands_in=stands_in,
     )
     findings = without_model(b)
     blockers += [str(f) for f in findings if f.verdict == "fail" and f.id not in _TOLD]
@@ -144,21 +150,35 @@ def check(recipe: Recipe, say: Say, *, text: str = "", argv: Sequence[str] = (),
         estimate=estimate,
         memory=needed,
         compiling=f"{'yes' if compiled else 'no'}: {why}",
-        device=f"{device.kind} ({device.name}), {device.dtype}",
+        device=f"{f'{ranks} x ' if ranks > 1 else ''}{device.kind} ({device.name}), {device.dtype}",
         device_why=device.why,
         memory_bytes=memory,
         free_disk_bytes=free,
         reasons=_reasons(prepared),
         odd=odd,
-        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan)],
+        warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan, stands_in=stands_in)],
         of_machine=busy(device.kind),
         blockers=blockers,
         findings=findings,
     )
 
 
+def _too_large(needed: MemoryPlan, memory: int, estimate: Estimate, free: int) -> list[str]:
+    """What the machine has too little of, in bytes."""
+    said = []
+    if not needed.fits:
+        said.append(
+            f"needs {needed.total / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are there: lower "
+            "train.micro_batch_tokens, set tuning.kind: lora, or train.activations: auto"
+        )
+    if estimate.disk_bytes > free:
+        said.append(f"needs {sized(estimate.disk_bytes)} of disk, {sized(free)} are free")
+    return said
+
+
 def _about_files(recipe: Recipe, inputs: Sequence[Input]) -> list[str]:
     said = [f"{file} is named more than once: its rows count as often" for file in named_twice(inputs)]
+    said += [f"{file} is empty: not read" for file in without_rows(recipe)]
     for rows in recipe.data.sources.values():
         if aside := passed_over(rows.files):
             names = ", ".join(p.name for p in aside[:3]) + (f" and {len(aside) - 3} more" if len(aside) > 3 else "")

@@ -61,10 +61,14 @@ class Estimate:
         return self.start_s + self.training_s + self.beside_s
 
 
-def estimate_run(facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Prepared, device: Device) -> Estimate:
-    """Time from the speed and from what is done beside the steps, space from what is written."""
+def estimate_run(
+    facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Prepared, device: Device, ranks: int = 1
+) -> Estimate:
+    """Time from the speed and from what is done beside the steps, space from what is written. `ranks`: so many GPUs; processes
+    of a CPU share it."""
     speed = _known_speeds().get(speed_key(recipe, device.kind, device.dtype))
     seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share(prepared), device)
+    seconds /= ranks if device.kind == "cuda" else 1
     trained, token_s = num_trained(facts, recipe.tuning), seconds / plan.num_tokens
     checks_s = _CHECK_PASSES * (_micro_s(facts, device.kind) + min(_CHECK_TOKENS, plan.capacity_tokens) * token_s)
     held_out_s = _FORWARD * int(prepared.store("dev").lengths.sum()) * token_s

@@ -184,7 +184,7 @@ def _of_pairs(run: RunDir) -> dict[str, Any]:
     first, kept = found.get(0), found.get(run.load(run.provenance)["weights_step"])
     if first is None or kept is None:
         return {}
-    ranked = [line["pairs"]["accuracy"] for line in (first, kept)]
+    ranked = [line["pairs"]["ranked"] for line in (first, kept)]
     return {"pairs": {"ranked": ranked, "kl": kept.get("kl")}}
 
 

@@ -26,7 +26,7 @@ from educe.model.load import CausalLM, load_model
 from educe.model.proof import random_batch
 from educe.model.source import Say
 from educe.recipes.eval import answering_device, data_of, final_weights, recipe_of
-from educe.recipes.export_card import adapter_command, base_name, blend_lines, card_of, serve_command
+from educe.recipes.export_card import adapter_command, base_lines, base_name, blend_lines, card_of, serve_command
 from educe.recipes.export_gguf import write_gguf_files
 from educe.recipes.finding import finding
 from educe.recipes.preflight import keep
@@ -197,7 +197,7 @@ def _write_adapter(tuned: Tuned, target: Path, form: str, say: Say) -> str:
         apart = check_adapter(part, tuned.base, model, whole, random_batch(model.vocabulary), new_ids=new_ids)
         check_tokenizer(part, tokenizer, system=system)
         num_prompts = check_prompts(part, tokenizer, tuned.rows)
-        limits = adapter_limits(part, tuning, tokenizer.new_tokens)
+        limits = [*base_lines(tuned.recipe), *adapter_limits(part, tuning, tokenizer.new_tokens)]
         for line in limits:
             say(line)
         use = f"`{adapter_command('.', tuned.recipe, vllm_rank(tuning), tokenizer.settings)}`"

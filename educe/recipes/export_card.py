@@ -80,8 +80,25 @@ def blend_lines(blend: Blend | None) -> list[str]:
 
 
 def base_name(recipe: Recipe) -> str:
-    """The base model's Hub id; of a directory its last name."""
-    return Path(recipe.model).name if Path(recipe.model).expanduser().exists() else recipe.model
+    """The base model's Hub id; of a directory its last name, of a run the directory that `base_lines` has it written to."""
+    place = Path(recipe.model).expanduser()
+    if _is_run(recipe) and place.name[0].isdigit():  # a stage, whose name says little without its chain's
+        return f"{place.resolve().parent.name}-{place.name}"
+    return place.name if place.exists() else recipe.model
+
+
+def base_lines(recipe: Recipe) -> list[str]:
+    """Where the base model is to be had, where that is an earlier run."""
+    if not _is_run(recipe):
+        return []
+    name, place, here = base_name(recipe), Path(recipe.model).expanduser().resolve(), Path.cwd()
+    run = place.relative_to(here) if place.is_relative_to(here) else Path(*place.parts[-2:])
+    command = f"educe export {shlex.quote(str(run))} {shlex.quote(name)}"
+    return [f"Its base model is what `{command}` writes: peft and vLLM look for {name} where they are started."]
+
+
+def _is_run(recipe: Recipe) -> bool:
+    return RunDir(Path(recipe.model).expanduser()).resolved.is_file()
 
 
 def serve_command(place: Path | str, settings: Mapping[str, Any]) -> str:

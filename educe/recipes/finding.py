@@ -76,7 +76,8 @@ class Before:
     """What is known before a model is loaded. `settings`: what decides the run's weights, where it was claimed already; `text` the
     recipe as given, `argv` the words of the command; `ranks` those that packs are dealt to; a hang
     of `hang_after_s` ends the run, None: nothing does.
-    `tokens_per_s`: the estimated speed; `packed`: documents share rows."""
+    `tokens_per_s`: the estimated speed; `packed`: documents share rows; `stands_in`: the model is there for another, of weights that
+    are not known yet."""
 
     recipe: Recipe
     run: RunDir
@@ -93,6 +94,7 @@ class Before:
     hang_after_s: float | None
     tokens_per_s: float
     packed: bool
+    stands_in: bool
     ledger: LedgerCounts
     sample: Sequence[Sampled]
     odd: Sequence[str]
@@ -135,6 +137,7 @@ def before(
     odd: Sequence[str] | None = None,
     hang_after_s: float | None = None,
     packed: bool = True,
+    stands_in: bool = False,
 ) -> Before:
     """Read the ledger and a sample of rows. `odd`: what `odd_rows` found, where it was asked already."""
     rows = prepared.conversations("shots")
@@ -157,6 +160,7 @@ def before(
         hang_after_s=hang_after_s,
         tokens_per_s=tokens_per_s,
         packed=packed,
+        stands_in=stands_in,
         ledger=counts,
         sample=_sampled(recipe, prepared, chosen, numbers),
         odd=odd_rows(*inputs_of(recipe)) if odd is None else odd,

@@ -50,12 +50,12 @@ class HeldOut:
         if means.pairs is None:
             return {}, "nats per token"
         about: dict[str, Any] = {"pairs": asdict(means.pairs)}
-        said = f"a pair, {means.pairs.accuracy:.0%} of them ranked right"
+        said = f"a pair, {means.pairs.ranked:.0%} of them ranked right"
         drift = self._t.drift
         if drift is not None:
             kl = sum(drift.drift(self._t.state.model).kl_R) / sum(drift.weights_R)
             about["kl"] = max(0.0, kl)
-            said += f"; KL from the start {about['kl']:.4f} nats per token"
+            said += f"; KL on chosen answers {about['kl']:.4f} nats per token"
         return about, said
 
     @property

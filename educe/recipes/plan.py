@@ -9,12 +9,13 @@ from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.data.formats import BESIDE
 from educe.data.messages import TURN_KEYS
-from educe.errors import ModelError, RecipeError, UsageError
+from educe.errors import DataError, ModelError, RecipeError, UsageError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs, plan_pairs
 from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
-from educe.recipes.rates import RateAdvice, advise_rate, stretch_of
+from educe.recipes.rates import RateAdvice, advise_fresh, advise_rate, stretch_of
+from educe.recipes.scratch import is_scratch
 
 # Keys that mean something in a row or a turn: what an unread key may have been meant for.
 READ_KEYS = sorted(TURN_KEYS | BESIDE)
@@ -65,12 +66,19 @@ def plan_run(
     )
 
 
-def refuse_idle_ranks(recipe: Recipe, num_ranks: int) -> None:
-    """Raises `UsageError` where a step has not a pack for each rank: it would grow, or some would compute nothing."""
+def idle_ranks(recipe: Recipe, num_ranks: int) -> str:
+    """Why a step has not a pack for each rank: it would grow, or some would compute nothing. Empty where it has."""
     batch, micro = recipe.train.batch_tokens, recipe.train.micro_batch_tokens
-    if num_ranks * micro > batch:
-        found = f"{num_ranks} devices need {num_ranks} packs of {micro} tokens a step, train.batch_tokens holds {batch // micro}."
-        raise UsageError(101, "--devices", found, "Lower train.micro_batch_tokens, or raise train.batch_tokens.")
+    if num_ranks * micro <= batch:
+        return ""
+    return f"{num_ranks} devices need {num_ranks} packs of {micro} tokens a step, train.batch_tokens holds {batch // micro}"
+
+
+def refuse_idle_ranks(recipe: Recipe, num_ranks: int) -> None:
+    """Raises `UsageError` where `idle_ranks` says why."""
+    if idle := idle_ranks(recipe, num_ranks):
+        fix = "Lower train.micro_batch_tokens, or raise train.batch_tokens."
+        raise UsageError(101, "--devices", f"{idle}.", fix)
 
 
 def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
@@ -83,8 +91,16 @@ def too_many_unused(recipe: Recipe, prepared: Prepared) -> list[str]:
     ]
 
 
-def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan) -> list[str]:
-    """What may be right but is worth a look."""
+def refuse_unused(recipe: Recipe, prepared: Prepared) -> None:
+    """Raises `DataError` where `too_many_unused` says why."""
+    if why := too_many_unused(recipe, prepared):
+        raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
+
+
+def warnings_of(
+    recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: PackPlan, *, stands_in: bool = False
+) -> list[str]:
+    """What may be right but is worth a look. `stands_in`: the model is there for another."""
     s, said = prepared.summary, []
     if s["duplicates"]:
         said.append(f"{s['duplicates']} training rows are exact copies of others")
@@ -148,7 +164,8 @@ def warnings_of(recipe: Recipe, prepared: Prepared, facts: ModelFacts, plan: Pac
         said.append(
             f"only {plan.num_steps} step{'s' if plan.num_steps > 1 else ''}: lower train.batch_tokens or raise train.epochs"
         )
-    rate, advice = recipe.train.learning_rate, advised_rate(recipe, facts, plan)
+    fresh = is_scratch(facts.directory) and not stands_in
+    rate, advice = recipe.train.learning_rate, advise_fresh(facts) if fresh else advised_rate(recipe, facts, plan)
     if not advice.low <= rate <= advice.high:
         way = "high" if rate > advice.high else "low"
         what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"

@@ -231,7 +231,10 @@ def resume_is_clear(b: Before) -> Finding:
     if found is None:
         return finding("P48", "resume", "a new run", "; ".join(heard) or f"{b.run.path} holds no checkpoint")
     try:
-        settings = settings_of(b.recipe, b.prepared, b.facts, int(found[1]["settings"]["ranks"]))
+        kept = found[1]["settings"]
+        settings = settings_of(b.recipe, b.prepared, b.facts, int(kept["ranks"]))
+        if b.stands_in:  # what it is there for may be what the run began with
+            settings |= {k: kept[k] for k in ("model", "prepared") if k in kept}
         changes_since(b.run, found, b.recipe, settings, (), heard.append)
     except EduceError as e:
         return refused("P48", "resume", e)

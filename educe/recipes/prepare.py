@@ -22,7 +22,7 @@ from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
 from educe.config.data import ONLY, REPLAY, Data, FileSplit, Task
 from educe.config.recipe import FileTemplate
-from educe.data.finding import find_files
+from educe.data.finding import empty_files, find_files
 from educe.data.formats import FORMATS
 from educe.data.reading import DOCUMENT, MIXED, Expression, Reading
 from educe.data.sources import container_of
@@ -39,7 +39,7 @@ from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, op
 from educe.types import Conversation, Message, Source, ToolCall
 
 # Bump when the same rows and settings would be prepared differently.
-PREPARE_VERSION = 7
+PREPARE_VERSION = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +105,8 @@ def prepare(recipe: Recipe, say: Say, alive: Alive = lambda: None) -> Prepared:
         waits = partial(say, f"another process prepares {key}: waiting for it")
         with one_at_a_time(cache_dir() / "locks" / hash_json([str(place.resolve())])[:24], waits, alive):
             if open_prepared(place) is None:
+                for file in without_rows(recipe):
+                    say(f"warning: {file} is empty: not read")
                 build(recipe, tokenizer, inputs, names, place, {"key": key, "made_of": files}, say, alive)
     return _opened(recipe, key, model_dir, tokenizer)
 
@@ -137,7 +139,7 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
     inputs: list[Input] = []
     names: list[str] = []
     for name, rows in data.sources.items():
-        found = find_files(rows.files, own)
+        found = find_files(rows.files, own, rows.header)
         per_file = isinstance(rows, Task) and rows.per_file
         called = _names_of(found) if per_file else {}
         for files in [[f] for f in found] if per_file else [found]:
@@ -153,13 +155,23 @@ def inputs_of(recipe: Recipe) -> tuple[list[Input], list[str]]:
         if isinstance(held, FileSplit):
             named = next((n for n, name in enumerate(names) if held.task in (name, name.split("/")[0])), 0)
             like = held.task or next(iter(data.sources))
-            rows, reading, files = data.sources[like], reading_of(like, data), find_files(held.file, own)
+            rows, reading = data.sources[like], reading_of(like, data)
+            files = find_files(held.file, own, rows.header)
             inputs.append(Input(role=split, task=named, files=files, reading=reading, header=rows.header))
     _refuse_shared(inputs)
     for i in inputs:
         for file in i.files:
             container_of(file)  # raises for what is no data file, before it is read through
     return inputs, names
+
+
+def without_rows(recipe: Recipe) -> list[Path]:
+    """Files that are left out, since they hold no row and others that were named with them do."""
+    data, own = recipe.data, Path(recipe.runs).resolve()
+    held = [s for s in (data.dev, data.test) if isinstance(s, FileSplit)]
+    named = [(rows.files, rows.header) for rows in data.sources.values()]
+    named += [(s.file, data.sources[s.task or next(iter(data.sources))].header) for s in held]
+    return [file for spec, header in named for file in empty_files(spec, own, header)]
 
 
 def _names_of(files: Sequence[Path]) -> dict[Path, str]:

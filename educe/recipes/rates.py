@@ -17,6 +17,7 @@ _ROWS = 128  # rows a step of those sweeps
 _SHORT_FULL, _SHORT_LORA = 1000, 100  # steps
 _RANKS = (16, 256)
 _GENTLE = 1 / 20  # of the rate for answers, for preferences
+_KAPLAN_MOST = 1e10  # parameters: beyond, the rule breaks down, as they say
 _ALPHA = 32.0  # of those sweeps, with a scale of alpha / rank
 
 
@@ -67,6 +68,16 @@ def advise_rate(
         why=f"{why} / {1 / gentle:g}, preferences" if pairs else why,
         guess=family is None,
     )
+
+
+def advise_fresh(facts: ModelFacts) -> RateAdvice:
+    """For random weights: 0.003239 - 0.0001395 ln(N), N parameters without embeddings (Kaplan et al. 2020, arXiv 2001.08361, eq. D.1),
+    and from a third to three times that."""
+    body = min(max(facts.num_parameters - facts.num_embedding_parameters, 1), _KAPLAN_MOST)
+    value = 0.003239 - 0.0001395 * math.log(body)
+    low, middle, high = (_two_digits(factor * value) for factor in (1 / 3, 1.0, 3.0))
+    why = f"0.003239 - 0.0001395 ln({body:.2g}), random weights (Kaplan et al. 2020, eq. D.1)"
+    return RateAdvice(low=low, high=high, value=middle, why=why, guess=False)
 
 
 def _why(

@@ -61,23 +61,29 @@ def write_report(runs: Sequence[RunDir], out: Path | None, form: str, hourly: Pr
 
 def report_stages(path: Path, out: Path | None, form: str, hourly: Price | None = None) -> Path | str:
     """Of a run of stages: its page, with every stage's own page; the text itself where it is md or json that is not to be written."""
-    for stage in stages_of(path).values():
-        if stage.resolved.is_file():
-            report(stage, hourly)
     if not (path / STAGE_SCORES).is_file():
+        _stage_pages(path, hourly)
         raise RunError(2, str(path / STAGE_SCORES), "is not there yet.", f"Run `educe eval {path}` first.")
     try:
         text = _stages_text(RunDir(path).load(path / STAGE_SCORES), path, form)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         found = "is damaged, or was written by another version."
         raise RunError(2, str(path / STAGE_SCORES), found, f"Run `educe eval {path}` again.") from e
+    if form == "html" and out is None:
+        write_text(path / "report.html", text)
+    _stage_pages(path, hourly)  # after it: they lead to it
     if form != "html" and out is None:
         return text
     if out is None:
-        write_text(path / "report.html", text)
         return path / "report.html"
     write_new(out, _MARKS["md"] + text if form == "md" else text, over=_MARKS[form])
     return out
+
+
+def _stage_pages(path: Path, hourly: Price | None) -> None:
+    for stage in stages_of(path).values():
+        if stage.resolved.is_file():
+            report(stage, hourly)
 
 
 def _stages_text(found: dict[str, Any], path: Path, form: str) -> str:

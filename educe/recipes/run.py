@@ -14,7 +14,7 @@ from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
 from educe.recipes.silent import Silent, SilentBlend, SilentCurve, SilentProbe
-from educe.recipes.which import one_recipe, recipe_or_stages, run_named, text_of
+from educe.recipes.which import one_recipe, recipe_or_stages, run_named, starts_untrained, text_of
 
 if TYPE_CHECKING:
     from educe.evaluate.blends import Choice
@@ -264,19 +264,21 @@ def check(
     *,
     on_model: bool = False,
     without_weights: bool = False,
+    devices: int = 1,
     argv: Sequence[str] = (),
     say: Say = quiet,
 ) -> Check:
     """Everything that can be known before training; with `on_model` also what only the loaded model can show. `without_weights`: of a
-    model of which only configs and tokenizer are read, or fetched."""
+    model of which only configs and tokenizer are read, or fetched. `devices`: so many share the run."""
     from educe.recipes.check import check as run_check
 
     path = Path(recipe)
-    loaded, text = one_recipe(path, untrained=without_weights), text_of(path)
+    loaded = one_recipe(path, untrained=without_weights, say=say)
+    how: dict[str, Any] = {"text": text_of(path), "argv": argv, "ranks": devices}
     if not without_weights:
         if on_model:
             need_torch()
-        return run_check(loaded, say, text=text, argv=argv, on_model=on_model)
+        return run_check(loaded, say, **how, on_model=on_model, stands_in=starts_untrained(path))
     if on_model:
         raise UsageError(101, "--without-weights", "leaves no model for --on-model.", "Leave out one of them.")
     need_torch()
@@ -284,14 +286,14 @@ def check(
     from educe.model.source import find_configs
 
     with stand_in(find_configs(loaded.model, say)) as place:
-        return run_check(loaded.model_copy(update={"model": str(place)}), say, text=text, argv=argv)
+        return run_check(loaded.model_copy(update={"model": str(place)}), say, **how, stands_in=True)
 
 
 def inspect(recipe: str | Path, row: int | str = 1, *, diff: str | None = None, say: Say = quiet) -> Inspection:
     """Tokens of one training row (LINE or FILE:LINE) as they will be trained; `diff` ("whole", "trl") names another mask."""
     from educe.recipes.inspect import inspect as run_inspect
 
-    return run_inspect(one_recipe(Path(recipe)), str(row), say, diff)
+    return run_inspect(one_recipe(Path(recipe), say=say), str(row), say, diff)
 
 
 def template(what: str | Path, *, say: Say = quiet) -> TemplateReport:
@@ -305,7 +307,7 @@ def prepare(recipe: str | Path, *, say: Say = quiet) -> Prepared:
     """The data part alone."""
     from educe.recipes.prepare import prepare as run_prepare
 
-    return run_prepare(one_recipe(Path(recipe)), say)
+    return run_prepare(one_recipe(Path(recipe), say=say), say)
 
 
 def lr(
@@ -322,7 +324,9 @@ def lr(
     from educe.recipes.lr import lr as run_lr
 
     shown = screen if screen is not None else SilentProbe()
-    return run_lr(one_recipe(Path(recipe), to_train=True), say, shown, rates=rates, steps=steps, minutes=minutes)
+    return run_lr(
+        one_recipe(Path(recipe), to_train=True, say=say), say, shown, rates=rates, steps=steps, minutes=minutes
+    )
 
 
 def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: Any) -> Curve:
@@ -333,7 +337,7 @@ def curve(recipe: str | Path, *, say: Say = quiet, screen: Any = None, **wish: A
     from educe.recipes.curve_plan import Wish
 
     shown = screen if screen is not None else SilentCurve()
-    return run_curve(one_recipe(Path(recipe), to_train=True), Wish(**wish), say, shown)
+    return run_curve(one_recipe(Path(recipe), to_train=True, say=say), Wish(**wish), say, shown)
 
 
 def train(
@@ -357,7 +361,8 @@ def train(
     """
     stop_at = time.monotonic() + stop_after_s if stop_after_s is not None else None
     path = Path(recipe)
-    loaded = recipe_or_stages(path, to_train=True)  # a mistake in it is told before seconds of imports
+    tells = say if leads() else quiet
+    loaded = recipe_or_stages(path, to_train=True, say=tells)  # a mistake in it is told before seconds of imports
     if redo and isinstance(loaded, Recipe):
         raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     need_torch()
@@ -367,7 +372,6 @@ def train(
 
     shown = screen if screen is not None and leads() else Silent()
     how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
-    tells = say if leads() else quiet
     with watched(hang_after_s, tells) as dog:
         if isinstance(loaded, StagedRecipe):
             from educe.recipes.stages import train_stages

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from educe.config import Scratch, StagedRecipe
+from educe.config import StagedRecipe
 from educe.recipes.machine import need_torch
-from educe.recipes.run import Progress, Say, check, no_progress, quiet
+from educe.recipes.run import Progress, Say, check, no_progress, prepare, quiet
 from educe.recipes.stage_leaks import leaks_between
-from educe.recipes.which import recipe_or_stages
+from educe.recipes.which import at_stage, begin_with, recipe_or_stages
 
 if TYPE_CHECKING:
     from educe.recipes.check import Check
+    from educe.recipes.prepare import Prepared
 
 
 def check_stages(
@@ -21,6 +22,7 @@ def check_stages(
     *,
     on_model: bool = False,
     without_weights: bool = False,
+    devices: int = 1,
     argv: Sequence[str] = (),
     say: Say = quiet,
 ) -> dict[str, Check]:
@@ -30,13 +32,12 @@ def check_stages(
     staged = recipe_or_stages(path)
     if not isinstance(staged, StagedRecipe):
         return {}
-    if isinstance(staged.model, Scratch):
-        need_torch()
-        from educe.recipes.scratch import make_scratch
+    need_torch()
+    from educe.recipes.stage_ahead import refuse_orphan
 
-        make_scratch(staged, staged.model, say)
+    begin_with(staged, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
-    how = {"on_model": on_model, "without_weights": without_weights}
+    how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices}
     said: set[str] = set()
 
     def say_once(line: str) -> None:
@@ -44,9 +45,24 @@ def check_stages(
             said.add(line)
             say(line)
 
-    found = {name: check(stage, **how, argv=argv, say=say_once) for name, stage in stages.items()}
+    found = {}
+    for k, (name, stage) in enumerate(stages.items()):
+        with at_stage(staged, k):
+            refuse_orphan(staged, k)
+            found[name] = check(stage, **how, argv=argv, say=say_once)
     for line in leaks_between({name: c.prepared for name, c in found.items()}):
         say(f"warning: {line}")
+    return found
+
+
+def prepare_stages(recipe: str | Path, *, say: Say = quiet) -> dict[str, Prepared]:
+    """The data part of every stage of a recipe, by name; empty for a recipe of one run."""
+    path = Path(recipe)
+    staged, found = recipe_or_stages(path), {}
+    for k, name in enumerate(staged.names if isinstance(staged, StagedRecipe) else ()):
+        assert isinstance(staged, StagedRecipe)
+        with at_stage(staged, k):
+            found[name] = prepare(path.with_name(f"{path.name}#{name}"), say=say)
     return found
 
 

@@ -14,7 +14,7 @@ from educe.config import Recipe, Scratch, StagedRecipe
 from educe.data.reading import read_row, reading_for
 from educe.data.sources import read_span, spans_of
 from educe.errors import DataError, Refusal, RunError
-from educe.files.atomic import directory, verify
+from educe.files.atomic import MANIFEST, directory, verify
 from educe.files.hashes import cache_dir, hash_file_once, hash_json
 from educe.files.locks import one_at_a_time
 from educe.model.source import Alive, Say
@@ -52,6 +52,15 @@ def make_scratch(staged: StagedRecipe, model: Scratch, say: Say, alive: Alive = 
         with directory(path, about={"stage": "scratch", "key": key}, alive=alive) as place:
             say(_write(place, first, model, alive))
     return path
+
+
+def is_scratch(model: Path) -> bool:
+    """Whether a model directory is one that `make_scratch` made: its weights are random."""
+    try:
+        held = json.loads((model / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("stage") == "scratch"
 
 
 def _write(place: Path, first: Recipe, model: Scratch, alive: Alive) -> str:

@@ -7,24 +7,23 @@ where that is asked for.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from educe.config import Recipe, Scratch, StagedRecipe
+from educe.config import Recipe, StagedRecipe
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
 from educe.files.atomic import make_private, remove, told, write_json, write_text
 from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir, stages_of
 from educe.model.device import release_free_memory
 from educe.model.source import Say
-from educe.parallel.launch import leads
+from educe.parallel.world import World, join
 from educe.recipes.job import How, Screen
-from educe.recipes.scratch import make_scratch
+from educe.recipes.stage_ahead import allowed, refuse_ahead
 from educe.recipes.train import train
-from educe.recipes.which import stage_of
+from educe.recipes.which import at_stage, begin_with, stage_of
 from educe.training.watchdog import ASLEEP, Watchdog
 
 
@@ -61,56 +60,44 @@ def train_stages(
     it, are deleted first. Every rank calls it. Raises what `train` raises."""
     runs = {name: RunDir(staged.stage_path(k)) for k, name in enumerate(staged.names)}
     made = StagedRun(path=staged.run_path(), runs=runs)
-    if leads():
+    world = join(staged.device)
+    if world.leads:
         with told(made.path):
             make_private(made.path)
-        if redo:
-            _make_way(staged, _told_by(staged, redo), say, dog)
-            say("where this is stopped, the same command without --redo goes on; with it the stage is deleted again")
+        _begin(staged, text, say, how, world, dog, redo)
         write_text(made.path / "recipe.yaml", text)
         stages = {name: run.path.name for name, run in runs.items()}
         write_json(
             made.path / STAGES, {"recipe": staged.model_dump(mode="json"), "stages": stages, "last": staged.last}
         )
-    if isinstance(staged.model, Scratch):
-        make_scratch(staged, staged.model, say, dog.alive)
+    world.wait()
     for k, name in enumerate(staged.names):
-        recipe, start = stage_of(staged, k, to_train=True), staged.start_of(k)
-        begins = "the model" if start is None else f"stage {staged.names[start]}"
-        say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
-        mine = tuple(f for f in how.allow if recipe.learns_pairs or not f.startswith("objective."))
-        going = replace(how, allow=mine, stays=k + 1 < len(runs))
-        _one(partial(train, recipe, text, say, screen, going, dog), name)
+        with at_stage(staged, k):
+            recipe, start = stage_of(staged, k, to_train=True), staged.start_of(k)
+            begins = "the model" if start is None else f"stage {staged.names[start]}"
+            say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
+            going = replace(allowed(how, recipe), stays=k + 1 < len(runs))
+            train(recipe, text, say, screen, going, dog)
         gc.collect()  # what is left of a stage would be planned for as if the next one needed it
         release_free_memory()
     return made
 
 
-def _one(made: Callable[[], Any], name: str) -> None:
-    """A stage's run; where its settings have changed, the refusal says how to make it anew."""
+def _begin(staged: StagedRecipe, text: str, say: Say, how: How, world: World, dog: Watchdog, redo: str) -> None:
+    """What every stage would refuse is refused, then what is to be made anew is deleted. A model from scratch that texts or sizes no
+    longer fit goes with the first stage, and all stages with it; otherwise it is refused before anything is deleted."""
+    gone = _told_by(staged, redo) if redo else []
     try:
-        made()
-    except RunError as e:
-        if e.code != "E-RUN-201":
+        begin_with(staged, say, dog.alive)
+    except RunError:
+        if 0 not in gone:
             raise
-        fix = (
-            f"{e.fix} Or train this stage and those that start from it anew: --redo {name} (what is there is deleted)."
-        )
-        raise RunError(201, e.where, e.found, fix) from e
-
-
-def _make_way(staged: StagedRecipe, gone: Sequence[int], say: Say, dog: Watchdog) -> None:
-    """Delete these stages. A model from scratch that texts or sizes no longer fit goes with the first stage, and all stages with it;
-    otherwise it is refused before anything is deleted."""
-    scratch = False
-    if isinstance(staged.model, Scratch):
-        try:
-            make_scratch(staged, staged.model, say, dog.alive)
-        except RunError:
-            if 0 not in gone:
-                raise
-            scratch, gone = True, range(len(staged.names))
-    _delete(staged, gone, say, scratch=scratch)
+        _delete(staged, range(len(staged.names)), say, scratch=True)
+        begin_with(staged, say, dog.alive)
+    refuse_ahead(staged, text, say, how, world, dog, gone)
+    _delete(staged, gone, say)
+    if redo:
+        say("where this is stopped, the same command without --redo goes on; with it the stage is deleted again")
 
 
 def _told_by(staged: StagedRecipe, redo: str) -> list[int]:

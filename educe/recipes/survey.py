@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.config import Recipe
-from educe.data.finding import find_files
+from educe.data.finding import empty_files, find_files
 from educe.data.formats import FORMATS
 from educe.data.oddities import Oddities, Oddity
 from educe.data.opening import compression_of
@@ -22,7 +22,7 @@ from educe.data.trees import joined
 from educe.errors import Refusal
 from educe.recipes.build import Input
 from educe.recipes.part import DROPPED
-from educe.recipes.prepare import inputs_of
+from educe.recipes.prepare import inputs_of, without_rows
 from educe.recipes.which import recipe_or_stages, stage_of
 from educe.stats import percentile
 from educe.types import Conversation, Document, Pair
@@ -94,9 +94,11 @@ def survey(specs: Sequence[str]) -> Iterator[FileSurvey]:
             for recipe in _recipes(Path(spec)):
                 for i in inputs_of(recipe)[0]:
                     yield from _of_input(i)
+                yield from map(_nothing, without_rows(recipe))
         else:
             for file in find_files(spec):
                 yield _survey(file, PLAIN, ())
+            yield from map(_nothing, empty_files(spec))
 
 
 def _recipes(path: Path) -> list[Recipe]:
@@ -108,6 +110,10 @@ def _recipes(path: Path) -> list[Recipe]:
 def _of_input(i: Input) -> Iterator[FileSurvey]:
     for file in i.files:
         yield _survey(file, i.reading, i.header)
+
+
+def _nothing(file: Path) -> FileSurvey:
+    return FileSurvey(file=str(file), container="lines", compression="", format=None, evidence=())
 
 
 def _survey(file: Path, reading: Reading, header: Sequence[str]) -> FileSurvey:

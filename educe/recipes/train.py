@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from educe.config import Recipe
-from educe.errors import DataError
 from educe.files.atomic import need_space, write_json
 from educe.files.hashes import cache_dir
 from educe.files.run_dir import RunDir
@@ -26,7 +25,7 @@ from educe.recipes.job import How, Screen, TrainJob
 from educe.recipes.machine import chosen_device, device_as_begun
 from educe.recipes.mixing import mix
 from educe.recipes.model_of import model_of
-from educe.recipes.plan import too_many_unused
+from educe.recipes.plan import refuse_unused
 from educe.recipes.preflight_run import look_after, look_before
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import finished, how_it_is_computed, provenance_of
@@ -59,9 +58,8 @@ def train(
     Raises `Interrupted` when a signal or the time ended it early, after saving.
     """
     run = RunDir(recipe.run_path())
-    prepared = prepared or _prepared(recipe, say, dog)
-    if why := too_many_unused(recipe, prepared):
-        raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
+    prepared = prepared or prepared_of(recipe, say, dog)
+    refuse_unused(recipe, prepared)
     facts, mixed = describe_model(prepared.model_dir, recipe.model), mix(recipe, prepared)
     world = join(recipe.device)  # after what may take long
     job = TrainJob(
@@ -92,7 +90,8 @@ def train(
     return run
 
 
-def _prepared(recipe: Recipe, say: Say, dog: Watchdog) -> Prepared:
+def prepared_of(recipe: Recipe, say: Say, dog: Watchdog) -> Prepared:
+    """The recipe's data, prepared under the eyes of the watchdog."""
     model_of(recipe.model, say)  # a download has time limits of its own
     stacks = cache_dir() / "stacks" / f"preparing-{os.getpid()}"  # the run is not ours yet
     with dog.guarding(stacks, *place_in_world(), "preparing"):

@@ -1,32 +1,80 @@
-"""Which recipe or run a verb means: FILE, FILE#STAGE; a directory, the latest one, of a run of stages the last."""
+"""Which recipe or run a verb means: FILE, FILE#STAGE; a directory, RUN#STAGE, the latest one, of a run of stages the last."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from educe.config import Recipe, StagedRecipe, load_any, load_recipe
-from educe.errors import RecipeError
-from educe.files.run_dir import RunDir, find_place, is_staged, last_stage
+from educe.config import Recipe, Scratch, StagedRecipe, load_any, load_recipe
+from educe.errors import EduceError, RecipeError, RunError
+from educe.files.run_dir import RunDir, find_place, is_staged, last_stage, stages_of
+from educe.recipes.machine import need_torch
 
 
-def one_recipe(path: Path, *, to_train: bool = False, untrained: bool = False) -> Recipe:
-    """The recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own (see `stage_of`). Raises `RecipeError`."""
+def one_recipe(
+    path: Path, *, to_train: bool = False, untrained: bool = False, say: Callable[[str], None] | None = None
+) -> Recipe:
+    """The recipe of one run. FILE#STAGE is a stage of a recipe of several, on its own (see `stage_of`); with `say` a model from
+    scratch that it begins with is made. Raises `RecipeError`."""
     file, name = _parts(path)
     if not name:
         return load_recipe(file)
+    staged, k = _stage(file, name)
+    recipe = stage_of(staged, k, to_train=to_train, untrained=untrained)
+    if say is not None and recipe.model == str(staged.scratch_path()):
+        begin_with(staged, say)
+    return recipe
+
+
+def _stage(file: Path, name: str) -> tuple[StagedRecipe, int]:
     loaded = load_any(file)
     if isinstance(loaded, Recipe):
         raise RecipeError(101, str(file), f"has no stages, and {name!r} of them is asked for.", f"Give {file}.")
     if name not in loaded.names:
         found = f"has {len(loaded.names)} stages, none of them called {name!r}."
         raise RecipeError(101, str(file), found, f"Name one: {', '.join(f'{file}#{n}' for n in loaded.names)}.")
-    return stage_of(loaded, loaded.names.index(name), to_train=to_train, untrained=untrained)
+    return loaded, loaded.names.index(name)
 
 
-def recipe_or_stages(path: Path, *, to_train: bool = False) -> Recipe | StagedRecipe:
+def begin_with(staged: StagedRecipe, say: Callable[[str], None], alive: Callable[[], None] = lambda: None) -> None:
+    """A model from scratch that the stages begin with, made where it is not there. Raises what `make_scratch` raises."""
+    if isinstance(staged.model, Scratch):
+        need_torch()
+        from educe.recipes.scratch import make_scratch
+
+        make_scratch(staged, staged.model, say, alive)
+
+
+def starts_untrained(path: Path) -> bool:
+    """Whether FILE#STAGE starts from a stage that is not trained to its end: another model stands in for it."""
+    file, name = _parts(path)
+    if not name:
+        return False
+    staged, k = _stage(file, name)
+    start = staged.start_of(k)
+    return start is not None and not RunDir(staged.stage_path(start)).has_ended
+
+
+@contextlib.contextmanager
+def at_stage(staged: StagedRecipe, k: int) -> Iterator[None]:
+    """What is refused in the block names the stage; where it has changed, how to make it anew."""
+    name = staged.names[k]
+    try:
+        yield
+    except EduceError as e:
+        if e.code == "E-RUN-201" and "--redo" not in e.fix:
+            e.fix += (
+                f" Or train this stage and those that start from it anew: --redo {name} (what is there is deleted)."
+            )
+        raise e.within(f"stage {k + 1} of {len(staged.names)}: {name}") from e
+
+
+def recipe_or_stages(
+    path: Path, *, to_train: bool = False, say: Callable[[str], None] | None = None
+) -> Recipe | StagedRecipe:
     """The same, where a whole recipe of stages may be meant."""
-    return one_recipe(path, to_train=to_train) if _parts(path)[1] else load_any(path)
+    return one_recipe(path, to_train=to_train, say=say) if _parts(path)[1] else load_any(path)
 
 
 def text_of(path: Path) -> str:
@@ -56,8 +104,18 @@ def stage_of(staged: StagedRecipe, k: int, *, to_train: bool = False, untrained:
 
 
 def run_named(given: Path | None) -> Path | None:
-    """FILE#STAGE as the directory of that stage's run; anything else as it is."""
-    return one_recipe(given).run_path() if given is not None and _parts(given)[1] else given
+    """FILE#STAGE and RUN#STAGE as the directory of that stage's run; anything else as it is. Raises `RecipeError`, `RunError`."""
+    place, name = _parts(given) if given is not None else (None, "")
+    if place is None or not name:
+        return given
+    if not place.is_dir():
+        return one_recipe(place.with_name(f"{place.name}#{name}")).run_path()
+    runs = stages_of(find_place(place, Path("runs"))) if is_staged(place) else {}
+    if name not in runs:
+        there = ", ".join(f"{place}#{n}" for n in runs)
+        found = f"has no stage {name!r}." if runs else f"is no run of stages, and its stage {name!r} is asked for."
+        raise RunError(1, str(place), found, f"Name one: {there}." if runs else f"Give {place}.")
+    return runs[name].path
 
 
 def run_or_stages(given: Path | None) -> Path:

@@ -107,8 +107,8 @@ def draw_ranked(pairs: Sequence[DevPairs]) -> Drawn:
     """The share of dev pairs that are ranked right over steps."""
     dots = []
     for p in pairs:
-        said = f"Step {p.step:,}: {percent(p.accuracy)} of the dev pairs ranked right, mean margin {number(p.margin)}"
-        dots.append(Dot(step=p.step, value=p.accuracy, said=said))
+        said = f"Step {p.step:,}: {percent(p.ranked)} of the dev pairs ranked right, mean margin {number(p.margin)}"
+        dots.append(Dot(step=p.step, value=p.ranked, said=said))
     plan = LinesPlan(
         name="ranked", title="Dev pairs ranked right during training", what="pairs ranked right", top=1.0, word=_share
     )
@@ -118,12 +118,14 @@ def draw_ranked(pairs: Sequence[DevPairs]) -> Drawn:
 def draw_kl(pairs: Sequence[DevPairs]) -> Drawn | None:
     """How far the model has moved from its start over steps; None where that was not measured."""
     dots = [
-        Dot(step=p.step, value=p.kl, said=f"Step {p.step:,}: KL from the start {number(p.kl)} nats per token")
+        Dot(step=p.step, value=p.kl, said=f"Step {p.step:,}: KL on chosen answers {number(p.kl)} nats per token")
         for p in pairs
         if p.kl is not None and 0 <= p.kl < LARGEST
     ]
-    plan = LinesPlan(name="kl", title="KL from the start during training", what="nats per token", top=None)
-    return draw_lines([Line(name="KL from the start", number=1, dots=tuple(dots), marked=True)], plan) if dots else None
+    plan = LinesPlan(name="kl", title="KL on chosen answers during training", what="nats per token", top=None)
+    return (
+        draw_lines([Line(name="KL on chosen answers", number=1, dots=tuple(dots), marked=True)], plan) if dots else None
+    )
 
 
 def shares(graded: Sequence[Graded]) -> bool:

@@ -6,9 +6,10 @@ const look = async () => {
     const found = await fetch(location.pathname, { headers: { "If-None-Match": tag }, cache: "no-store", redirect: "error" });
     if (found.status === 403) throw new Error("this page was opened by another link");
     if (found.status === 200) {
-      const fresh = new DOMParser().parseFromString(await found.text(), "text/html").querySelector("main");
+      const page = new DOMParser().parseFromString(await found.text(), "text/html"), fresh = page.querySelector("main");
       tag = found.headers.get("ETag") ?? "";
       if (fresh) replace(fresh);
+      document.title = page.title;
     }
     if (line?.isConnected && line.classList.contains("lost")) { line.textContent = line.dataset.said; line.classList.remove("lost"); }
   } catch {

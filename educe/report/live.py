@@ -57,14 +57,14 @@ class LivePage:
         if not is_staged(self._path):
             return
         try:
-            runs = enumerate(stages_of(self._path).items(), 1)
+            named = stages_of(self._path)
         except RunError as e:
             self._stage = f"{e.where} {e.found} {e.fix} "
             return
-        k, (name, run) = max(runs, key=lambda each: last_touched(each[1][1].path), default=(0, ("", self._run)))
-        if run.path != self._run.path:
-            self._run, self._kept, self._state, self._next = run, Kept(), None, 0.0
-            self._stage = f"Stage {k}, {name}. "
+        name = max(named, key=lambda n: last_touched(named[n].path), default="")
+        if name and named[name].path != self._run.path:
+            self._run, self._kept, self._state, self._next = named[name], Kept(), None, 0.0
+            self._stage = f"Stage {list(named).index(name) + 1} of {len(named)}: {name}. "
 
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
         found = []

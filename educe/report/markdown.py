@@ -107,7 +107,15 @@ def _training(run: dict[str, Any]) -> Iterator[str]:
         loss = f"Held-out loss{', of a pair' if run['dev_pairs'] else ''}"
         yield table(("Step", loss, *([right] if run["dev_right"] else [])), steps)
     if run["dev_pairs"]:
-        head = ("Step", "Dev pairs ranked right", "Margin", "Log-ratio of chosen", "of rejected", "KL from the start")
+        head = (
+            "Step",
+            "Dev pairs ranked right",
+            "Margin above 0",
+            "Margin",
+            "Log-ratio of chosen",
+            "of rejected",
+            "KL on chosen answers",
+        )
         yield table(head, [_pairs_line(p) for p in sections.spread(run["dev_pairs"], 20)])
     if run["data"]:
         yield "## Data"
@@ -145,8 +153,9 @@ def _comparison(c: dict[str, Any], labels: dict[str, str], words: wording.Measur
 
 
 def _pairs_line(p: dict[str, Any]) -> tuple[str, ...]:
+    above = wording.percent(p["accuracy"]) if p["accuracy"] is not None else "-"
     numbers = (wording.number(p[k]) for k in ("margin", "chosen", "rejected", "kl"))
-    return f"{p['step']:,}", wording.percent(p["accuracy"]), *numbers
+    return f"{p['step']:,}", wording.percent(p["ranked"]), above, *numbers
 
 
 def _losses(run: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -211,6 +211,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         objective=files.objective,
         headline=sections.headline(files),
         chain=_chain(run),
+        chain_page=not live and (run.path.resolve().parent / "report.html").is_file(),
         groups=sections.group_answers(files, names),
         stories=sections.tell_stories(files.samples),
         ledger=files.ledger,

@@ -201,10 +201,10 @@ def _pairs(rows: list[Row]) -> tuple[DevPairs, ...]:
     made: dict[int, DevPairs] = {}
     for r in (r for r in rows if r.get("kind") == "dev" and r.get("pairs")):
         step, of = _whole(r, "step") or 0, _dict(r.get("pairs"))
-        accuracy, margin, chosen, rejected = (_real(of, key) for key in ("accuracy", "margin", "chosen", "rejected"))
-        if accuracy is not None and 0 <= accuracy <= 1:
+        ranked, others = _real(of, "ranked"), ("accuracy", "margin", "chosen", "rejected")
+        if ranked is not None and 0 <= ranked <= 1:
             made[step] = DevPairs(
-                step=step, accuracy=accuracy, margin=margin, chosen=chosen, rejected=rejected, kl=_real(r, "kl")
+                step=step, ranked=ranked, kl=_real(r, "kl"), **{key: _real(of, key) for key in others}
             )
     return tuple(made[i] for i in sorted(made))
 

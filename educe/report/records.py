@@ -82,11 +82,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevPairs:
-    """Dev pairs at a step: the share whose chosen answer is ranked first, the mean margin that the loss compares, mean log-ratios of
-    both answers to the start in nats per token; `kl` from the start, in nats per token, where it was measured."""
+    """Dev pairs at a step: the share that the model ranks right, by log-probability per token; that whose margin is above 0; the mean
+    margin that the loss compares, mean log-ratios of both answers to the start in nats per token; `kl` from the start on chosen
+    answers, in nats per token, where it was measured."""
 
     step: int
-    accuracy: float
+    ranked: float
+    accuracy: float | None
     margin: float | None
     chosen: float | None
     rejected: float | None

@@ -261,7 +261,7 @@ def progress(files: RunFiles) -> str:
     step, loss = f"Step {_steps_done(files)}", files.steps[-1].loss
     held = f", held-out loss {wording.number(files.dev[-1].loss)}" if files.dev else ""
     if files.pairs:
-        held += f", {wording.percent(files.pairs[-1].accuracy)} of the dev pairs ranked right"
+        held += f", {wording.percent(files.pairs[-1].ranked)} of the dev pairs ranked right"
     return f"{step}: training loss {wording.number(loss)}{held}."
 
 
@@ -271,7 +271,7 @@ def headline(files: RunFiles) -> str:
         return ""
     if len(files.pairs) > 1:
         kept = at_kept(files, files.pairs)
-        before, after = (wording.percent(p.accuracy) for p in (files.pairs[0], kept))
+        before, after = (wording.percent(p.ranked) for p in (files.pairs[0], kept))
         return f"{before} → {after} of the dev pairs ranked right."
     if files.objective == "pretrain" and len(files.dev) > 1:
         last = at_kept(files, files.dev)
@@ -281,9 +281,9 @@ def headline(files: RunFiles) -> str:
 
 def _ranked(files: RunFiles) -> Figure:
     first, kept = files.pairs[0], at_kept(files, files.pairs)
-    moved = f"; KL from the start {wording.number(kept.kl)} nats per token" if kept.kl is not None else ""
-    value = f"{wording.percent(first.accuracy)} → {wording.percent(kept.accuracy)}"
-    return Figure(label="Dev pairs ranked right", value=value, note=f"step 0 → step {kept.step:,}{moved}")
+    moved = f"; KL on chosen answers {wording.number(kept.kl)} nats per token" if kept.kl is not None else ""
+    value = f"{wording.percent(first.ranked)} → {wording.percent(kept.ranked)}"
+    return Figure(label="Dev pairs ranked right", value=value, note=f"per token, step 0 → step {kept.step:,}{moved}")
 
 
 def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:

@@ -9,11 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from educe.files.run_dir import RunDir
 from educe.report.charts import Scale, ticks
 from educe.report.figure import build_page, draw_svg, draw_table, svg_line, svg_text, table_row
 from educe.report.markdown import plain
 from educe.report.visible import visible
-from educe.report.wording import count, number
+from educe.report.wording import count, digits, duration, number
 
 _PANEL = (380.0, 190.0)
 _LETTER = 6.5  # how wide one is in a panel, about
@@ -104,7 +105,8 @@ def _interval_text(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
 
 def change_text(line: Mapping[str, Any], change: Mapping[str, float]) -> str:
     """How a stage's model differs from the one it starts from."""
-    factor, form, unit = (1.0, "+.3f", "") if line["kind"] == "ratio" else (100.0, "+.1f", " points")
+    ratio = line["kind"] == "ratio"
+    factor, form, unit = (1.0, f"+.{digits(change['value'])}f", "") if ratio else (100.0, "+.1f", " points")
     value, low, high = (format(factor * change[k], form) for k in ("value", "low", "high"))
     return f"{value}{unit} ({low} to {high})".replace("-", "−")
 
@@ -169,8 +171,8 @@ def _way(line: Mapping[str, Any], change: Mapping[str, float] | None) -> str:
 def _costs(found: Mapping[str, Any], path: Path) -> str:
     rows = []
     for name, s in found["stages"].items():
-        report = f"{s['run']}/report.html"
-        there = re.fullmatch(r"\d+-[\w.-]+", s["run"], re.ASCII) and (path / report).is_file()
+        report = f"{s['run']}/report.html"  # written with this one
+        there = re.fullmatch(r"\d+-[\w.-]+", s["run"], re.ASCII) and RunDir(path / s["run"]).resolved.is_file()
         shown = f'<a href="{escape(report)}">{escape(name)}</a>' if there else escape(name)
         dev = f"{number(s['dev'][0][1])} → {number(s['dev'][-1][1])}" if s["dev"] else "–"
         cells = (
@@ -180,7 +182,7 @@ def _costs(found: Mapping[str, Any], path: Path) -> str:
             count(s["steps"]),
             count(s["tokens"]),
             dev,
-            f"{s['train_s'] / 60:.1f} min",
+            duration(s["train_s"]),
             f"{s['peak_memory_bytes'] / 1e9:.2f} GB",
         )
         rows.append(table_row(["", *cells]).replace("<td></td>", f"<td>{shown}</td>", 1))

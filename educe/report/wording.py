@@ -143,6 +143,11 @@ def p_value(p: float) -> str:
     return ("p < 0.001" if p < 0.001 else f"p = {p:.2g}").replace(" ", "\u00a0")
 
 
+def digits(value: float) -> int:
+    """Behind the point: three, and more where a small value would be 0.000."""
+    return max(3, min(8, 1 - math.floor(math.log10(abs(value))))) if value else 3
+
+
 def duration(seconds: float | None) -> str:
     """12.3 s, 5 min 12 s, 2 h 5 min, 3 d 4 h."""
     if seconds is None or not math.isfinite(seconds):

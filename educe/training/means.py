@@ -13,14 +13,17 @@ from educe.parallel.world import ALONE, World
 from educe.types import Batch
 
 _KINDS = 3  # nll, entropy, probability
-_OF_PAIRS = 6  # number, loss, preferred, margin, log-ratio of chosen, of rejected
+_OF_PAIRS = 7  # number, loss, ranked right, margin above 0, margin, log-ratio of chosen, of rejected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairMeans:
-    """Over preference pairs: `accuracy` is the share whose margin is above 0 (of exactly 0 a half), `margin` the mean of what the loss
-    compares, `chosen` and `rejected` the mean log-ratio of an answer to the reference, in nats per token."""
+    """Over preference pairs: `ranked` is the share whose chosen answer the model finds likelier, per token, than the rejected one;
+    `accuracy` that whose margin is above 0 (with a reference: which gained on the other since the start); of ties a half counts.
+    `margin`: the mean of what the loss compares; `chosen` and `rejected` the mean log-ratio of an answer to the reference, in nats
+    per token."""
 
+    ranked: float
     accuracy: float
     margin: float
     chosen: float
@@ -47,8 +50,8 @@ class Means:
         if out.pairs is not None:
             of, tasks_K = out.pairs, batch.tasks_N[batch.starts[::2]]
             margin_K = _numpy(of.margin_K)
-            preferred_K = 0.5 + 0.5 * np.sign(margin_K)
-            told = (_numpy(of.loss_K), preferred_K, margin_K, _numpy(of.chosen_K), _numpy(of.rejected_K))
+            above_K, first_K = (0.5 + 0.5 * np.sign(x_K) for x_K in (margin_K, _numpy(of.lead_K)))
+            told = (_numpy(of.loss_K), first_K, above_K, margin_K, _numpy(of.chosen_K), _numpy(of.rejected_K))
             for k, each in enumerate((np.ones_like(margin_K), *told)):
                 self._pairs_KT[k] += np.bincount(tasks_K, each, size)
 
@@ -98,8 +101,8 @@ class Means:
         number, _, *sums = self._pairs_KT.sum(1).tolist()
         if not number:
             return None
-        accuracy, margin, chosen, rejected = (total / number for total in sums)
-        return PairMeans(accuracy=accuracy, margin=margin, chosen=chosen, rejected=rejected)
+        ranked, accuracy, margin, chosen, rejected = (total / number for total in sums)
+        return PairMeans(ranked=ranked, accuracy=accuracy, margin=margin, chosen=chosen, rejected=rejected)
 
     def _over_all(self, kind: int) -> float:
         return float(self._sums_KT[kind].sum() / self._weights_T.sum())

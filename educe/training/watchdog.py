@@ -106,6 +106,7 @@ class Watchdog:
         for `first_s` where that is longer."""
         if self._limit_s == math.inf:
             return
+        self.release()
         self._path, self._num_ranks = directory / f"rank-{rank}.txt", num_ranks
         self._who = f"Rank {rank}" if num_ranks > 1 else "Training"
         with told(self._path):

@@ -1,0 +1,96 @@
+"""What would refuse a stage when it is reached, found before the first step of the first: all that needs no weights yet to be made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection
+from dataclasses import replace
+
+from educe.config import Recipe, StagedRecipe
+from educe.errors import RunError, TrainError
+from educe.files.hashes import cache_dir
+from educe.files.run_dir import RunDir
+from educe.model.describe import describe_model
+from educe.model.source import Say
+from educe.parallel.world import World
+from educe.recipes.begun import settings_now
+from educe.recipes.check import check
+from educe.recipes.job import How
+from educe.recipes.plan import refuse_idle_ranks, refuse_unused
+from educe.recipes.preflight import worst_first
+from educe.recipes.resume import Found, ended_after, lost
+from educe.recipes.train import prepared_of
+from educe.recipes.which import at_stage, stage_of
+from educe.training.checkpoint import newest_checkpoint
+from educe.training.watchdog import Watchdog
+
+
+def refuse_ahead(
+    staged: StagedRecipe, text: str, say: Say, how: How, world: World, dog: Watchdog, gone: Collection[int] = ()
+) -> None:
+    """Raises what any stage would, its place naming the stage. `gone`: stages that are to be deleted, of which nothing counts."""
+    whole: set[int] = set()  # stages whose weights are there
+    for k in range(len(staged.names)):
+        run, start = RunDir(staged.stage_path(k)), staged.start_of(k)
+        with at_stage(staged, k):
+            heard: list[str] = []
+            found = newest_checkpoint(run.checkpoints, heard.append) if k not in gone else None
+            if found is not None and found[1]["finished"] and run.has_ended:
+                whole.add(k)
+            if found is not None:
+                refuse_orphan(staged, k)
+            elif k not in gone and (done := ended_after(run)) is not None:
+                raise lost(run, done, heard)
+            there = start is None or start in whole
+            recipe = stage_of(staged, k, untrained=not there)
+            _refuse(recipe, text, say, allowed(how, recipe), world, dog, found, there=there)
+
+
+def allowed(how: How, recipe: Recipe) -> How:
+    """How a stage goes: settings of an objective are allowed to change where there are some."""
+    return replace(how, allow=tuple(f for f in how.allow if recipe.learns_pairs or not f.startswith("objective.")))
+
+
+def refuse_orphan(staged: StagedRecipe, k: int) -> None:
+    """Raises `RunError` where stage k stands on weights that are gone: those that are made again may not be the same."""
+    start, run = staged.start_of(k), RunDir(staged.stage_path(k))
+    if (
+        start is None
+        or not any(run.checkpoints.glob("step-*"))
+        or ended_after(RunDir(staged.stage_path(start))) is not None
+    ):
+        return
+    name = staged.names[start]
+    found = f"was trained from stage {name}, which is not there any more: trained again it may give other weights."
+    fix = f"Put {staged.stage_path(start)} back, or make both anew: --redo {name}."
+    raise RunError(201, str(run.path), found, fix)
+
+
+def _refuse(
+    recipe: Recipe, text: str, say: Say, how: How, world: World, dog: Watchdog, found: Found | None, *, there: bool
+) -> None:
+    """`there`: the recipe's model is the one that the stage begins with."""
+    refuse_idle_ranks(recipe, world.size)
+    prepared = prepared_of(recipe, say, dog)
+    refuse_unused(recipe, prepared)
+    if found is not None:
+        if there:  # else its start will be made whole again first
+            facts = describe_model(prepared.model_dir, recipe.model)
+            settings_now(recipe, prepared, facts, found, how, world.size, _unsaid)
+        return
+    stacks = cache_dir() / "stacks" / f"looking-{os.getpid()}"
+    with dog.guarding(stacks, world.rank, world.size, "looking ahead"):
+        c = check(
+            recipe, dog.hearing(_unsaid), text=text, argv=sys.argv[1:], ranks=world.size, hang_after_s=dog.armed_s
+        )
+    # what lies there of a stage that is to be deleted is no reason
+    failed = [f for f in worst_first(c.findings) if f.verdict == "fail" and f.id != "P48"]
+    if failed:
+        others = f" {', '.join(f.id for f in failed[1:])} failed too." if len(failed) > 1 else ""
+        fix = "Mend that; `educe check RECIPE` makes the checks of all stages."
+        raise TrainError(302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence}.{others}", fix)
+
+
+def _unsaid(line: str) -> None:
+    """It is said when the stage is reached."""
