@@ -165,7 +165,7 @@ def _lost_much(found: Mapping[str, Any]) -> bool:
 def _forgotten(found: Mapping[str, Any]) -> str:
     general = found.get("general")
     if not general:
-        return ""
+        return "Whether it forgot is not known: nothing of it is measured here, and `educe eval` does."
     text, prompts = general["text"], general["prompts"]
     unfit = prompts.get("unfit", "")
     if general["flags"]:
