@@ -146,6 +146,11 @@ def test_programs_run_with_consent_and_several_answers_give_pass_at_k(programs: 
     assert again.exception is None
     assert "taken from the cache" in again.output
     assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines  # the draws are the seed's
+    (trained / "scores.json").unlink()  # answers are matched by their rows
+    assert eval_with(trained, "--regrade", "--metric", "pass_at_k", "--allow-code").exception is None
+    assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines
+    once = eval_with(trained)
+    assert "stored answers were 3 to each row, and are asked for again: `--samples 3` brings them back" in once.output
     refused = eval_with(trained, "--samples", "2", "--also", "http://127.0.0.1:9/v1", "--also-model", "m")
     assert isinstance(refused.exception, UsageError)
 

@@ -139,6 +139,9 @@ class Table:
     def rows(self, name: str) -> list[str]:
         return [line.get("row", "") for line in self.graded[name]]
 
+    def drop(self, name: str) -> None:
+        del self.graded[name], self.seconds[name], self.about[name]
+
 
 @told_of_memory("evaluating", CLOSE_OTHERS)
 def evaluate(
@@ -252,7 +255,7 @@ def _stored(run: RunDir, old: dict[str, Any]) -> Table:
     if any(n in SYSTEMS for n in other):
         raise EvalError(2, str(run.answers), "holds answers to different rows.", "Run `educe eval` again.")
     for n in other:
-        del table.graded[n], table.seconds[n], table.about[n]
+        table.drop(n)
     return table
 
 
@@ -272,8 +275,9 @@ def _answered(
     asked = questions_of(prepared, recipe)
     questions, made_by = [a.question for a in asked], hash_json(manifest)
     check_fit(grading, questions)
-    table = _kept(run, old, questions, samples)
-    if also is not None and general is None and table is not None and old.get("weights") == made_by:
+    table = _kept(run, old, questions, samples, say)
+    whole = table is not None and "tuned" in table.graded and old.get("weights") == made_by
+    if also is not None and general is None and table is not None and whole:
         say("answers of the run's own models are stored, and not asked for again")
     else:
         both = _both(run, recipe, prepared, weights / WEIGHTS, say)
@@ -316,11 +320,19 @@ def _table(run: RunDir, questions: Sequence[Question], made: Effect, before: Tab
     )
 
 
-def _kept(run: RunDir, old: dict[str, Any], questions: list[Question], samples: int) -> Table | None:
-    """What is stored, where it answers the same rows as often."""
+def _kept(run: RunDir, old: dict[str, Any], questions: list[Question], samples: int, say: Say) -> Table | None:
+    """What is stored, where it answers the same rows; of that what answers as often."""
     try:
         table = _stored(run, old)
     except (EvalError, RunError):
         return None
-    same = table.rows("tuned") == [q.row for q in questions]
-    return table if same and all(1 + len(line.get("others", ())) == samples for line in table.graded["tuned"]) else None
+    if table.rows("tuned") != [q.row for q in questions]:
+        return None
+    for name, lines in list(table.graded.items()):
+        if (num := 1 + len(lines[0].get("others", ()))) != samples:
+            if name == "tuned":
+                say(
+                    f"stored answers were {num} to each row, and are asked for again: `--samples {num}` brings them back"
+                )
+            table.drop(name)
+    return table
