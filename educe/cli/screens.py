@@ -217,9 +217,8 @@ def _show_systems(scores: dict[str, Any]) -> None:
         )
     console.print(table)
     if mean:
-        console.print(
-            "fully right: rows with a whole score, of several answers to one all right; the mean counts parts"
-        )
+        about = "fully right: the score is whole (of several answers or fields, all are right); the mean counts parts"
+        console.print(about, soft_wrap=True)
     for name, s in scores["systems"].items():
         told = (
             f"{part} {p['value']:.1%} ({p['low']:.1%} to {p['high']:.1%})" for part, p in s.get("parts", {}).items()

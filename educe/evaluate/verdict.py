@@ -107,11 +107,11 @@ def _room(c: Mapping[str, Any], rows: int, *, shares: bool) -> str:
     changed, d = c["won"] + c["lost"], c["difference"]
     if changed >= FEWEST:
         return ""
-    low, high = (f"{100 * d[k]:+.0f} points" if shares else f"{d[k]:+.2f}" for k in ("low", "high"))
+    low, high = (f"{100 * d[k]:+.0f}" if shares else f"{d[k]:+.2f}" for k in ("low", "high"))
     num = "no row" if not changed else f"{changed} row{'s' if changed > 1 else ''}"
     return (
         f"{num.capitalize()} of {rows} changed, and the test needs {FEWEST} to show a difference: "
-        f"anything from {low} to {high} may have gone unseen."
+        f"anything from {low} to {high}{' points' if shares else ''} may have gone unseen."
     )
 
 
@@ -165,7 +165,7 @@ def _lost_much(found: Mapping[str, Any]) -> bool:
 def _forgotten(found: Mapping[str, Any]) -> str:
     general = found.get("general")
     if not general:
-        return "Whether it forgot is not known: nothing of it is measured here, and `educe eval` does."
+        return "Whether it forgot is not known: these scores do not hold it, and `educe eval` measures it."
     text, prompts = general["text"], general["prompts"]
     unfit = prompts.get("unfit", "")
     if general["flags"]:
