@@ -188,6 +188,10 @@ def test_so_many_rows_show_what_the_exact_test_shows() -> None:
     assert smallest_shown(5, 0.2) is None
     assert smallest_shown(6, 0.1) == pytest.approx(0.8 ** (1 / 6), abs=1e-6)  # all six must change
     assert smallest_shown(541, 0.2) == pytest.approx(smallest_difference(541, 0.2), abs=0.002)
+    for changed in (0.0, 0.002, 0.3):  # more rows than are counted one by one
+        whole, more = smallest_shown(1000, changed), smallest_shown(1001, changed)
+        assert whole is not None
+        assert more == pytest.approx(whole, abs=0.001)
     for n, changed in ((12, 1 / 12), (40, 0.4)):
         d = smallest_shown(n, changed)
         assert d is not None

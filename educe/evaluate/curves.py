@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from educe.stats import paired_difference, rows_needed, smallest_difference, widened, wilson
+from educe.stats import paired_difference, rows_needed, smallest_difference, smallest_shown, widened, wilson
 from educe.stats.crossed import Crossed, crossed_mean
 from educe.types import Interval
 
@@ -129,7 +129,10 @@ def _planned(
     variance = statistics.variance(apart)
     if not variance or not value:
         return None, None
-    return rows_needed(value, variance), smallest_difference(len(apart), variance)
+    least: float | None = smallest_difference(len(apart), variance)
+    if by == "score" and _plain([before.scores_SQ[0], after.scores_SQ[0]]):
+        least = smallest_shown(len(apart), math.fsum(d != 0 for d in apart) / len(apart))
+    return rows_needed(value, variance), least
 
 
 def _plain(scores_SQ: Sequence[Sequence[float]]) -> bool:
