@@ -114,7 +114,7 @@ CODES: dict[str, str] = {
     "E-EVAL-202": "custom metric failed",
     "E-EVAL-203": "programs cannot be run here",
     "E-EVAL-301": "judge cannot be tried, or does not follow the format",
-    "E-EVAL-302": "judge is fooled by answers that deserve nothing",
+    "E-EVAL-302": "judge is fooled by answers that deserve nothing, or rates real ones no higher",
     "E-EVAL-303": "programs that a model wrote are not run without consent",
     # asking a server
     "E-SAMPLE-001": "server cannot be reached",

@@ -13,7 +13,7 @@ from educe.errors import MachineError, UsageError
 from educe.evaluate.harness_scores import lines_of, measures_of
 from educe.recipes.report import text_of
 from educe.report import build_report
-from educe.stats import clustered_mean, mcnemar, paired_difference
+from educe.stats import clustered_mean, mcnemar, paired_difference, paired_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,9 +54,14 @@ def test_other_numbers_are_paired_by_their_differences(pairs: list[tuple[float, 
     before, after = [b for b, _ in pairs], [a for _, a in pairs]
     (m,) = measures_of({"untouched": results(before), "tuned": results(after)})
     if not {*before, *after} <= {0.0, 1.0}:
-        d = clustered_mean([a - b for b, a in pairs], [1.0] * len(pairs))
-        assert m["difference"] == {"value": d.value, "low": d.low, "high": d.high}
+        ones = [1.0] * len(pairs)
+        d = clustered_mean([a - b for b, a in pairs], ones)
+        if all(0 <= x <= 1 for x in (*before, *after)):
+            d = paired_scores(before, after, ones)
+        same = before == after and not all(0 <= x <= 1 for x in before)
+        assert m["difference"] == (None if same else {"value": d.value, "low": d.low, "high": d.high})
         assert 0 < m["p"] <= 1
+        assert bool(m["why"]) == same
 
 
 def test_what_cannot_be_paired_says_why() -> None:

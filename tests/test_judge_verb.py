@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def test_rows_are_judged_in_both_orders_and_can_be_read_again(run: RunDir) -> No
     assert scores["mean_length"]["own"] > scores["mean_length"]["other"]
     assert scores["length_controlled"]["with_difficulty"] is False
     assert len(scores["canaries"]) == 4
+    assert judge(run, Wish(bench="rows", most=2), Judge(honest), none, say)["canaries"] == scores["canaries"]
+    assert judge(run, wish, Judge(honest), none, say) == scores
     lines = run.load(run.judged / "rows-untouched.jsonl")
     assert len(lines) == 2 * NUM_ROWS
     assert run.load(run.judged / "rows-untouched.json") == scores
@@ -132,6 +135,13 @@ def test_a_judge_is_tried_before_hours_of_answering(run: RunDir, tmp_path: Path)
     assert (systems["untouched"].asked, systems["tuned"].asked) == (12, 0)
     judge(run, wish, Judge(honest), lambda name: systems[name], say)
     assert (systems["untouched"].asked, systems["tuned"].asked) == (12 + 40, 40)
+    whole = judge(run, wish, Judge(honest), lambda name: systems[name], say)
+    file = [{"instruction": f"Tell me of {i}", "output": f"some words on {i}"} for i in range(40)]
+    write_file(tmp_path / "other.json", file)
+    for against in ("untouched", str(tmp_path / "other.json")):
+        one = judge(run, replace(wish, most=2, against=against), Judge(honest), lambda name: systems[name], say)
+        assert one["counts"]["questions"] == 2
+        assert {n: len(p) for n, p in one["canaries"].items()} == {n: len(p) for n, p in whole["canaries"].items()}
 
 
 def test_a_row_with_two_answers_is_refused(run: RunDir) -> None:

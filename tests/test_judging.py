@@ -201,7 +201,7 @@ def _injected(text: str) -> str:
         (lambda _: "m", "not beaten in 3 of 6"),
         (_injected, "'injection' not beaten in 6 of 6"),
         (lambda t: "mM"[shown(t).index("")] if "" in shown(t) else honest(t), "'empty' not beaten in 6 of 6"),
-        (lambda _: "good", "unreadable"),
+        (lambda t: "M" if shown(t).count("") else "good", "unreadable"),
     ],
 )
 def test_a_judge_that_is_fooled_is_refused_with_the_numbers(says: Callable[[str], str], told: str) -> None:
@@ -210,7 +210,13 @@ def test_a_judge_that_is_fooled_is_refused_with_the_numbers(says: Callable[[str]
     assert told in e.value.found
 
 
-@pytest.mark.parametrize("says, told", [("[[10]]", "10"), ("no number", "unreadable"), ("[[1]]", "reference")])
+def test_a_judge_that_cannot_be_read_is_not_called_fooled() -> None:
+    for check in (lambda j: check_pairwise(j, DUELS, SHORT), lambda j: check_single(j, [MATH])):
+        with pytest.raises(EvalError, match=r"E-EVAL-301 .*no verdict that can be read on .*follows the format"):
+            check(Judge(lambda _: "no verdict"))
+
+
+@pytest.mark.parametrize("says, told", [("[[10]]", "10"), ("[[1]]", "reference")])
 def test_a_rating_judge_that_is_fooled_is_refused(says: str, told: str) -> None:
     with pytest.raises(EvalError, match="E-EVAL-302") as e:
         check_single(Judge(lambda _: says), [MATH])

@@ -34,14 +34,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     """A small run whose recipe names a function, evaluated."""
     with small_place(tmp_path_factory, tiny_model) as place:
         (place / "mine.py").write_text(MINE)
-        rows = (place / "test.jsonl").read_text()  # as a program, true has no meaning: a test must not pass by itself
-        (place / "test.jsonl").write_text(rows.replace('\\"}"', '\\", \\"open\\": true}"'))
         file = recipe(place, "graded", metric="custom, function: 'mine:mark'", epochs=1)
         run = educe.train(file)
         said: list[str] = []
         run.eval(say=said.append)
         assert any("grading by your own function" in line for line in said)
         yield run.path
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """A small run whose test rows expect tests of programs."""
+    with small_place(tmp_path_factory, tiny_model) as place:
+        ask = [f"order {i} the user said" for i in range(3)]
+        say = [f"assert order({i}) == {i}" for i in range(3)]
+        rows = [
+            {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+            for a, b in zip(ask, say, strict=True)
+        ]
+        (place / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield educe.train(recipe(place, "programs", epochs=1)).path
 
 
 def eval_with(trained: Path, *more: str) -> Any:
@@ -117,7 +129,8 @@ def test_a_graded_metric_is_a_mean_on_the_terminal_and_the_page(trained: Path) -
     assert "F1 of JSON&#39;s fields" in page or "F1 of JSON's fields" in page
 
 
-def test_programs_run_with_consent_and_several_answers_give_pass_at_k(trained: Path) -> None:
+def test_programs_run_with_consent_and_several_answers_give_pass_at_k(programs: Path) -> None:
+    trained = programs
     out = eval_with(trained, "--metric", "pass_at_k", "--samples", "3")
     assert isinstance(out.exception, EvalError)
     assert "E-EVAL-303" in str(out.exception)
@@ -133,8 +146,50 @@ def test_programs_run_with_consent_and_several_answers_give_pass_at_k(trained: P
     assert again.exception is None
     assert "taken from the cache" in again.output
     assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines  # the draws are the seed's
+    (trained / "scores.json").unlink()  # answers are matched by their rows
+    assert eval_with(trained, "--regrade", "--metric", "pass_at_k", "--allow-code").exception is None
+    assert read_jsonl(trained / "answers" / "tuned.jsonl") == lines
+    once = eval_with(trained)
+    assert "stored answers were 3 to each row, and are asked for again: `--samples 3` brings them back" in once.output
     refused = eval_with(trained, "--samples", "2", "--also", "http://127.0.0.1:9/v1", "--also-model", "m")
     assert isinstance(refused.exception, UsageError)
+
+
+def test_a_metric_that_does_not_fit_leaves_the_scores(trained: Path) -> None:
+    """Graded again by one that fits they change, and that is said."""
+    assert eval_with(trained, "--regrade").exception is None
+    before = (trained / "scores.json").read_bytes()
+    for metric, says in (("tool_calls", "calls no tool"), ("pass_at_k", "is no test")):
+        out = eval_with(trained, "--regrade", "--metric", metric, *(["--allow-code"] if metric == "pass_at_k" else []))
+        assert isinstance(out.exception, EvalError)
+        assert (out.exception.code, out.exception.where) == ("E-EVAL-201", "test.jsonl:1")
+        assert says in out.exception.found
+        assert (trained / "scores.json").read_bytes() == before
+    out = eval_with(trained, "--regrade", "--metric", "sql")
+    value = 100 * json.loads(before)["systems"]["tuned"]["value"]
+    assert f"is replaced: the tuned model had {value:.1f} % by custom, and has 0.0 % by sql" in out.output
+    assert eval_with(trained, "--regrade").exception is None
+
+
+def test_what_only_the_scores_knew_is_said_to_be_gone(trained: Path) -> None:
+    """Answers are matched by their rows, whatever scores.json knew of them."""
+    assert eval_with(trained, "--regrade").exception is None
+    before, kept = scores_in(trained), trained / "answers" / "lab-large.jsonl"
+    kept.write_bytes((trained / "answers" / "untouched.jsonl").read_bytes())
+    (trained / "answers" / "elsewhere.jsonl").write_text('{"row": "other.jsonl:1"}\n')
+    (trained / "scores.json").unlink()
+    out = eval_with(trained, "--regrade")
+    assert out.exception is None
+    said = out.output.replace("\n", " ")
+    assert "is gone" in said
+    assert f"`educe eval {trained}` measures them again" in said
+    assert "answers of elsewhere are left out: they are to other rows" in said
+    after = scores_in(trained)
+    assert list(after["systems"]) == [*before["systems"], "lab-large"]
+    assert "Whether it forgot is not known" in after["verdict"]
+    assert kept.is_file()
+    kept.unlink()
+    (trained / "scores.json").write_text(json.dumps(before))
 
 
 def test_choices_are_ranked_by_both_models(trained: Path, tmp_path: Path) -> None:

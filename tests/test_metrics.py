@@ -166,7 +166,13 @@ def test_what_a_function_does_wrong_is_told_with_the_row(tmp_path: Path, body: s
 
 
 @pytest.mark.parametrize(
-    "body,says", [("other = 1\n", "no function 'mark'"), ("import nowhere_at_all\n", "ModuleNotFound")]
+    "body,says",
+    [
+        ("other = 1\n", "no function 'mark'"),
+        ("import nowhere_at_all\nmark = 1\n", "ModuleNotFound"),
+        ("mark = 1\n", "no function 'mark'"),
+        ("def mark(:\n", "SyntaxError"),
+    ],
 )
 def test_a_function_that_is_not_there(tmp_path: Path, body: str, says: str) -> None:
     with pytest.raises(EvalError, match=f"E-EVAL-202.*{says}"):

@@ -68,7 +68,8 @@ def test_paired_tests_are_those_of_stats(runs: list[RunDir]) -> None:
 
 @pytest.mark.parametrize("change, why", [
     (lambda r: r.scores.unlink(), "one of them is not evaluated"),
-    (lambda r: write_file(r.scores, {**r.load(r.scores), "metric": "exact"}), "not graded by the same metric"),
+    (lambda r: write_file(r.scores, {**r.load(r.scores), "metric": "exact"}),
+     "they are not graded by the same metric, but by equal JSON and exact text"),
     (lambda r: write_file(r.answers / "tuned.jsonl", [{**x, "expected": "else"} for x in r.load(r.answers / "tuned.jsonl")]),
      "they share no test row"),
 ])  # fmt: skip
@@ -78,8 +79,12 @@ def test_what_cannot_be_paired_says_why(tmp_path: Path, change: Any, why: str) -
     (found,) = pair(named(both))
     assert why in found.why
     assert found.p is None
-    assert why in Page(build_comparison(both)).text
-    assert why in text_of(both, "md")
+    page, text = Page(build_comparison(both)).text, text_of(both, "md")
+    assert f"2 runs side by side, none tested against {found.before}: {why}." in page
+    assert why in text
+    # Figures of different metrics are named one by one, and no bars stand side by side.
+    differ = "same metric" in why
+    assert ("Tuned exact text" in page, "| exact text" in text, "whiskers are" in page) == (differ, differ, not differ)
 
 
 def test_runs_without_anything_still_compare(tmp_path: Path) -> None:

@@ -193,6 +193,10 @@ def test_scores_say_what_changed_and_no_more() -> None:
     same = score({"untouched": lines((0.5, 0.5), 1), "tuned": lines((0.5, 0.5), 2)}, {})
     assert same["verdict"].startswith("No difference")
     assert "60 prompts show a difference of" in same["verdict"]
+    few = lines((0.5, 0.5), 1)[:12]
+    assert "12 prompts show a difference of 57.8 points" in score({"untouched": few, "tuned": few}, {})["verdict"]
+    said = score({"untouched": few[:5], "tuned": few[:5]}, {})["verdict"]
+    assert said.endswith("5 prompts cannot show one: the paired test needs 6 that change.")
     alone = score({"untouched": lines((0.5, 0.5), 1)}, {})
     assert alone["comparisons"] == []
     for system in found["systems"].values():

@@ -199,7 +199,7 @@ def _show_systems(scores: dict[str, Any]) -> None:
     mean = scores.get("measure") == "mean"
     for title, side in (
         ("system", "left"),
-        ("fully right" if mean else "right", "right"),
+        ("rows fully right" if mean else "right", "right"),
         ("mean score" if mean else "%", "right"),
         ("95 % interval", "left"),
         ("time", "right"),
@@ -216,6 +216,9 @@ def _show_systems(scores: dict[str, Any]) -> None:
             escape(_called(name, s)), right, f"{s['value']:.1%}", f"{s['low']:.1%} to {s['high']:.1%}", took, *cost
         )
     console.print(table)
+    if mean:
+        about = "fully right: the score is whole (of several answers or fields, all are right); the mean counts parts"
+        console.print(about, soft_wrap=True)
     for name, s in scores["systems"].items():
         told = (
             f"{part} {p['value']:.1%} ({p['low']:.1%} to {p['high']:.1%})" for part, p in s.get("parts", {}).items()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from educe.stats import paired_difference, rows_needed, smallest_difference, wilson
+from educe.stats import paired_difference, rows_needed, smallest_difference, smallest_shown, widened, wilson
 from educe.stats.crossed import Crossed, crossed_mean
 from educe.types import Interval
 
@@ -68,8 +68,13 @@ def gained(before: Measured, after: Measured, weights_R: Sequence[float], by: By
     if len(old) != len(new):  # the untouched model has no seeds
         num = max(len(old), len(new))
         old, new = (side * (num // len(side)) for side in (old, new))
-    pairs = zip(old, new, strict=True)
-    return crossed_mean([[b - a for a, b in zip(x, y, strict=True)] for x, y in pairs], weights_R)
+    apart_SR = [[b - a for a, b in zip(x, y, strict=True)] for x, y in zip(old, new, strict=True)]
+    found = crossed_mean(apart_SR, weights_R)
+    if by == "loss":
+        return found
+    apart_R = [math.fsum(column) / len(apart_SR) for column in zip(*apart_SR, strict=True)]
+    both = widened(found.both, apart_R) if found.both else None
+    return replace(found, rows=widened(found.rows, apart_R), both=both)
 
 
 def judge(points: Sequence[Measured], weights_R: Sequence[float], unit: str) -> Judgement:
@@ -124,7 +129,10 @@ def _planned(
     variance = statistics.variance(apart)
     if not variance or not value:
         return None, None
-    return rows_needed(value, variance), smallest_difference(len(apart), variance)
+    least: float | None = smallest_difference(len(apart), variance)
+    if by == "score" and _plain([before.scores_SQ[0], after.scores_SQ[0]]):
+        least = smallest_shown(len(apart), math.fsum(d != 0 for d in apart) / len(apart))
+    return rows_needed(value, variance), least
 
 
 def _plain(scores_SQ: Sequence[Sequence[float]]) -> bool:

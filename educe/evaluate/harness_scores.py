@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from educe.seeds import exchanges
-from educe.stats import clustered_mean, flip_signs, mcnemar, paired_difference
+from educe.stats import clustered_mean, flip_signs, mcnemar, paired_difference, paired_scores
 
 BEFORE, AFTER = "untouched", "tuned"
 
@@ -93,7 +93,8 @@ def _paired(
 
 
 def _compared(rows: Paired) -> dict[str, Any]:
-    """Rows that are right or wrong: exact McNemar and Newcombe. Others: a paired randomisation test, Student's t over rows."""
+    """Rows that are right or wrong: exact McNemar and Newcombe. Others: a paired randomisation test, Student's t over rows, wider
+    where hardly a score from 0 to 1 differs."""
     if rows.why:
         return {"won": None, "lost": None, "p": None, "difference": None, "why": rows.why}
     if {*rows.before, *rows.after} <= {0.0, 1.0}:
@@ -103,7 +104,13 @@ def _compared(rows: Paired) -> dict[str, Any]:
     else:
         apart = [a - b for b, a in zip(rows.before, rows.after, strict=True)]
         won, lost = sum(d > 0 for d in apart), sum(d < 0 for d in apart)
-        p, difference = flip_signs(apart, exchanges(len(apart))), clustered_mean(apart, [1.0] * len(apart))
+        p, ones = flip_signs(apart, exchanges(len(apart))), [1.0] * len(apart)
+        if all(0 <= x <= 1 for x in (*rows.before, *rows.after)):
+            difference = paired_scores(rows.before, rows.after, ones)
+        elif won or lost:
+            difference = clustered_mean(apart, ones)
+        else:  # of numbers without bounds that all agree there is no interval
+            return {"won": 0, "lost": 0, "p": p, "difference": None, "why": "no row's number differs"}
     return {"won": won, "lost": lost, "p": p, "difference": asdict(difference), "why": ""}
 
 

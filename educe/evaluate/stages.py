@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from educe.stats import bounded_mean, paired_difference, paired_means, wilson
+from educe.stats import bounded_mean, paired_difference, paired_means, paired_scores, wilson
 from educe.types import Interval
 
 
@@ -69,7 +69,7 @@ def change_of(key: str, before: Rows, after: Rows) -> Interval | None:
         return paired_means(scaled[0], scaled[1], before.out_of)
     if measure.kind == "share" or (_is_plain(before) and _is_plain(after)):
         return paired_difference([bool(v) for v in before.of], [bool(v) for v in after.of])
-    return paired_means(before.of, after.of, [1.0] * len(before.of))
+    return paired_scores(before.of, after.of, [1.0] * len(before.of))
 
 
 def numbers_of(points: Mapping[str, Mapping[str, Rows]], starts: Mapping[str, str]) -> list[dict[str, Any]]:

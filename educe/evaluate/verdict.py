@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from educe.stats import FEWEST
+
 ALPHA = 0.05
 WORTH = (
     0.05  # a gain below this share of the rows (or of the mean score, or of the loss) is not worth a model of one's own
@@ -21,11 +23,13 @@ Case = Literal["better", "worse", "alike", "open"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Against:
-    """The tuned model beside another system: `case` for the headline; its value and the test in words."""
+    """The tuned model beside another system: `case` for the headline; its value, the test, and the differences that so few rows
+    leave room for, in words."""
 
     case: Case
     value: str
     test: str
+    room: str = ""
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -38,7 +42,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     plain, prompt = told.against["untouched"], told.against.get("few_shot")
     said = [_headline(told, plain, prompt, found), f"Paired test: {plain.test}."]
     if plain.case == "open":
-        said.append("More test rows would show smaller differences.")
+        said += [plain.room, "More test rows would show smaller differences."]
     if prompt is not None:
         said.append(f"{_reach(found)} {prompt.value}; the tuned one is {_than(prompt.case)} ({prompt.test}).")
     said += [_other(name, told, found) for name in told.against if name not in OWN]
@@ -64,7 +68,10 @@ def _told(found: Mapping[str, Any]) -> _Told:
 
     against = {
         c["before"]: Against(
-            case=_case(c["difference"], sure=c["p"] < ALPHA), value=value(c["before"]), test=chance(c["p"])
+            case=_case(c["difference"], sure=c["p"] < ALPHA),
+            value=value(c["before"]),
+            test=chance(c["p"]),
+            room=_room(c, found["num_rows"], shares=shares),
         )
         for c in found["comparisons"]
     }
@@ -93,6 +100,19 @@ def _losses(found: Mapping[str, Any]) -> _Told:
         against[c["before"]] = Against(case=case, value=values[c["before"]], test=test)
     change = f"loss of the expected answers {values['untouched']} → {values['tuned']} nats per token"
     return _Told(change=change, tuned=values["tuned"], against=against)
+
+
+def _room(c: Mapping[str, Any], rows: int, *, shares: bool) -> str:
+    """Why a difference may have gone unseen, where too few rows changed for the paired test to show any."""
+    changed, d = c["won"] + c["lost"], c["difference"]
+    if changed >= FEWEST:
+        return ""
+    low, high = (f"{100 * d[k]:+.0f}" if shares else f"{d[k]:+.2f}" for k in ("low", "high"))
+    num = "no row" if not changed else f"{changed} row{'s' if changed > 1 else ''}"
+    return (
+        f"{num.capitalize()} of {rows} changed, and the test needs {FEWEST} to show a difference: "
+        f"anything from {low} to {high}{' points' if shares else ''} may have gone unseen."
+    )
 
 
 def _case(gain: Mapping[str, float], *, sure: bool) -> Case:
@@ -145,7 +165,7 @@ def _lost_much(found: Mapping[str, Any]) -> bool:
 def _forgotten(found: Mapping[str, Any]) -> str:
     general = found.get("general")
     if not general:
-        return ""
+        return "Whether it forgot is not known: these scores do not hold it, and `educe eval` measures it."
     text, prompts = general["text"], general["prompts"]
     unfit = prompts.get("unfit", "")
     if general["flags"]:

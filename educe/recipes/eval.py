@@ -11,7 +11,17 @@ from pydantic import ValidationError
 
 from educe.config import Recipe
 from educe.errors import EvalError, MachineError, RunError, UsageError
-from educe.evaluate.compare import ABOUT, SYSTEMS, expected_loss, grade, regrade, score, ungraded, unjudged
+from educe.evaluate.compare import (
+    ABOUT,
+    SYSTEMS,
+    expected_loss,
+    grade,
+    question_of,
+    regrade,
+    score,
+    ungraded,
+    unjudged,
+)
 from educe.evaluate.general import read_passages
 from educe.evaluate.metrics.question import Question
 from educe.files.atomic import make_private, told, write_json
@@ -34,6 +44,10 @@ from educe.types import Answer
 
 _ON_CHAIN = (
     "`educe eval {chain}` measures every stage's model on the same sets; --suite, --choices and --lm-eval ask this one."
+)
+_GONE = (
+    "{scores} is gone, and the answers are graded without what it alone held: what was forgotten, the loss of expected answers, "
+    "times, prices. `educe eval {run}` measures them again (with --also, --samples and --general where they were given)"
 )
 MEASURED = ("general", "loss", "shift")  # of scores.json: they stay when stored answers are graded again
 
@@ -123,7 +137,10 @@ class Table:
     measured: dict[str, Any]
 
     def rows(self, name: str) -> list[str]:
-        return [line["row"] for line in self.graded[name]]
+        return [line.get("row", "") for line in self.graded[name]]
+
+    def drop(self, name: str) -> None:
+        del self.graded[name], self.seconds[name], self.about[name]
 
 
 @told_of_memory("evaluating", CLOSE_OTHERS)
@@ -159,6 +176,9 @@ def evaluate(
     old = run.load(run.scores) if run.scores.is_file() else {}
     if regrade_only:
         table, weights = _stored(run, old), old.get("weights")
+        check_fit(grading, [question_of(line) for line in table.graded["tuned"]])
+        if not old:
+            say(_GONE.format(scores=run.scores, run=run.path))
     else:
         table, weights = _answered(run, recipe, grading, old, say, on_answers, also, general, samples)
         _publish(run, table, None, weights, say)  # a grader may fail, and then grades what is here when it is mended
@@ -171,11 +191,17 @@ def evaluate(
     measured = table.measured | {"training_s": run.load(run.provenance).get("training_s"), **_of_pairs(run)}
     scores = {**score(table.graded, grading.kind, table.seconds, dev_loss, table.about, measured), "weights": weights}
     _publish(run, table, scores, weights, say)
+    if old.get("comparisons"):
+        say(f"{run.scores} is replaced: the tuned model had {_figure(old)}, and has {_figure(scores)}")
     if not regrade_only:
         parts = [*table.seconds.values(), *(table.measured.get(k, {}).get("seconds") for k in ("general", "shift"))]
         took = sum(s for s in parts if s is not None)
         write_json(run.provenance, {**run.load(run.provenance), "evaluation_s": took})
     return scores
+
+
+def _figure(scores: dict[str, Any]) -> str:
+    return f"{100 * scores['systems']['tuned']['value']:.1f} % by {scores['metric']}"
 
 
 def _of_pairs(run: RunDir) -> dict[str, Any]:
@@ -207,13 +233,16 @@ def _keep(run: RunDir, table: Table, say: Say) -> None:
             if file.stem not in table.graded:
                 file.unlink()
                 if file.stem not in SYSTEMS:
-                    say(f"answers of {file.stem} were to other rows: left out")
+                    why = "they are to other rows than are asked now, or another number to each"
+                    again = f"`educe eval {run.path} --also URL --also-model MODEL` asks again"
+                    say(f"answers of {file.stem} are left out: {why}. {again}")
 
 
 def _stored(run: RunDir, old: dict[str, Any]) -> Table:
     """Answers of an evaluation before, as they were graded then. Raises `EvalError`."""
     known = old.get("systems", {})
-    names = [n for n in dict.fromkeys([*SYSTEMS, *known]) if (run.answers / f"{n}.jsonl").is_file()]
+    there = sorted(file.stem for file in run.answers.glob("*.jsonl"))
+    names = [n for n in dict.fromkeys([*SYSTEMS, *known, *there]) if n in there]
     if "tuned" not in names:
         raise EvalError(2, str(run.answers), "holds no answers of the tuned model.", "Run `educe eval` first.")
     table = Table(
@@ -222,8 +251,11 @@ def _stored(run: RunDir, old: dict[str, Any]) -> Table:
         about={n: {k: v for k, v in known.get(n, {}).items() if k in ABOUT} for n in names},
         measured={k: old[k] for k in MEASURED if k in old},
     )
-    if any(table.rows(n) != table.rows("tuned") for n in names):
+    other = [n for n in names if table.rows(n) != table.rows("tuned")]
+    if any(n in SYSTEMS for n in other):
         raise EvalError(2, str(run.answers), "holds answers to different rows.", "Run `educe eval` again.")
+    for n in other:
+        table.drop(n)
     return table
 
 
@@ -243,8 +275,9 @@ def _answered(
     asked = questions_of(prepared, recipe)
     questions, made_by = [a.question for a in asked], hash_json(manifest)
     check_fit(grading, questions)
-    table = _kept(run, old, questions, samples)
-    if also is not None and general is None and table is not None and old.get("weights") == made_by:
+    table = _kept(run, old, questions, samples, say)
+    whole = table is not None and "tuned" in table.graded and old.get("weights") == made_by
+    if also is not None and general is None and table is not None and whole:
         say("answers of the run's own models are stored, and not asked for again")
     else:
         both = _both(run, recipe, prepared, weights / WEIGHTS, say)
@@ -287,11 +320,19 @@ def _table(run: RunDir, questions: Sequence[Question], made: Effect, before: Tab
     )
 
 
-def _kept(run: RunDir, old: dict[str, Any], questions: list[Question], samples: int) -> Table | None:
-    """What is stored, where it answers the same rows as often."""
+def _kept(run: RunDir, old: dict[str, Any], questions: list[Question], samples: int, say: Say) -> Table | None:
+    """What is stored, where it answers the same rows; of that what answers as often."""
     try:
         table = _stored(run, old)
     except (EvalError, RunError):
         return None
-    same = table.rows("tuned") == [q.row for q in questions]
-    return table if same and all(1 + len(line.get("others", ())) == samples for line in table.graded["tuned"]) else None
+    if table.rows("tuned") != [q.row for q in questions]:
+        return None
+    for name, lines in list(table.graded.items()):
+        if (num := 1 + len(lines[0].get("others", ()))) != samples:
+            if name == "tuned":
+                say(
+                    f"stored answers were {num} to each row, and are asked for again: `--samples {num}` brings them back"
+                )
+            table.drop(name)
+    return table

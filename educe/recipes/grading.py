@@ -11,8 +11,8 @@ from educe.config.recipe import CustomMetric, Metric
 from educe.errors import EvalError, UsageError
 from educe.evaluate.jail.outside import run_program, what_stays_open
 from educe.evaluate.metrics import METRICS, Grader, Question
-from educe.evaluate.metrics.code import grade_code
-from educe.evaluate.metrics.custom import load_custom
+from educe.evaluate.metrics.code import grade_code, no_test
+from educe.evaluate.metrics.custom import find_custom, load_custom
 from educe.model.source import Say
 
 _NAMES = (*METRICS, "pass_at_k")
@@ -51,19 +51,47 @@ def grading_of(metric: Metric, say: Say, *, allow_code: bool) -> Grading:
 
 
 def check_fit(grading: Grading, questions: Sequence[Question]) -> None:
-    """Before minutes are spent: an expected answer that is not right by its own metric can never be reached, and a test that passes
-    without a program says nothing of one. Raises `EvalError`."""
-    if grading.kind == "pass_at_k":
-        passed: set[str] = set()
-        for q in questions:
-            if q.expected not in passed and not run_program("", q.expected).failed:
-                found = "its test passes without any program, so that every program is right."
-                fix = "End it with a call of what it tests, such as check(add_one); README's `columns` has HumanEval's."
-                raise EvalError(201, q.row, found, fix)
-            passed.add(q.expected)
+    """Before minutes are spent, and before scores are replaced: an expected answer that is not right by its own metric can never be
+    reached, and one that says nothing by it is right whatever is said. Raises `EvalError`."""
+    if grading.kind == "custom":
         return
+    if grading.kind == "pass_at_k":
+        _check_tests(questions)
+        _check_programs(questions)
+        return
+    if grading.kind == "tool_calls" and questions and not any(q.calls for q in questions):
+        found = f"the expected answer calls no tool, and none of the {len(questions)} rows does."
+        raise EvalError(201, questions[0].row, found, "Choose another metric, or give the rows' answers `tool_calls`.")
     for q in questions:
         verdict = grading.grader(q.expected, q)
-        if not verdict.correct and grading.kind != "custom":
+        if not verdict.correct:
             found = f"the expected answer is itself graded wrong: {verdict.reason}."
             raise EvalError(201, q.row, found, "Choose another metric, or mend the row.")
+
+
+def check_fit_unrun(metric: Metric, questions: Sequence[Question]) -> None:
+    """`check_fit` as far as it is known while no code of a user's runs, neither a metric nor a test. Raises `EvalError`."""
+    if isinstance(metric, CustomMetric):
+        find_custom(metric.function)
+    elif metric.kind == "pass_at_k":
+        _check_tests(questions)
+    else:
+        check_fit(Grading(kind=metric.kind, grader=METRICS[metric.kind]), questions)
+
+
+def _check_tests(questions: Sequence[Question]) -> None:
+    for q in questions:
+        if why := no_test(q.expected):
+            fix = "Choose another metric, or let the row's answer be the test of its program; README's `columns` has HumanEval's."
+            raise EvalError(201, q.row, f"the expected answer is no test: {why}.", fix)
+
+
+def _check_programs(questions: Sequence[Question]) -> None:
+    """A test that passes without a program says nothing of one."""
+    passed: set[str] = set()
+    for q in questions:
+        if q.expected not in passed and not run_program("", q.expected).failed:
+            found = "its test passes without any program, so that every program is right."
+            fix = "End it with a call of what it tests, such as check(add_one); README's `columns` has HumanEval's."
+            raise EvalError(201, q.row, found, fix)
+        passed.add(q.expected)

@@ -38,22 +38,23 @@ def compared(
 
 
 def _rows(run: RunDir, wish: Wish) -> tuple[list[Duel], list[Duel]]:
-    """The test rows' stored answers, tuned against another; and the same with the expected answers, for the canaries."""
+    """The test rows' stored answers, tuned against another; and all rows with the expected answers, for the canaries: how many are
+    judged does not make them fewer."""
     stored = run.answers / "tuned.jsonl"
     if not stored.is_file():
         fix = f"Run `educe eval {run.path}` first, or judge other questions: --bench alpaca-eval, mt-bench."
         raise EvalError(2, str(stored), "is not there yet.", fix)
-    tuned = list(_by_row(run, stored).values())[: wish.most]
+    tuned = list(_by_row(run, stored).values())
     file = run.answers / f"{wish.against}.jsonl" if wish.against in BASELINES else Path(wish.against)
     others = _by_row(run, file)
-    duels, real = [], []
-    for x in tuned:
+    real = [Duel(name=x["row"], instruction=_as_text(x["prompt"]), own="", other=x["expected"]) for x in tuned]
+    duels = []
+    for x in tuned[: wish.most]:
         name, other = x["row"], others.get(x["row"])
         if other is None:
             raise EvalError(2, str(file), f"holds no answer to {name}.", "Run `educe eval` again.")
         asked = _as_text(x["prompt"])
         duels.append(Duel(name=name, instruction=asked, own=x["answer"], other=other["answer"]))
-        real.append(Duel(name=name, instruction=asked, own="", other=x["expected"]))
     return duels, real
 
 
@@ -78,10 +79,14 @@ def _instructions(
     wish: Wish, judge: Sampler, sampler_of: SamplerOf, say: Callable[[str], None]
 ) -> tuple[list[Duel], dict[str, Any]]:
     """The instructions answered by the tuned model and the other one. The canaries stand against the other's answers, and come
-    before hours of answering: a few of a model's answers are enough for them."""
-    asked = [instruction for instruction, _ in read_instructions(wish.needed("questions"))][: wish.most]
-    numbers = list(range(len(asked)))
-    few = spread(numbers, NUM_TRIED) if wish.against in BASELINES else numbers
+    before hours of answering: a few of a model's answers are enough for them, whatever number is judged."""
+    asked = [instruction for instruction, _ in read_instructions(wish.needed("questions"))]
+    numbers = list(range(len(asked)))[: wish.most]
+    if wish.against in BASELINES:
+        few = spread(range(len(asked)), NUM_TRIED)
+    else:
+        there = dict(read_instructions(Path(wish.against)))
+        few = [i for i, text in enumerate(asked) if i < len(numbers) or there.get(text)]
     others = _others(asked, few, wish, sampler_of, say)
     canaries = check_pairwise(judge, [_duel(i, asked[i], "", others[i]) for i in few], LETTER)
     others |= _others(asked, [i for i in numbers if i not in others], wish, sampler_of, say)

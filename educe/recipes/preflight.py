@@ -78,4 +78,6 @@ def refuse(run: RunDir, findings: Sequence[Finding]) -> None:
     if failed:
         others = f" {', '.join(f.id for f in failed[1:])} failed too." if len(failed) > 1 else ""
         fix = f"Mend that; all findings are in {run.preflight}, and `educe check RECIPE --on-model` makes them again."
-        raise TrainError(302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence}.{others}", fix)
+        raise TrainError(
+            302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence.rstrip('.')}.{others}", fix
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -293,6 +293,23 @@ def one_answer_each(b: Before) -> Finding:
     return finding("P16", name, f"{share:.1%} of the rows", said, warn=odd)
 
 
+def metric_fits_the_rows(b: Before) -> Finding:
+    """P17: the expected answers of held-out rows are right by the recipe's metric, and what it names is there. Nothing of it runs."""
+    from educe.recipes.answers import questions_of  # torch
+    from educe.recipes.grading import check_fit_unrun
+
+    metric, name = metric_of(b.recipe), "metric fits the rows"
+    if metric.kind == "text":
+        return finding("P17", name, metric.kind, "free text is compared by its loss", skip=True)
+    splits: tuple[Literal["test", "dev"], ...] = ("test", "dev")
+    there = [split for split in splits if b.prepared.summary["rows"][split]]
+    asked = [a.question for split in there for a in questions_of(b.prepared, b.recipe, split)]
+    check_fit_unrun(metric, asked)
+    known = " as far as is known before its code runs" if metric.kind in ("custom", "pass_at_k") else ""
+    said = f"it fits the expected answers of {len(asked):,} held-out rows{known}"
+    return finding("P17", name, metric.kind, said if asked else "no row is held out", skip=not asked)
+
+
 def _first_prompt(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Up to the first thing that a user says; nothing where an assistant begins."""
     at = next((i for i, m in enumerate(messages) if m.role == "user"), len(messages))
@@ -346,4 +363,5 @@ DATA: dict[str, Check] = {
     "P14": packs_are_full,
     "P15": stored_rows_are_right,
     "P16": one_answer_each,
+    "P17": metric_fits_the_rows,
 }

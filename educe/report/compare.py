@@ -8,7 +8,7 @@ from educe.files.run_dir import RunDir
 from educe.report import sections, wording
 from educe.report.charts import LARGEST, MOST_MEASURED, Bar, Drawn, draw_bars, plan_curve
 from educe.report.lines import Dot, Line, LinesPlan, draw_lines
-from educe.report.numbers import Named, Paired, comparison_of, named, pair, settings_that_differ
+from educe.report.numbers import Named, Paired, comparison_of, metrics_of, named, pair, settings_that_differ
 from educe.report.page import render_page
 from educe.report.records import Point
 from educe.report.sections import Price
@@ -29,9 +29,10 @@ def build_comparison(runs: Sequence[RunDir], *, hourly: Price | None = None) -> 
         headline=headline([r.name for r in found], paired),
         paired=paired,
         measure=_measure(found),
+        metrics=metrics_of(found),
         tests={p.measure: wording.measure(p.measure == "mean") for p in paired if not p.why},
         runs=comparison_of(found, hourly)["runs"],
-        bars=_bars(found),
+        bars=_bars(found) if not metrics_of(found) else None,  # of different metrics: no bars side by side
         training=_curves(found, "training"),
         held_out=_curves(found, "held-out"),
         lost=_caption(found),
@@ -55,7 +56,8 @@ def headline(names: Sequence[str], paired: Sequence[Paired]) -> str:
         return f"{first} beats {', '.join(p.after for p in sure)}."
     if tested:
         return f"No run is shown to differ from {first}."
-    return f"{len(names)} runs side by side; no two share graded test rows."
+    whys = " or ".join(dict.fromkeys(p.why for p in paired)) or "there is one alone"
+    return f"{len(names)} runs side by side, none tested against {first}: {whys}."
 
 
 def _gain(p: Paired) -> float:
@@ -64,6 +66,8 @@ def _gain(p: Paired) -> float:
 
 def _measure(runs: Sequence[Named]) -> wording.Measure:
     """Of all of them: a share is the mean of its rows too."""
+    if metrics_of(runs):
+        return wording.MIXED
     return wording.measure(any(r.files.scores is not None and r.files.scores.mean for r in runs))
 
 

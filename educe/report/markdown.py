@@ -96,6 +96,8 @@ def _scores(run: dict[str, Any]) -> Iterator[str]:
             ("System", words.right, words.column, "95 % interval", "Tokens per answer", "Time"),
             [_system(s) for s in run["systems"]],
         )
+        if words.fully:
+            yield words.fully
         yield "\n".join(f"- {_comparison(c, labels, words)}" for c in run["comparisons"]) or "No comparison."
 
 
@@ -189,9 +191,15 @@ def comparison_markdown(found: dict[str, Any], places: Sequence[RunDir]) -> str:
     names = [plain(r["name"], 80) for r in runs]
     paired = [_paired(p) for p in found["paired"]]
     parts = [f"# {len(runs)} runs compared", f"**{plain(headline([r['name'] for r in runs], paired), 400)}**"]
-    rows = [(n, *_system(s)[:4]) for n, r in zip(names, runs, strict=True) for s in r["systems"]]
-    words = wording.measure(any(r["measure"] == "mean" for r in runs))
-    parts += [table(("Run", "System", words.right, words.column, "95 % interval"), rows)] if rows else []
+    mixed = len({r["metric"] for r in runs if r["systems"]}) > 1
+    words = wording.MIXED if mixed else wording.measure(any(r["measure"] == "mean" for r in runs))
+    head = ("Run", "System", words.right, words.column, "95 % interval", *(["Metric"] if mixed else []))
+    rows = [
+        (n, *_system(s)[:4], *([plain(sections.graded_as(r["metric"]), 60)] if mixed else []))
+        for n, r in zip(names, runs, strict=True)
+        for s in r["systems"]
+    ]
+    parts += filter(None, [table(head, rows), words.fully]) if rows else []
     parts.append("\n".join(f"- {_pair(p)}" for p in paired))
     measured = [
         (plain(title, 120), *(plain(c) or wording.ABSENT for c in cells)) for title, cells in benchmarks(places)
@@ -222,7 +230,7 @@ def _all(cost: dict[str, Any]) -> list[tuple[str, str]]:
 def _pair(p: Paired) -> str:
     names = f"{plain(p.after, 80)} against {plain(p.before, 80)}"
     if p.difference is None or p.p is None or p.p_holm is None:
-        return f"{names}: not tested, {p.why}"
+        return f"{names}: not tested, {plain(p.why, 200)}"
     d = p.difference
     rows = f"{p.won:,} rows won, {p.lost:,} lost of {p.rows:,} shared"
     tests = f"{rows}, {wording.measure(p.measure == 'mean').test} {wording.p_value(p.p)}, by Holm {wording.p_value(p.p_holm)}"

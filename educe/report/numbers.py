@@ -125,6 +125,13 @@ class Paired:
     why: str
 
 
+def metrics_of(runs: Sequence[Named]) -> dict[str, str]:
+    """What each run is graded by, in words, by its name, where they differ; nothing where one word would do for all."""
+    scores = {r.name: r.files.scores for r in runs if r.files.scores is not None and r.files.scores.graded}
+    found = {name: sections.graded_as(s.metric) for name, s in scores.items()}
+    return found if len(set(found.values())) > 1 else {}
+
+
 def pair(runs: Sequence[Named]) -> list[Paired]:
     """Each run against the first."""
     found = [_pair(runs[0], other) for other in runs[1:]]
@@ -174,8 +181,11 @@ def _shared(a: RunFiles, b: RunFiles) -> tuple[str, list[Answered], list[Answere
     """Why two runs cannot be paired (empty: they can), and what each said to the rows that both answered."""
     if not (a.scores and b.scores and a.answers.get("tuned") and b.answers.get("tuned")):
         return "one of them is not evaluated", [], []
-    if not (a.scores.graded and b.scores.graded) or a.scores.metric != b.scores.metric:
-        return "they are not graded by the same metric", [], []
+    if not (a.scores.graded and b.scores.graded):
+        return "the answers of one of them are not graded", [], []
+    if a.scores.metric != b.scores.metric:
+        by = " and ".join(sections.graded_as(of.scores.metric) for of in (a, b) if of.scores)
+        return f"they are not graded by the same metric, but by {by}", [], []
     of_b = {_asked(x): x for x in b.answers["tuned"]}
     rows = [(x, of_b[_asked(x)]) for x in a.answers["tuned"] if _asked(x) in of_b]
     return ("" if rows else "they share no test row"), [x for x, _ in rows], [y for _, y in rows]

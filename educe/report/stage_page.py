@@ -94,10 +94,12 @@ def short(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
 
 def value_text(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
     """A value with its 95 % interval."""
-    return f"{short(line, value)} {_interval_text(line, value)}"
+    return f"{short(line, value)} {_interval_text(line, value)}".rstrip()
 
 
 def _interval_text(line: Mapping[str, Any], value: Mapping[str, float]) -> str:
+    if value["high"] == value["low"]:  # of one row, or of rows that all agree: no interval is known
+        return ""
     if line["kind"] == "ratio":
         return f"± {number((value['high'] - value['low']) / 2)}"
     return f"({100 * value['low']:.1f}–{100 * value['high']:.1f})"

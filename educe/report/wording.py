@@ -20,6 +20,7 @@ class Measure:
     column: str
     test: str
     note: str
+    fully: str = ""
 
     @property
     def chart(self) -> str:
@@ -34,14 +35,19 @@ SHARE = Measure(
     note="McNemar’s test looks only at rows whose verdict changed: p is how often a fair coin would split them at least this "
     "unevenly.",
 )
+_FULLY = "A row is fully right where its score is whole (of several answers or fields, all are right). The mean counts parts."
 MEAN = Measure(
     score="Mean score",
-    right="Fully right",
+    right="Rows fully right",
     column="Mean score",
     test="paired randomisation",
     note="The paired randomisation test exchanges the two systems’ scores of a row at random: p is how often the means then differ "
     "at least this much. Won and lost are rows whose score rose and fell.",
+    fully=_FULLY,
 )
+MIXED = Measure(
+    score="Score", right="Rows fully right", column="Score", test="", note="", fully=_FULLY
+)  # of several metrics
 
 
 def measure(mean: bool) -> Measure:

@@ -6,11 +6,12 @@ from educe.stats.means import (
     clustered_mean,
     clustered_rate,
     paired_means,
+    paired_scores,
     percentile,
     sums_by_cluster,
 )
-from educe.stats.planning import changed_variance, holm, rows_needed, smallest_difference
-from educe.stats.rates import mcnemar, paired_difference, wilson
+from educe.stats.planning import changed_variance, holm, rows_needed, smallest_difference, smallest_shown
+from educe.stats.rates import FEWEST, mcnemar, paired_difference, widened, wilson
 from educe.stats.ratios import linearised, paired_ratios, ratio_interval
 from educe.stats.resampling import bootstrap, flip_signs, ratio
 
@@ -24,6 +25,9 @@ __all__ = [
     "clustered_rate",
     "sums_by_cluster",
     "paired_means",
+    "paired_scores",
+    "FEWEST",
+    "widened",
     "percentile",
     "bootstrap",
     "flip_signs",
@@ -34,5 +38,6 @@ __all__ = [
     "holm",
     "rows_needed",
     "smallest_difference",
+    "smallest_shown",
     "changed_variance",
 ]

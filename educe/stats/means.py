@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 
 from educe.stats.normal import student_t
-from educe.stats.rates import score_interval
+from educe.stats.rates import score_interval, widened
 from educe.types import Interval
 
 
@@ -84,3 +84,9 @@ def paired_means(before_R: Sequence[float], after_R: Sequence[float], weights_R:
     if len(before_R) != len(after_R):
         raise ValueError(f"need two rows or more, of equal number, got {len(before_R)} and {len(after_R)}")
     return clustered_mean([a - b for a, b in zip(after_R, before_R, strict=True)], weights_R)
+
+
+def paired_scores(before_R: Sequence[float], after_R: Sequence[float], weights_R: Sequence[float]) -> Interval:
+    """`paired_means` of scores from 0 to 1, `widened` where hardly a row differs."""
+    apart = [a - b for b, a in zip(before_R, after_R, strict=True)]
+    return widened(clustered_mean(apart, weights_R), [d / w for d, w in zip(apart, weights_R, strict=True)])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from educe.stats.normal import Z95
 from educe.types import Interval
 
+_ROUNDING = 1e-12  # of scores: no difference
+
 
 def wilson(num_correct: int, num_total: int, z: float = Z95) -> Interval:
     """Wilson score interval for a proportion (Wilson 1927, JASA 22:209). `num_total` must be positive."""
@@ -23,6 +25,41 @@ def score_interval(p: float, n: float, z: float = Z95) -> Interval:
     return Interval(
         value=p, low=max(0.0, min(p, centre - half)), high=min(1.0, max(p, centre + half))
     )  # p despite rounding
+
+
+FEWEST = 6  # rows that must change before an exact paired test reaches 5 %: 2 / 2^6 < 0.05 < 2 / 2^5
+
+
+def most_of(num: int, num_total: int, level: float = 0.95) -> float:
+    """The largest share that `num` of `num_total` rows leave possible, one-sided and exact (Clopper & Pearson 1934, Biometrika
+    26:404): of none of n rows 1 - (1 - level)^(1/n), about 3 / n (Hanley & Lippman-Hand 1983, JAMA 249:1743)."""
+    if not 0 <= num <= num_total or num_total <= 0:
+        raise ValueError(f"need 0 <= number <= total and total > 0, got {num} of {num_total}")
+    if num == num_total:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        as_few = sum(math.comb(num_total, k) * p**k * (1 - p) ** (num_total - k) for k in range(num + 1))
+        low, high = (p, high) if as_few > 1 - level else (low, p)
+    return high
+
+
+def widened(i: Interval, apart_R: Sequence[float]) -> Interval:
+    """`i`, of a mean difference of scores from 0 to 1 of the same rows, at least as wide as the rows leave room for where their spread
+    says little: fewer than `FEWEST` of them differ, or all by the same.
+
+    With most rows at a difference c (0, or what all have) the mean is at most c + (1 - c) times the share of rows above c, at least
+    c - (1 + c) times the share below; of both the bound of `most_of`. Since c lies between the truth is missed on one side only, so
+    that both together hold it in 95 %. Rows may be clusters, and count alike.
+    """
+    c = apart_R[0] if max(apart_R) - min(apart_R) < _ROUNDING else 0.0
+    above, below = sum(d > c + _ROUNDING for d in apart_R), sum(d < c - _ROUNDING for d in apart_R)
+    low, high = i.low, i.high
+    if above + below < FEWEST:
+        low = min(low, c - (1 + c) * most_of(below, len(apart_R)))
+        high = max(high, c + (1 - c) * most_of(above, len(apart_R)))
+    return Interval(value=i.value, low=max(-1.0, low), high=min(1.0, high))
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int, float]:

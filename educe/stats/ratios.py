@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from educe.stats.means import clustered_mean
-from educe.stats.rates import wilson
+from educe.stats.means import bounded_mean, clustered_mean
+from educe.stats.rates import widened
 from educe.stats.resampling import flip_signs
 from educe.types import Interval
 
@@ -21,14 +21,11 @@ Sums = tuple[Sequence[float], Sequence[float]]
 
 
 def ratio_interval(of_R: Sequence[float], out_of_R: Sequence[float]) -> Interval:
-    """Σ of / Σ out of, with a 95 % interval over rows.
-
-    Where all rows agree on 0 or on 1 their spread says nothing, and the interval is Wilson's for as many rows.
-    """
+    """Σ of / Σ out of, from 0 to 1, with a 95 % interval over rows (`bounded_mean`); one row says nothing of others."""
     there = [(a, b) for a, b in zip(of_R, out_of_R, strict=True) if b > 0]
-    if all(a == 0 for a, _ in there) or all(a == b for a, b in there):
-        return wilson(len(there) if there[0][0] > 0 else 0, len(there))
-    return _within(_over_rows(of_R, out_of_R), 0)
+    if len(there) < 2:
+        return Interval(value=there[0][0] / there[0][1], low=0.0, high=1.0)
+    return bounded_mean([a for a, _ in there], [b for _, b in there])
 
 
 def linearised(of_R: Sequence[float], out_of_R: Sequence[float]) -> list[float]:
@@ -40,19 +37,15 @@ def linearised(of_R: Sequence[float], out_of_R: Sequence[float]) -> list[float]:
 
 
 def paired_ratios(before: Sums, after: Sums, signs: Iterable[Float64[np.ndarray, "b r"]]) -> tuple[float, Interval]:
-    """p of a paired randomisation test over the rows (`flip_signs`), and the difference after - before with its 95 % interval.
+    """p of a paired randomisation test over the rows (`flip_signs`), and the difference after - before with its 95 % interval,
+    `widened` where hardly a row differs.
 
     `signs` are those of `seeds.signs` for as many rows.
     """
     apart = [a - b for b, a in zip(linearised(*before), linearised(*after), strict=True)]
-    return flip_signs(apart, signs), _within(_over_rows(apart, [1.0] * len(apart)), -1)
-
-
-def _over_rows(of_R: Sequence[float], out_of_R: Sequence[float]) -> Interval:
-    if len(of_R) < 2:
-        return Interval(value=of_R[0] / out_of_R[0], low=-1.0, high=1.0)  # one row says nothing of others
-    return clustered_mean(of_R, out_of_R)
-
-
-def _within(i: Interval, lowest: float) -> Interval:
-    return Interval(value=i.value, low=max(lowest, i.low), high=min(1.0, i.high))
+    p = flip_signs(apart, signs)
+    if len(apart) < 2:
+        return p, Interval(value=apart[0], low=-1.0, high=1.0)
+    same_R = [b == a for b, a in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)]
+    moved = [0.0 if same else d for d, same in zip(apart, same_R, strict=True)]
+    return p, widened(clustered_mean(apart, [1.0] * len(apart)), moved)

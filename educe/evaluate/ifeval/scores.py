@@ -14,13 +14,13 @@ from typing import Any
 from educe.evaluate.ifeval.grading import grade
 from educe.evaluate.ifeval.prompts import Task, task_of
 from educe.stats import (
-    changed_variance,
+    FEWEST,
     clustered_rate,
     holm,
     mcnemar,
     paired_difference,
-    paired_means,
-    smallest_difference,
+    paired_scores,
+    smallest_shown,
     wilson,
 )
 from educe.types import Answer
@@ -81,7 +81,7 @@ def _compared(before: Sequence[Line], after: Sequence[Line], form: str) -> list[
     won, lost, p = mcnemar(whole_before, whole_after)
     shared = {"before": BEFORE, "after": AFTER}
     apart = asdict(paired_difference(whole_before, whole_after))
-    instructions = asdict(paired_means(parts_before, parts_after, [len(x[form]) for x in before]))
+    instructions = asdict(paired_scores(parts_before, parts_after, [len(x[form]) for x in before]))
     return [
         {**shared, "measure": f"prompt_{form}", "won": won, "lost": lost, "p": p, "difference": apart},
         {**shared, "measure": f"instruction_{form}", "difference": instructions},
@@ -124,8 +124,10 @@ def _verdict(systems: Mapping[str, Any], comparisons: Sequence[Mapping[str, Any]
     changed = (c["won"] + c["lost"]) / num_prompts
     seen = f"No difference in following instructions shown (IFEval, strict): {change}. Paired test: {chance}."
     if not changed:
-        return f"{seen} No prompt's verdict changed."
-    least = smallest_difference(num_prompts, changed_variance(changed))
+        seen = f"{seen} No prompt's verdict changed."
+    least = smallest_shown(num_prompts, changed)
+    if least is None:
+        return f"{seen} {num_prompts} prompts cannot show one: the paired test needs {FEWEST} that change."
     return f"{seen} {num_prompts} prompts show a difference of {100 * least:.1f} points four times in five."
 
 

@@ -52,13 +52,14 @@ def check_single(judge: Sampler, questions: Sequence[MtQuestion]) -> dict[str, l
     found: dict[str, list[float | None]] = {}
     for (name, _), answer in zip(prompts, said, strict=True):
         found.setdefault(name, []).append(parse_rating(answer.text))
-    fooled = {n: r for n, r in found.items() if n != "reference" and any(x is None or x > FLOOR for x in r)}
-    if fooled:
-        shown = "; ".join(f"{name!r}: {_shown(ratings)}" for name, ratings in fooled.items())
-        found_text = f"rates answers that deserve nothing above {FLOOR:g} of 10, or unreadably: {shown}."
+    missed = {n: r for n, r in found.items() if n != "reference" and any(x is None or x > FLOOR for x in r)}
+    if any(x is not None and x > FLOOR for r in missed.values() for x in r):
+        shown = "; ".join(f"{name!r}: {_shown(ratings)}" for name, ratings in missed.items())
+        found_text = f"rates answers that deserve nothing above {FLOOR:g} of 10: {shown}."
         raise EvalError(302, judge.name, found_text, _FIX)
+    _refuse_unread(judge, {n: r for n, r in found.items() if n != "reference" or not any(r)}, "[[rating]]")
     real = [x for x in found["reference"] if x is not None]
-    if not real or sum(real) / len(real) <= FLOOR:
+    if sum(real) / len(real) <= FLOOR:
         raise EvalError(302, judge.name, f"rates reference answers no higher: {_shown(found['reference'])}.", _FIX)
     return found
 
@@ -80,20 +81,29 @@ def check_pairwise(judge: Sampler, duels: Sequence[Duel], sampling: Sampling) ->
     found: dict[str, list[float | None]] = {}
     for i, (name, _) in enumerate(trials):
         found.setdefault(name, []).extend(line["preference"] for line in lines[2 * i : 2 * i + 2])
-    refuse_where_fooled(judge, found)
+    refuse_where_fooled(judge, found, "one letter, m or M")
     return found
 
 
-def refuse_where_fooled(judge: Sampler, found: dict[str, list[float | None]]) -> None:
-    """Raises `EvalError` where a canary is not beaten every time."""
-    fooled = {n: p for n, p in found.items() if any(x != 0 for x in p)}
-    if fooled:
+def refuse_where_fooled(judge: Sampler, found: dict[str, list[float | None]], format: str) -> None:
+    """Raises `EvalError` where a canary is not beaten every time; `format` is how the judge has to say it."""
+    missed = {n: p for n, p in found.items() if any(x != 0 for x in p)}
+    if any(any(p) for p in missed.values()):
         shown = "; ".join(
             f"{n!r} not beaten in {sum(x != 0 for x in p)} of {len(p)}"
             + (f" ({sum(x is None for x in p)} unreadable)" if None in p else "")
-            for n, p in fooled.items()
+            for n, p in missed.items()
         )
         raise EvalError(302, judge.name, f"prefers answers that deserve nothing to real ones: {shown}.", _FIX)
+    _refuse_unread(judge, found, format)
+
+
+def _refuse_unread(judge: Sampler, found: dict[str, list[float | None]], format: str) -> None:
+    """A judge that cannot be understood is not fooled. Raises `EvalError`."""
+    unread, asked = sum(p.count(None) for p in found.values()), sum(map(len, found.values()))
+    if unread:
+        told = f"gave no verdict that can be read on {unread} of the {asked} answers it was tried on."
+        raise EvalError(301, judge.name, told, f"Take a judge that follows the format: {format}.")
 
 
 def lint_answers(answers: Sequence[str], most: float = 0.2) -> list[str]:

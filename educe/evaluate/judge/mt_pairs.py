@@ -114,5 +114,5 @@ def check_games(judge: Sampler, real: Sequence[Game]) -> dict[str, list[float | 
     preferences = [line["preference"] for line in judge_games(trials, judge)]
     each = len(preferences) // len(CANARIES)
     found = {name: preferences[k * each : (k + 1) * each] for k, name in enumerate(CANARIES)}
-    refuse_where_fooled(judge, found)
+    refuse_where_fooled(judge, found, "[[A]], [[B]] or [[C]]")
     return found

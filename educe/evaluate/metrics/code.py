@@ -26,6 +26,16 @@ def grade_code(answer: str, question: Question) -> Verdict:
     return judged(not ran.failed, ran.failed or "the test passes")
 
 
+def no_test(expected: str) -> str:
+    """Why an expected text tests no program, in words; "" where it may. It is not run."""
+    try:
+        tree = ast.parse(expected)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        return f"it is no Python program ({e})"
+    tests = any(isinstance(node, (ast.Assert, ast.Call, ast.Raise)) for node in ast.walk(tree))
+    return "" if tests else "it asserts nothing, calls nothing and raises nothing"
+
+
 def program_of(answer: str, question: Question) -> str:
     """What runs before the test."""
     start = _definitions(str(question.prompt[-1]["content"])) if question.prompt else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
 import sys
@@ -16,17 +17,43 @@ from educe.types import Verdict
 Scoring = Callable[[str, str, dict[str, Any]], Any]
 
 
+def find_custom(entry: str) -> tuple[Path, str]:
+    """The file and the function of `file.py:function`; nothing of it runs. Raises `EvalError` where they are not there."""
+    file, _, name = entry.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        fix = "Name a function in a Python file beside the recipe, module:function."
+        raise EvalError(202, entry, f"{path} is no Python file.", fix)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError) as e:
+        raise EvalError(202, entry, f"cannot be read: {type(e).__name__}: {e}", "Mend the file.") from e
+    if not any(_names(node, name) for node in ast.walk(tree)):
+        raise _absent(entry, path, name)
+    return path, name
+
+
+def _names(node: ast.AST, name: str) -> bool:
+    """Whether a part of a program may give something that name."""
+    if isinstance(node, ast.alias):
+        return name in (node.asname or node.name, node.name) or node.name == "*"
+    if isinstance(node, ast.Constant):  # globals()["mark"] = ...
+        return bool(node.value == name)
+    return name in (getattr(node, "name", None), getattr(node, "id", None))
+
+
+def _absent(entry: str, path: Path, name: str) -> EvalError:
+    return EvalError(202, entry, f"{path.name} has no function {name!r}.", "Define it: (answer, expected, row).")
+
+
 def load_custom(entry: str) -> Grader:
     """The grader of `file.py:function`. The file's directory is searched for what it imports, while it is loaded.
 
     Raises `EvalError` with what the file raised, or for a function that is not there.
     """
-    file, _, name = entry.rpartition(":")
-    path = Path(file)
+    path, name = find_custom(entry)
     spec = importlib.util.spec_from_file_location(f"educe_custom_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        fix = "Name a function in a Python file beside the recipe, module:function."
-        raise EvalError(202, entry, f"{path} is no Python file.", fix)
+    assert spec is not None and spec.loader is not None  # noqa: PT018  (of a file that ends in .py)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:
@@ -37,7 +64,7 @@ def load_custom(entry: str) -> Grader:
         sys.path.remove(str(path.parent))
     function = getattr(module, name, None)
     if not callable(function):
-        raise EvalError(202, entry, f"{path.name} has no function {name!r}.", "Define it: (answer, expected, row).")
+        raise _absent(entry, path, name)
     return lambda answer, question: _graded(function, entry, answer, question)
 
 
