@@ -34,10 +34,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import re
+import socket
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from educe.errors import RunError
 from educe.files.atomic import make_private, told
@@ -86,25 +89,35 @@ class RunDir:
             raise RunError(2, str(file), f"is damaged: {e}.", f"Run `educe train {self.recipe}` again.") from e
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process may train in a run. The lock dies with its process, however that ends."""
+    def lock(self, verb: str = "train") -> Iterator[None]:
+        """Only one process may train in a run, or evaluate it. The lock dies with its process, however that ends. Raises `RunError`
+        that says who holds it."""
         with told(self.path):
             make_private(self.path)
             handle = (self.path / ".lock").open("a+b")
-        try:
+        with handle:
             if not take(handle.fileno()):
-                raise RunError(
-                    202, str(self.path), "another process is training here.", "Wait for it, or stop it first."
-                )
+                raise RunError(202, str(self.path), _holder(handle), "Wait for it, or stop it first.")
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            with contextlib.suppress(OSError):  # a disk that is full: it is locked all the same
+                handle.truncate(0)
+                handle.write(f"`educe {verb}`, process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+                handle.flush()
             yield
-        finally:
-            handle.close()
 
     def still_there(self) -> None:
         """Raises `RunError` where the locked directory was deleted or moved: another process could begin in its place."""
         if not (self.path / ".lock").exists():
             found = "was deleted or moved while this process trained in it."
             raise RunError(204, str(self.path), found, "Move it back and give the same command, or begin anew.")
+
+
+def _holder(handle: IO[bytes]) -> str:
+    said = ""
+    with contextlib.suppress(OSError):  # Windows lets no other process read what is locked
+        handle.seek(0)
+        said = handle.read(300).decode("utf-8", "replace").strip()
+    return f"is in use by another process{': ' * bool(said)}{said}."
 
 
 # Of a run of stages: its recipe, and the directories of its stages by name.
