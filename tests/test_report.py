@@ -126,8 +126,9 @@ def test_no_file_is_needed(tmp_path: Path, name: str, how: str) -> None:
 
 def test_an_empty_directory_says_what_to_run(tmp_path: Path) -> None:
     text = Page(build_report(RunDir(tmp_path / "new"))).text
-    assert "Not evaluated yet: run educe eval ." in text.replace("eval.", "eval .")
-    assert text.count("educe train recipe.yaml") >= 6
+    assert "Not trained to its end yet" in text
+    assert "educe eval" not in text
+    assert text.count("educe train RECIPE") >= 6
 
 
 def test_training_without_evaluation(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _claim(job: TrainJob) -> Begun:
     settings = settings_of(recipe, job.prepared, job.facts, planned)
     changes = changes_since(run, found, recipe, settings, job.how.allow, job.say)
     earlier = how_of(run, found, settings)
-    take(run, recipe, settings, job.text, job.prepared, job.mixed, job.say)
+    take(run, recipe, settings, job.text, job.how.file, job.prepared, job.mixed, job.say)
     earlier["done"] = steps_done(run)
     if found is not None and found[1]["finished"]:  # it may have been killed before it had deleted the others
         prune(run.checkpoints, Kept(newest=1, every=recipe.train.keep_every_steps))

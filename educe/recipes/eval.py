@@ -66,7 +66,7 @@ def _final(run: RunDir, say: Say) -> tuple[Path, dict[str, Any]]:
     for line in heard:
         say(line)
     if found is None or not found[1]["finished"]:
-        fix = f"Run `educe train {run.recipe}` again: it goes on."
+        fix = f"Run `{run.goes_on}` again: it goes on."
         raise RunError(2, str(run.path), "is not trained to its end.", fix)
     return found
 

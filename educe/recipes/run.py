@@ -370,7 +370,7 @@ def train(
     from educe.training.watchdog import watched
 
     shown = screen if screen is not None and leads() else Silent()
-    how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
+    how = How(devices=devices, stop_at=stop_at, allow=tuple(allow), file=path)
     tells = say if leads() else quiet
     with watched(hang_after_s, tells) as dog:
         if isinstance(loaded, StagedRecipe):
