@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from educe.evaluate.metrics.question import Grader, Question
 from educe.types import Verdict
 
 Scoring = Callable[[str, str, dict[str, Any]], Any]
+_TAKES = "(answer, expected, row)"
 
 
 def load_custom(entry: str) -> Grader:
     """The grader of `file.py:function`. The file's directory is searched for what it imports, while it is loaded.
 
-    Raises `EvalError` with what the file raised, or for a function that is not there.
+    Raises `EvalError` with what the file raised, for a function that is not there, or one that takes other arguments.
     """
     file, _, name = entry.rpartition(":")
     path = Path(file)
@@ -37,7 +39,14 @@ def load_custom(entry: str) -> Grader:
         sys.path.remove(str(path.parent))
     function = getattr(module, name, None)
     if not callable(function):
-        raise EvalError(202, entry, f"{path.name} has no function {name!r}.", "Define it: (answer, expected, row).")
+        raise EvalError(202, entry, f"{path.name} has no function {name!r}.", f"Define {name}{_TAKES}.")
+    try:
+        inspect.signature(function).bind("", "", {})
+    except TypeError as e:
+        fix = f"Define {name}{_TAKES}: two texts, and a dict of the row (docs/evaluation.md)."
+        raise EvalError(202, entry, f"takes {inspect.signature(function)}, and is given {_TAKES}.", fix) from e
+    except ValueError:  # written in C: its signature is not known
+        pass
     return lambda answer, question: _graded(function, entry, answer, question)
 
 
