@@ -84,7 +84,7 @@ def _scores(run: dict[str, Any], place: RunDir) -> Iterator[str]:
     about = [plain(run["model"]), run["tuning"], plain((run["provenance"] or {}).get("device"))]
     yield " · ".join(a for a in about if a) or "no settings are recorded"
     if run["verdict"]:
-        yield f"**{plain(run['verdict'], 600)}**"
+        yield f"**{plain(run['verdict'], 8000)}**"
     elif run["headline"]:
         yield f"**{plain(run['headline'])}**"
     elif (run["provenance"] or {}).get("finished"):
