@@ -314,7 +314,7 @@ def test_eval_says_what_was_forgotten_and_where_answers_shift(run: Run) -> None:
     again = run.eval(say=lines.append)
     known = [x for x in lines if "taken from the cache" in x]
     assert [x.partition(":")[0] for x in known] == [
-        *("untouched", "few_shot", "untouched, general questions", "tuned", "tuned, general questions")
+        *("untouched", "untouched, best prompt", "untouched, general questions", "tuned", "tuned, general questions")
     ]
     for s in (scores, again):
         s["general"].pop("seconds")

@@ -23,6 +23,7 @@ from educe.types import Answer
 
 LOSS_TOKENS = {"cpu": 6000}  # of prompts and expected answers, of each system
 _ELSEWHERE = 262_144
+BEST_PROMPT = "untouched, best prompt"  # `few_shot` in files, as it is called on screen
 
 
 @dataclass(slots=True)
@@ -60,7 +61,8 @@ def effect_of(
     several = {name: [i for i in ids for _ in range(samples)] for name, ids in prompts.items()}
     given: dict[str, list[Answer]] = {}
     for name, ids in several.items():
-        given[name], made.seconds[name] = untouched.answer(name, ids, how, on_answers, keys)
+        label = BEST_PROMPT if name == "few_shot" else name
+        given[name], made.seconds[name] = untouched.answer(label, ids, how, on_answers, keys)
     texts = _expected(both, prompts, asked) if score is None else {}
     made.nll = {name: t.nll(both.untouched()) for name, t in texts.items()}
     known = remember(both, untouched, general, say, on_answers)
