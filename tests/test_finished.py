@@ -115,10 +115,10 @@ def test_with_nothing_whole_it_is_refused_each_time_and_touched_never(
     run = place / "runs" / f"lost-{name}"
     assert found in str(refused.value)
     assert "another `name:`" in str(refused.value)
-    there = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    there = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     with pytest.raises(RunError, match="E-RUN-003"):
         educe.train(recipe(place, f"lost-{name}", **KNOBS))
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"} == there
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == there
     with pytest.raises(RunError, match="E-RUN-003"):
         Run(run).export(place / "out")
     assert [b for b in educe.check(recipe(place, f"lost-{name}", **KNOBS)).blockers if "E-RUN-003" in b]

@@ -106,7 +106,7 @@ class RunDir:
         try:
             return read_jsonl(file) if file.suffix == ".jsonl" else json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as e:
-            raise RunError(2, str(file), "is not there yet.", f"Run `{self._made_by(file)}` to its end first.") from e
+            raise RunError(2, str(file), "is not there yet.", f"Run `{self._made_by(file)}` first.") from e
         except (ValueError, RecursionError) as e:
             raise RunError(2, str(file), f"is damaged: {e}.", f"Run `{self._made_by(file)}` again.") from e
 
@@ -116,22 +116,29 @@ class RunDir:
         that says who holds it."""
         with told(self.path):
             make_private(self.path)
-            handle = (self.path / ".lock").open("a+b")
+            handle = (self.path / ".lock").open("a+b", buffering=0)
         with handle:
             if not take(handle.fileno()):
                 raise RunError(202, str(self.path), _holder(handle), "Wait for it, or stop it first.")
             since = datetime.now().astimezone().isoformat(" ", "seconds")
-            with contextlib.suppress(OSError):  # a disk that is full: it is locked all the same
-                handle.truncate(0)
-                handle.write(f"`educe {verb}`, process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
-                handle.flush()
-            yield
+            _note(handle, f"`educe {verb}`, process {os.getpid()} on {socket.gethostname()}, since {since}")
+            try:
+                yield
+            finally:
+                _note(handle, "")
 
     def still_there(self) -> None:
         """Raises `RunError` where the locked directory was deleted or moved: another process could begin in its place."""
         if not (self.path / ".lock").exists():
             found = "was deleted or moved while this process trained in it."
             raise RunError(204, str(self.path), found, "Move it back and give the same command, or begin anew.")
+
+
+def _note(handle: IO[bytes], said: str) -> None:
+    """Who holds the lock, for whoever is refused."""
+    with contextlib.suppress(OSError):  # a disk that is full: it is locked all the same
+        handle.truncate(0)
+        handle.write(said.encode())
 
 
 def _holder(handle: IO[bytes]) -> str:
