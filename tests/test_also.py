@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,16 @@ import pytest
 torch = pytest.importorskip("torch")
 import educe  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
+from educe.cli import screens  # noqa: E402
 from educe.cli.main import cli  # noqa: E402
-from educe.errors import EduceError  # noqa: E402
+from educe.cli.screens import AnswerScreen  # noqa: E402
+from educe.errors import EduceError, RunError  # noqa: E402
 from educe.evaluate.compare import score  # noqa: E402
+from educe.files.hashes import cache_dir  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.recipes.run import Run  # noqa: E402
 from educe.report import build_report  # noqa: E402
+from educe.sample import local  # noqa: E402
 
 from conftest import some  # noqa: E402
 from report_payloads import PAYLOADS  # noqa: E402
@@ -87,6 +94,62 @@ def test_a_row_with_its_price_and_nothing_asked_twice(trained: Path) -> None:
     text = Page(build_report(Run(trained).dir)).text
     assert "against lab/large|1" in text
     assert "0.018" in text
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_evaluation_killed_again_and_again_gives_the_answers_of_one_that_was_not(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws with a seed, each system, the general questions: no batch is answered twice."""
+    monkeypatch.setattr(local, "BATCH_TOKENS", 12)
+    kept, run = cache_dir() / "answers", Run(trained)
+    told, batches = list[str](), list[str]()
+
+    def progress(system: str, done: int, total: int) -> None:
+        batches.append(f"{system} {done} of {total}")
+        if dies and len(batches) % 19 == 4:
+            raise Killed
+
+    def evaluated() -> list[dict[str, Any]]:
+        run.eval(samples=2, say=told.append, progress=progress)
+        return [run.dir.load(run.dir.answers / f"{n}.jsonl") for n in ("untouched", "tuned")]
+
+    stored, dies = {f.name: f.read_bytes() for f in run.dir.answers.iterdir()}, False
+    shutil.rmtree(kept)
+    whole, all_batches = evaluated(), [*batches]
+    shutil.rmtree(kept)
+    batches.clear()
+    dies = True
+    for _ in range(3, len(all_batches), 19):
+        with pytest.raises(Killed):
+            evaluated()
+    dies = False
+    assert evaluated() == whole
+    assert batches == all_batches
+    assert "tuned: 6 of 6 answered before on this machine; taken from the cache" in told
+    for name, content in stored.items():
+        (run.dir.answers / name).write_bytes(content)
+
+
+def test_a_run_has_one_evaluation_at_a_time_and_a_log_hears_of_it(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "BATCH_TOKENS", 12)
+    monkeypatch.setattr(screens, "_ANSWERS_EVERY_S", 0.0)
+
+    def second(*_: Any) -> None:
+        with pytest.raises(RunError, match=f"E-RUN-202.*`educe eval`, process {os.getpid()} on .*since"):
+            Run(trained).suite(file="prompts.jsonl")
+
+    Run(trained).eval(say=second)
+    shutil.rmtree(cache_dir() / "answers")
+    Run(trained).eval(progress=AnswerScreen().progress)
+    assert re.search(
+        r"tuned: 1 of 3 answered\n.*tuned: 2 of 3 answered\n.*tuned: 3 answered\n", capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,46 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import educe
 import pytest
 from educe.cli.main import cli
-from educe.config import parse_recipe
+from educe.config import load_recipe, parse_recipe
+from educe.config.recipe import CustomMetric, PlainMetric
 from educe.errors import CODES
+from educe.evaluate.metrics import Question
+from educe.evaluate.metrics.custom import load_custom
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_the_metric_in_the_docs_grades(tmp_path: Path) -> None:
+    (recipe,), (code,) = blocks("yaml", EVALUATION), blocks("python", EVALUATION)
+    (tmp_path / "grade.py").write_text(code, encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(f"name: r\nmodel: m\ndata: {{train: rows.jsonl}}\n{recipe}", encoding="utf-8")
+    (tmp_path / "rows.jsonl").touch()
+    metric = load_recipe(tmp_path / "recipe.yaml").evaluation.metric
+    assert isinstance(metric, CustomMetric)
+    grader = load_custom(metric.function)
+    question = Question(row="t.jsonl:1", prompt=({"role": "user", "content": "6 * 7?"},), expected="42")
+    given = {"It is 42": 1.0, "21.0": 0.5, "none": 0.0, "-1,000": 0.0}
+    assert {answer: grader(answer, question).score for answer in given} == given
+    assert [answer for answer in given if grader(answer, question).correct] == ["It is 42"]
+
+
+def test_every_metric_is_in_the_docs() -> None:
+    named = {k for m in (PlainMetric, CustomMetric) for k in get_args(m.model_fields["kind"].annotation)}
+    assert {*re.findall(r"^\| `(\w+)`", EVALUATION, re.M)} == named
 
 
 def test_recipes_in_the_readme_are_valid() -> None:
@@ -30,7 +56,10 @@ def test_recipes_in_the_readme_are_valid() -> None:
         parse_recipe(text, "README.md")
 
 
-@pytest.mark.parametrize("line", [x for b in blocks("sh") for x in b.splitlines() if x.startswith("educe ")])
+@pytest.mark.parametrize(
+    "line",
+    [x for t in (README, EVALUATION) for b in blocks("sh", t) for x in b.splitlines() if x.startswith("educe ")],
+)
 def test_commands_in_the_readme_parse(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     command = cli.commands[words[0]]

@@ -219,7 +219,7 @@ def test_numbers_on_disk_are_those_planned_and_stop_tokens_all_there(
 @pytest.mark.parametrize(
     "inner, words",
     [
-        ("effect.kept_answers", ["eval"]),
+        ("kept_answers.LocalSampler", ["eval"]),
         ("export.merged", ["export"]),
         ("blend.blended", ["blend"]),
         ("export.merged", ["serve", "--port", "8765"]),

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -224,7 +225,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock of tmp_path / "run"."""
     script = (
         "import sys, time; from pathlib import Path; from educe.files.run_dir import RunDir\n"
-        "with RunDir(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(600)\n"
+        "with RunDir(Path(sys.argv[1])).lock('eval'): print('held', flush=True); time.sleep(600)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -240,6 +241,7 @@ def test_a_run_has_one_trainer_and_a_kill_frees_it(tmp_path: Path, holder: subpr
         with pytest.raises(RunError) as caught, run.lock():
             pytest.fail("two processes hold one lock")
         assert caught.value.code == "E-RUN-202"
+        assert f"`educe eval`, process {holder.pid} on {socket.gethostname()}, since 2" in caught.value.found
     holder.kill()
     holder.wait()
     with run.lock(), pytest.raises(RunError), RunDir(tmp_path / "run").lock():

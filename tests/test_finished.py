@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +12,13 @@ import pytest
 
 pytest.importorskip("torch")
 import educe
+from click.testing import CliRunner
+from educe.cli.main import cli
 from educe.errors import RunError
 from educe.recipes.run import Run
+from educe.report import build_report
 
-from small_runs import made, recipe, small_place, story
+from small_runs import Dying, made, recipe, small_place, story
 from test_engine import _one_thread  # noqa: F401
 
 
@@ -119,3 +124,28 @@ def test_with_nothing_whole_it_is_refused_each_time_and_touched_never(
     assert [b for b in educe.check(recipe(place, f"lost-{name}", **KNOBS)).blockers if "E-RUN-003" in b]
     shutil.rmtree(run)
     assert educe.train(recipe(place, f"lost-{name}", **KNOBS)).finished  # as the refusal says
+
+
+def test_what_is_said_to_go_on_a_stopped_run_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever it is asked; the page says so too, and not that an evaluation is next."""
+    given = recipe(place, "stopped", epochs=5).rename(place / "my recipe.yaml")
+    with pytest.raises(MemoryError):
+        educe.train(Path(given.name), screen=Dying(step=3))  # as a person would name it
+    monkeypatch.chdir(tmp_path)
+    run = Run(place / "runs" / "stopped")
+    with pytest.raises(RunError, match="is not trained to its end") as told:
+        run.eval()
+    said = build_report(run.dir)
+    assert "Not trained to its end" in said
+    assert "educe eval" not in said
+    assert re.search(r"Rows to train on</\w+>\s*<\w+[^>]*>12<.*?step 3 of 10 is made", said, re.DOTALL)
+    (command,) = re.findall("`(.*?)`", told.value.fix)
+    assert command == run.dir.goes_on == f"educe train {shlex.quote(str(given))}"
+    assert CliRunner().invoke(cli, shlex.split(command)[1:]).exit_code == 0
+    assert run.finished
+    with pytest.raises(RunError, match=f"Run `educe judge {shlex.quote(str(run.path))}`"):
+        run.judge(regrade=True)
+    monkeypatch.chdir(place)
+    assert run.dir.goes_on == f"educe train {shlex.quote(given.name)}"

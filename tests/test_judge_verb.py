@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from educe.cli.judge import show_judged
 from educe.cli.main import cli
-from educe.errors import EvalError, RunError, UsageError
+from educe.errors import EvalError, UsageError
 from educe.evaluate.judge.mt_bench import MtQuestion
 from educe.evaluate.judge.questions import read_mt_questions
 from educe.files.run_dir import RunDir
@@ -264,7 +264,7 @@ def test_another_machine_is_asked_over_http_where_that_is_wanted(run: RunDir) ->
     found = CliRunner().invoke(cli, asked)
     assert "--plain-http" in str(found.exception)
     wish = {"against": str(run.path / "missing.jsonl"), "plain_http": True}  # nothing is sent
-    with pytest.raises(RunError, match=r"missing\.jsonl"):
+    with pytest.raises(EvalError, match=r"missing\.jsonl is not there"):
         Run(run.path).judge("http://203.0.113.1/v1", "m", **wish)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from educe.files.jsonl import read_jsonl
-from educe.recipes.kept_replies import KeptReplies
+from educe.recipes.kept_replies import Keep, KeptReplies
 
 PIECE = 8
 KEYS = [f"request {k}" for k in range(PIECE + 5)]
@@ -25,23 +25,23 @@ class Asked:
 
     def __init__(self, dies_after: int = 10**6) -> None:
         self.places: list[int] = []
-        self.known: list[int] = []
         self.loads = 0
         self._dies_after = dies_after
 
     def ready(self) -> None:
         self.loads += 1
 
-    def __call__(self, places: Sequence[int], known: int) -> list[Any]:
-        if len(self.places) >= self._dies_after:
-            raise KeyboardInterrupt
-        self.places += places
-        self.known.append(known)
-        return [(-1.0 * k, True) for k in places]
+    def __call__(self, places: Sequence[int], keep: Keep) -> None:
+        for at in range(0, len(places), PIECE):
+            if len(self.places) >= self._dies_after:
+                raise KeyboardInterrupt
+            piece = places[at : at + PIECE]
+            self.places += piece
+            keep(piece, [(-1.0 * k, True) for k in piece])
 
 
 def replied(of: Any, asked: Asked, keys: Sequence[str] = KEYS, said: list[str] | None = None) -> list[Any]:
-    kept = KeptReplies("tuned", of, (said if said is not None else []).append, piece=PIECE)
+    kept = KeptReplies("tuned", of, (said if said is not None else []).append)
     with kept.open():
         return kept.replies(keys, asked, asked.ready)
 
@@ -53,7 +53,6 @@ def test_what_was_replied_before_a_kill_is_not_asked_again() -> None:
     said: list[str] = []
     found = replied("w", second, said=said)
     assert (first.places, second.places) == ([*range(PIECE)], [*range(PIECE, len(KEYS))])
-    assert second.known == [PIECE]
     assert [log_p for log_p, _ in found] == [-1.0 * k for k in range(len(KEYS))]
     assert f"tuned: {PIECE} of {len(KEYS)} answered before on this machine; taken from the cache" in said
     assert [list(x) for x in replied("w", third)] == [list(x) for x in found]
@@ -69,10 +68,10 @@ def test_another_model_is_asked_anew_and_equal_requests_once() -> None:
 
 
 def test_a_number_that_is_none_is_given_and_not_kept(tmp_path: Path) -> None:
-    def broken(places: Sequence[int], known: int) -> list[Any]:
-        return [(math.nan, False), (-math.inf, False), (-2.0, True)]
+    def broken(places: Sequence[int], keep: Keep) -> None:
+        keep(places, [(math.nan, False), (-math.inf, False), (-2.0, True)])
 
-    kept = KeptReplies("tuned", "w", lambda _: None, piece=PIECE)
+    kept = KeptReplies("tuned", "w", lambda _: None)
     with kept.open():
         assert math.isnan(kept.replies(["x", "y", "z"], broken, lambda: None)[0][0])
     (file,) = (tmp_path / "answers").glob("kept-*.jsonl")

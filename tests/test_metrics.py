@@ -156,7 +156,6 @@ def test_a_function_of_the_user_grades(tmp_path: Path) -> None:
         ("def mark(answer, expected, row):\n    return 1.5\n", r"t.jsonl:1 .*gave 1\.5"),
         ("def mark(answer, expected, row):\n    return float('nan')\n", "gave nan"),
         ("def mark(answer, expected, row):\n    return None\n", "gave None"),
-        ("def mark(answer):\n    return 1\n", "raised TypeError"),
     ],
 )
 def test_what_a_function_does_wrong_is_told_with_the_row(tmp_path: Path, body: str, says: str) -> None:
@@ -172,9 +171,11 @@ def test_what_a_function_does_wrong_is_told_with_the_row(tmp_path: Path, body: s
         ("import nowhere_at_all\nmark = 1\n", "ModuleNotFound"),
         ("mark = 1\n", "no function 'mark'"),
         ("def mark(:\n", "SyntaxError"),
+        ("def mark(answer):\n    return 1\n", r"takes \(answer\), and is given \(answer, expected, row\)"),
+        ("def mark(answer, expected, row, more):\n    return 1\n", r"Define mark\(answer, expected, row\)"),
     ],
 )
-def test_a_function_that_is_not_there(tmp_path: Path, body: str, says: str) -> None:
+def test_a_function_that_is_not_there_or_takes_something_else(tmp_path: Path, body: str, says: str) -> None:
     with pytest.raises(EvalError, match=f"E-EVAL-202.*{says}"):
         load_custom(custom(tmp_path, body))
     with pytest.raises(EvalError, match="no Python file"):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from educe.config import parse_recipe
+from educe.errors import DataError
 from educe.model.describe import ModelFacts
 from educe.recipes.advise import Looked, advise, recipe_text
+from educe.recipes.machine import busy
 from educe.recipes.memory import num_adapter_parameters
 from educe.recipes.rates import advise_rank, advise_rate
+from educe.recipes.run import init
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,3 +117,34 @@ def test_the_recipe_says_how_the_rank_was_found() -> None:
     assert "20,000 trained tokens at 1 bit, 2 bits a parameter, need rank 1; 16 is our least" in text
     assert "rank: 128, alpha: 32.0" in written(1_000_000, facts(4096), answer=500)
     assert advise(looked(1000), facts(576, parameters=135_000_000), 24e9, True).rank is None
+
+
+def test_held_out_rows_have_a_say_in_lengths_and_must_be_there(tiny_model: Path, tmp_path: Path) -> None:
+    """A test row that is longer than `max_tokens` would be dropped, and an answer beyond `max_new_tokens` never be right."""
+
+    def rows(name: str, words: int, num: int) -> str:
+        asks = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the user said " * words}]
+        (tmp_path / name).write_text(f"{json.dumps({'messages': asks})}\n" * num)
+        return str(tmp_path / name)
+
+    def said(test: str | None) -> tuple[int, int]:
+        out = init(train, model=str(tiny_model), out=tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml", test=test)
+        text = out.read_text(encoding="utf-8")
+        assert ("(of dev or test)" in text) is (test is not None)
+        most, new = (int(n) for n in re.findall(r"max_(?:new_)?tokens: (\d+)", text))
+        return most, new
+
+    train = rows("train.jsonl", 1, 12)
+    short, long = said(None), said(rows("test.jsonl", 12, 2))
+    assert (long[0] > short[0] + 20, long[1] > 2 * short[1]) == (True, True)
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        said(rows("none.jsonl", 1, 0))
+
+
+def test_advice_that_was_taken_is_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (3.0, 3.0, 3.0))
+    for policy, advised in (("", True), ("passive", False)):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        (word,) = busy("cpu")
+        assert "close them" in word
+        assert ("OMP_WAIT_POLICY" in word) is advised

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from educe.files.run_dir import RunDir
+from educe.recipes.report import text_of
 from educe.report import build_report
+from educe.report.markdown import plain
 from educe.report.reading import read_run
 from educe.report.visible import shown, visible
 from hypothesis import given
@@ -122,12 +124,26 @@ def test_no_file_is_needed(tmp_path: Path, name: str, how: str) -> None:
     assert not Page(html).open
     if how == "not json" and not name.startswith(("judged/", "suites/", "shift")):
         assert f"<code>{name}</code>" in html
+        assert plain(name) in text_of([run], "md").partition("cannot be read as JSON: ")[2].splitlines()[0]
+
+
+def test_the_verdict_is_whole_however_many_models_it_weighs(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    others = " ".join(
+        f"lab/model-{k} reaches 33 % for 0.012 USD; the tuned one is better (p < 0.001)." for k in range(9)
+    )
+    write_file(
+        run.scores, {**run.load(run.scores), "verdict": f"Tuning helped: 2 % → 80 %. With none. {others} Price: 5 min."}
+    )
+    assert f"{others} Price: 5 min." in Page(build_report(run)).text
+    assert "better (p \\< 0.001). Price: 5 min.**" in text_of([run], "md")
 
 
 def test_an_empty_directory_says_what_to_run(tmp_path: Path) -> None:
     text = Page(build_report(RunDir(tmp_path / "new"))).text
-    assert "Not evaluated yet: run educe eval ." in text.replace("eval.", "eval .")
-    assert text.count("educe train recipe.yaml") >= 6
+    assert "Not trained to its end yet" in text
+    assert "educe eval" not in text
+    assert text.count("educe train RECIPE") >= 6
 
 
 def test_training_without_evaluation(tmp_path: Path) -> None:

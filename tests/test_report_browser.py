@@ -32,7 +32,10 @@ const sizes = shown.flatMap(s => [...s.querySelectorAll("text")].map(
 const outside = [...document.querySelectorAll("main *")].filter(
   e => !e.closest(".scroll") && e.getBoundingClientRect().right > innerWidth + 1)
   .map(e => e.tagName + ": " + e.textContent.slice(0, 40));
-document.title = JSON.stringify({inner: innerWidth, scroll: document.documentElement.scrollWidth, charts: shown.length,
+const cells = r => [...r.children].slice(1, r.closest(".stack") ? 9 : 2);
+const unseen = [...document.querySelectorAll("table.numbers tbody tr")].filter(
+  r => cells(r).some(c => c.getBoundingClientRect().right > innerWidth)).map(r => r.textContent.slice(0, 40));
+document.title = JSON.stringify({unseen, inner: innerWidth, scroll: document.documentElement.scrollWidth, charts: shown.length,
   font: Math.min(...sizes), paper: getComputedStyle(document.body).backgroundColor, outside});
 parent.postMessage(document.title, "*");
 </script>"""
@@ -94,6 +97,7 @@ def test_nothing_overflows_and_charts_are_legible(
     assert seen["inner"] == width
     assert seen["scroll"] == width
     assert seen["outside"] == []
+    assert seen["unseen"] == [], "rows whose first figure, or any of what was forgotten, is scrolled out of view"
     assert seen["charts"] == 4, "one drawing of each chart: scores, shifts, dev rows, loss"
     assert float(str(seen["font"])) >= 10
     assert seen["paper"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")

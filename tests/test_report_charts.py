@@ -81,6 +81,22 @@ def test_thinning_keeps_both_extremes(losses: list[float], most: int) -> None:
     assert (bucket == 1) == (len(losses) <= most)
 
 
+@given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 5)), min_size=2, max_size=6, unique_by=lambda d: d[0]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_numbers_beside_points_do_not_lie_over_each_other(dev: list[tuple[int, float]]) -> None:
+    points = [Point(step=step, loss=loss) for step, loss in sorted(dev)]
+    drawn = str(draw_loss(plan_curve([], points), True))
+    form = r'<text class="dev-value" x="([\d.-]+)" y="([\d.-]+)" text-anchor="(\w+)">([^<]*)<'
+    boxes = []
+    for x, y, anchor, text in re.findall(form, drawn):
+        wide = 7.5 * len(text)
+        start = float(x) - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+        boxes.append((start, start + wide, float(y)))
+    assert boxes
+    for (a0, a1, ay), (b0, b1, by) in itertools.combinations(boxes, 2):
+        assert a1 <= b0 or b1 <= a0 or abs(ay - by) >= 13, boxes
+
+
 def test_bars_at_the_ends_of_the_scale() -> None:
     from educe.report.charts import Bar
 

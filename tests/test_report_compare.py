@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from educe.report import build_report
 from educe.report.compare import build_comparison
 from educe.report.markdown import plain
 from educe.report.numbers import named, pair
+from educe.report.records import DevPairs
 from educe.report.words import differences
 from educe.stats import mcnemar, paired_difference
 from hypothesis import given, settings
@@ -106,6 +108,27 @@ def test_json_holds_the_numbers_of_the_page(runs: list[RunDir]) -> None:
     assert found["suites"]["ifeval"]["systems"]["tuned"]["prompt_strict"]["value"] == 0.4
     assert found["cost"]["price"] == pytest.approx(3 * (312 + 60.4) / 3600)
     assert len(json.loads(text_of(runs, "json"))["runs"]) == 3
+
+
+AS_FILES = {"general", "shift", "judged", "suites", "settings"}  # these have keys of their own
+
+
+def test_the_table_of_the_docs_has_all_keys_of_json(runs: list[RunDir]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
+    table = [line.split(" | ", 1) for line in page.partition("| key | content |\n|---|---|\n")[2].splitlines()]
+    said = {key: {*re.findall(r"`(\w+)`", content)} for keys, content in table for key in re.findall(r"`(\w+)`", keys)}
+    found = json.loads(text_of(runs[:1], "json"))
+    found["dev_pairs"] = [{field.name: 0.0 for field in fields(DevPairs)}]
+    assert said.keys() == found.keys() - {"educe_report"}
+    for key, value in found.items():
+        if key not in AS_FILES:
+            assert _keys(value) <= said.get(key, set()), key
+
+
+def _keys(value: Any) -> set[str]:
+    """Of all objects in a value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {*(value if isinstance(value, dict) else ())}.union(*map(_keys, inner))
 
 
 def test_markdown_reads_as_text_and_as_tables(runs: list[RunDir]) -> None:

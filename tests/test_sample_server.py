@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from educe.errors import SampleError
 from educe.evaluate.metrics.calls import grade_tool_calls
 from educe.evaluate.metrics.question import Question
+from educe.sample import asking
 from educe.sample.asking import How
 from educe.sample.sampler import Sampler
 from educe.sample.server import Server, ServerSampler
@@ -260,6 +262,16 @@ def test_a_wait_beyond_the_deadline_is_not_waited_for(tmp_path: Path) -> None:
     assert e.code == "E-SAMPLE-002"
     assert "slow down" in e.found
     assert time.monotonic() - began < 5
+
+
+def test_a_long_wait_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To all requests that are told to wait together: who, how long, until when, how to stop."""
+    monkeypatch.setattr(asking, "_SAID_WAIT_S", 1.0)
+    told: list[str] = []
+    with serving(lambda body, times: BUSY if len(seen.bodies) <= 4 else upper(body, times)) as seen:
+        sampler(seen, tmp_path, say=told.append).sample(asked(6), SHORT)
+        (line,) = (t for t in told if "Ctrl-C" in t)
+    assert re.search(r"slow down.*127\.0\.0\.1.* in 1 s: waiting until \d\d:\d\d:\d\d\. Ctrl-C stops", line), line
 
 
 def test_an_error_ends_what_waits(tmp_path: Path) -> None:

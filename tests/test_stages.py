@@ -20,9 +20,9 @@ from educe.evaluate.ifeval.prompts import Instruction, Task  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.model.describe import describe_model  # noqa: E402
 from educe.recipes import stage_scores  # noqa: E402
-from educe.recipes.kept_samplers import CHUNK  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
 from educe.recipes.run_stages import check_stages, eval_stages  # noqa: E402
+from educe.sample import local  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from small_runs import Dying, final, same  # noqa: E402
@@ -278,9 +278,10 @@ def test_instructions_are_measured_where_they_are_asked_for(
         Instruction(kind=kind, arguments=EXAMPLES[kind].arguments)
         for kind in ("punctuation:no_comma", "change_case:english_lowercase")
     ]
-    tasks = [Task(key=str(k), prompt=f"say hello {k}", instructions=(asked[k % 2],)) for k in range(CHUNK + 8)]
+    monkeypatch.setattr(local, "BATCH_TOKENS", 100)
+    tasks = [Task(key=str(k), prompt=f"say hello {k}", instructions=(asked[k % 2],)) for k in range(40)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(t.as_json()) + "\n" for t in tasks))
-    more = ("--suite", "ifeval", "--suite-file", "prompts.jsonl", "--suite-rows", str(CHUNK + 4), "--suite-tokens", "2")
+    more = ("--suite", "ifeval", "--suite-file", "prompts.jsonl", "--suite-rows", "36", "--suite-tokens", "2")
     loaded: list[Path] = []
     load = stage_scores.load_model
     monkeypatch.setattr(
@@ -294,13 +295,13 @@ def test_instructions_are_measured_where_they_are_asked_for(
     (line,) = (m for m in found["measures"] if m["key"] == "instructions")
     for name, value in line["values"].items():
         kept = read_jsonl(chain / "suites" / "ifeval" / f"{name}.jsonl")
-        assert len(kept) == line["rows"] == CHUNK + 4
+        assert len(kept) == line["rows"] == 36
         wanted = [all(i.followed_by(x["answer"]) for i in tasks[int(x["key"])].instructions) for x in kept]
         assert value["value"] == pytest.approx(sum(wanted) / len(wanted))
     told: list[str] = []
     assert eval_stages(chain, say=told.append) == found
     assert command("report", "runs/chain")[0] == 0
-    assert f"{CHUNK + 4} of {CHUNK + 8} prompts, answers cut after 2 tokens" in (chain / "report.html").read_text()
+    assert "36 of 40 prompts, answers cut after 2 tokens" in (chain / "report.html").read_text()
     (chain / "suites" / "ifeval" / "sft.jsonl").write_text("")
     assert eval_stages(chain, say=told.append)["measures"] == scores["measures"]
     assert "warning: instructions (IFEval) cannot be read" in told[-1]

@@ -25,8 +25,10 @@ from educe.evaluate.ifeval.scores import line_of, score  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.files.locks import one_at_a_time  # noqa: E402
 from educe.recipes import both  # noqa: E402
-from educe.recipes.kept_samplers import CHUNK, samplers_of  # noqa: E402
+from educe.recipes.kept_replies import KeptReplies  # noqa: E402
+from educe.recipes.kept_samplers import samplers_of  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
+from educe.sample import local  # noqa: E402
 from educe.types import Answer, Message, Prompt, Sampling  # noqa: E402
 
 from small_runs import recipe, small_place  # noqa: E402
@@ -81,19 +83,21 @@ def test_a_suite_is_answered_kept_and_graded_again(place: Path, run: Run, monkey
     ]
 
 
-def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run) -> None:
+def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "BATCH_TOKENS", 200)
+
     class Killed(Exception):
         pass
 
     def dies(system: str, done: int, total: int) -> None:
-        if done > CHUNK:
+        if done >= 32:
             raise Killed
 
     told: list[str] = []
     with pytest.raises(Killed):
         run.suite(file=place / "prompts.jsonl", max_new_tokens=5, progress=dies)
     scores = run.suite(file=place / "prompts.jsonl", max_new_tokens=5, say=told.append)
-    assert "untouched: 32 of 40 answered before on this machine; taken from the cache" in told
+    assert "untouched: 33 of 40 answered before on this machine; taken from the cache" in told
     assert scores["num_prompts"] == 40
 
 
@@ -104,26 +108,27 @@ def test_two_processes_that_ask_the_same_take_turns(run: Run) -> None:
     how = Sampling(max_new_tokens=3)
     first = samplers_of(run.dir, said.append)("tuned")
     given = first.sample(prompts, how)
-    *before, last = first.kept.file.read_text().splitlines(keepends=True)
+    file = KeptReplies("tuned", first.kept.of, print).file
+    *before, last = file.read_text().splitlines(keepends=True)
 
     def never() -> Any:
         raise AssertionError("a model was loaded, or a lock waited for")
 
     with ThreadPoolExecutor(1) as pool:
-        with one_at_a_time(first.kept.file.with_suffix(".lock"), never):
-            first.kept.file.write_text("".join(before))
+        with one_at_a_time(file.with_suffix(".lock"), never):
+            file.write_text("".join(before))
             second = samplers_of(run.dir, said.append)("tuned")
-            second._model = never
+            second.kept._model = never
             said.clear()
             asked = pool.submit(second.sample, prompts, how)
             while not said:
                 time.sleep(0.01)
             assert not asked.done()
-            with first.kept.file.open("a") as f:
+            with file.open("a") as f:
                 f.write(last)
         assert [a.text for a in asked.result(30)] == [a.text for a in given]
     assert "another process" in said[0]
-    assert first.kept.file.read_text() == "".join([*before, last])
+    assert file.read_text() == "".join([*before, last])
     assert second.seconds == pytest.approx(first.seconds)
 
 

@@ -22,6 +22,10 @@ from educe.chat.tokens import ChatTokenizer
 from educe.types import Conversation
 
 _STRIPS = ("strip", "lstrip", "rstrip")
+_WITH_TOOLS = (
+    "Take a model whose template shows tools, such as Qwen/Qwen2.5-0.5B-Instruct (`educe template MODEL` says), "
+    "give such a template by `template: {kind: file, file: ...}`"
+)
 
 
 class Unproved(Exception):
@@ -295,7 +299,7 @@ def _surely(c: Conversation, i: int, prompt: Sequence[Piece], completion: Sequen
 
 def _no_call(i: int) -> Unproved:
     found = f"turn {i} calls a tool, and the template does not show the call as it is."
-    return Unproved("E-CHAT-309", found, "Use a template that supports tools.")
+    return Unproved("E-CHAT-309", found, f"{_WITH_TOOLS}, or write calls as text.")
 
 
 def _check_inline(i: int, content: str, text: str) -> None:
@@ -332,7 +336,7 @@ def _check_context(c: Conversation, i: int, prompt: Sequence[Piece]) -> None:
         name = str(tool.get("function", tool).get("name", ""))
         if name not in text:
             found = f"the template does not tell the model of the tool {name}."
-            raise Unproved("E-CHAT-309", found, "Use a template that supports tools, or remove tools from the row.")
+            raise Unproved("E-CHAT-309", found, f"{_WITH_TOOLS}, or remove tools from the row.")
 
 
 def _escaped(text: str) -> str:

@@ -30,7 +30,10 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--plain-http", is_flag=True, help="Ask it over http, though it is another machine.")
 @click.option(
-    "--against", default="untouched", show_default=True, help="untouched, few_shot (rows alone), or a file of answers."
+    "--against",
+    default="untouched",
+    show_default=True,
+    help="untouched, few_shot (its best prompt; rows alone), or a file.",
 )
 @click.option("--questions", type=_FILE, help="The benchmark's questions.")
 @click.option("--references", type=_FILE, help="MT-Bench's reference answers.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from educe.training.state import StepReport
 
 console = Console(highlight=False, emoji=False)  # "grade.py:boom: it runs as you" holds no picture
-_PLAIN_EVERY_S = 10.0
+_PLAIN_EVERY_S, _ANSWERS_EVERY_S = 10.0, 30.0
 NAMES = {"untouched": "untouched", "few_shot": "untouched, best prompt", "tuned": "tuned"}
 
 
@@ -78,10 +78,10 @@ class Live:
 
 
 class AnswerScreen:
-    """Progress of answering: a live line on a terminal, one line per system elsewhere."""
+    """Progress of answering: a live line on a terminal; elsewhere a line for each system and every half a minute."""
 
     def __init__(self) -> None:
-        self._status = console.status("")
+        self._status, self._last = console.status(""), time.monotonic()
 
     def __enter__(self) -> AnswerScreen:
         if console.is_terminal:
@@ -92,10 +92,12 @@ class AnswerScreen:
         self._status.stop()
 
     def progress(self, system: str, done: int, total: int) -> None:
+        line = f"{NAMES.get(system, system)}: {done} of {total} answered"
         if console.is_terminal:
-            self._status.update(f"{NAMES.get(system, system)}: {done} of {total} answered")
-        elif done == total:
-            say(f"{NAMES.get(system, system)}: {total} answered")
+            self._status.update(line)
+        elif done == total or time.monotonic() - self._last > _ANSWERS_EVERY_S:
+            self._last = time.monotonic()
+            say(line if done < total else f"{NAMES.get(system, system)}: {total} answered")
 
 
 class TrainScreen:

@@ -197,7 +197,10 @@ class Evaluation(Knobs):
     metric: Metric = Field(default=PlainMetric(kind="text"), description="how answers are graded")
     max_new_tokens: int = Field(default=256, ge=1, le=100_000, description="an answer is cut here")
     few_shot: int = Field(
-        default=5, ge=0, le=64, description="examples in the untouched model's few-shot prompt; 0 skips it"
+        default=5,
+        ge=0,
+        le=64,
+        description="at most so many examples in the untouched model's best prompt; 0: none is tried",
     )
     max_rows: int = Field(default=1000, ge=1, description="at most this many test rows are answered")
 

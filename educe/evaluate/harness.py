@@ -26,9 +26,10 @@ from educe.files.hashes import hash_json
 from educe.model.load import CausalLM
 from educe.sample.draw import Chooser, chooser_of
 from educe.sample.local import LocalSampler
-from educe.types import Example, Message, Sampling
+from educe.types import Answer, Example, Message, Sampling
 
 MOST_NEW_TOKENS = 256  # where a task names no number, as in lm-eval
+_PIECE = 64  # texts that are read between two writes to disk
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
@@ -49,15 +50,19 @@ class _Wanted:
     until: tuple[str, ...]
 
 
-# (places of requests, how many replies are known) → those replies.
-Ask = Callable[[Sequence[int], int], Sequence[Any]]
+# Gets places of requests and the replies to them, some at a time.
+Keep = Callable[[Sequence[int], Sequence[Any]], None]
+# Is given the places of requests whose replies are not known.
+Ask = Callable[[Sequence[int], Keep], None]
 # (keys, ask, ready) → the reply to each request; `ready` is called before any is asked.
 Replies = Callable[[Sequence[str], Ask, Callable[[], Any]], list[Any]]
 
 
 def asked_anew(keys: Sequence[str], ask: Ask, ready: Callable[[], Any]) -> list[Any]:
     """Nothing is known."""
-    return list(ask(range(len(keys)), 0))
+    found: dict[int, Any] = {}
+    ask(range(len(keys)), lambda places, replies: found.update(zip(places, replies, strict=True)))
+    return [found[k] for k in range(len(keys))]
 
 
 class HarnessModel(LM):  # type: ignore[misc]
@@ -144,10 +149,12 @@ class HarnessModel(LM):  # type: ignore[misc]
     def _read(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
         """Of the weighted tokens of each text the log-probability, and whether each is the likeliest."""
 
-        def ask(places: Sequence[int], known: int) -> list[tuple[float, bool]]:
-            tell = partial(_tell, self._progress, known, len(examples))
-            read = read_texts(self._model(), [examples[k] for k in places], self._capacity, tell)
-            return [(r.log_p, r.greedy) for r in read]
+        def ask(places: Sequence[int], keep: Keep) -> None:
+            known = len(examples) - len(places)
+            for at in range(0, len(places), _PIECE):
+                piece, tell = places[at : at + _PIECE], partial(_tell, self._progress, known + at, len(examples))
+                read = read_texts(self._model(), [examples[k] for k in piece], self._capacity, tell)
+                keep(piece, [(r.log_p, r.greedy) for r in read])
 
         return self._replies([hash_json(["read", *_written(e)]) for e in examples], ask, self._model)
 
@@ -212,14 +219,17 @@ class HarnessModel(LM):  # type: ignore[misc]
             asked[key] = asked.get(key, -1) + 1
             keys.append(f"{key}:{asked[key]}")
 
-        def ask(places: Sequence[int], known: int) -> list[str]:
-            choose = ending(chooser_of(wanted.sampling, [keys[k] for k in places]), wanted.until, self._tokenizer)
-            sampler, tell = (
-                LocalSampler(self._model(), self._tokenizer),
-                partial(_tell, self._progress, done + known, total),
-            )
-            given = sampler.answer([prompts[k] for k in places], most, tell, choose=choose)
-            return [a.text for a in given]
+        def ask(places: Sequence[int], keep: Keep) -> None:
+            known = done + len(prompts) - len(places)
+
+            def told(batch: Sequence[int], answers: Sequence[Answer]) -> None:
+                nonlocal known
+                known += len(batch)
+                keep(batch, [a.text for a in answers])
+                self._progress(known, total)
+
+            choose = ending(chooser_of(wanted.sampling, keys), wanted.until, self._tokenizer)
+            LocalSampler(self._model(), self._tokenizer).answer_some(places, prompts, most, told, choose=choose)
 
         how = [asdict(wanted.sampling), wanted.until]
         draws = keys if wanted.sampling.temperature > 0 else [""] * len(keys)

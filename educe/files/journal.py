@@ -33,14 +33,15 @@ class Journal:
         kept = [_line(line) for line in lines if keep(line)]
         write_text(self.file, b"".join(kept).decode())
 
-    def append(self, line: dict[str, Any]) -> None:
-        """NaN is refused: a reader could not read it."""
-        self._waiting.append(_line(line))
+    def append(self, *lines: dict[str, Any]) -> None:
+        """All of `lines` or, should the process be killed, none. NaN is refused: a reader could not read it."""
+        self._waiting += map(_line, lines)
         try:
             self._write()
         except OSError as e:
             self._tell(e)
-        self._also(line)
+        for line in lines:
+            self._also(line)
 
     def settle(self, *, must: bool) -> None:
         """Flush to the device what is written. With `must` nothing waits any more; raises `MachineError` where that cannot be."""

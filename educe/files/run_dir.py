@@ -1,7 +1,7 @@
 """The run directory: what is in it, who may write to it, and which one is the latest.
 
 recipe.yaml            as given
-recipe.resolved.json   every setting with its value; absolute paths
+recipe.resolved.json   every setting with its value; absolute paths; where the recipe lies
 provenance.json        versions, machine, hashes of model, template and data
 preflight.json         the checks before the first step and after the last
 ledger.jsonl           what happened to every input row
@@ -34,15 +34,26 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import re
+import shlex
+import socket
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from educe.errors import RunError
 from educe.files.atomic import make_private, told
 from educe.files.jsonl import read_jsonl
 from educe.files.locks import take
+
+# Who writes what training does not.
+_OTHERS = {
+    **dict.fromkeys(("answers", "scores.json", "general.jsonl", "shift.json", "suites"), "eval"),
+    "judged": "judge",
+    "blend": "blend",
+}
 
 
 class RunDir:
@@ -74,37 +85,68 @@ class RunDir:
         held = self.load(self.provenance) if self.provenance.is_file() else None
         return isinstance(held, dict) and held.get("finished") is not None
 
+    @property
+    def goes_on(self) -> str:
+        """The command that trains it on: with the recipe it was begun with, where that is known."""
+        try:
+            given = Path(json.loads(self.resolved.read_text(encoding="utf-8"))["file"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            given = self.recipe if self.recipe.is_file() else Path("RECIPE")
+        here = Path.cwd()
+        return f"educe train {shlex.quote(str(given.relative_to(here) if given.is_relative_to(here) else given))}"
+
+    def _made_by(self, file: Path) -> str:
+        """The command that writes a file of this run."""
+        part = file.relative_to(self.path).parts[0] if file.is_relative_to(self.path) else ""
+        verb = _OTHERS.get(part)
+        return self.goes_on if verb is None else f"educe {verb} {shlex.quote(str(self.path))}"
+
     def load(self, file: Path) -> Any:
         """A JSON or JSONL file of this run; `RunError` when it is not there yet."""
         try:
             return read_jsonl(file) if file.suffix == ".jsonl" else json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as e:
-            raise RunError(
-                2, str(file), "is not there yet.", f"Run `educe train {self.recipe}` to its end first."
-            ) from e
+            raise RunError(2, str(file), "is not there yet.", f"Run `{self._made_by(file)}` first.") from e
         except (ValueError, RecursionError) as e:
-            raise RunError(2, str(file), f"is damaged: {e}.", f"Run `educe train {self.recipe}` again.") from e
+            raise RunError(2, str(file), f"is damaged: {e}.", f"Run `{self._made_by(file)}` again.") from e
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process may train in a run. The lock dies with its process, however that ends."""
+    def lock(self, verb: str = "train") -> Iterator[None]:
+        """Only one process may train in a run, or evaluate it. The lock dies with its process, however that ends. Raises `RunError`
+        that says who holds it."""
         with told(self.path):
             make_private(self.path)
-            handle = (self.path / ".lock").open("a+b")
-        try:
+            handle = (self.path / ".lock").open("a+b", buffering=0)
+        with handle:
             if not take(handle.fileno()):
-                raise RunError(
-                    202, str(self.path), "another process is training here.", "Wait for it, or stop it first."
-                )
-            yield
-        finally:
-            handle.close()
+                raise RunError(202, str(self.path), _holder(handle), "Wait for it, or stop it first.")
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            _note(handle, f"`educe {verb}`, process {os.getpid()} on {socket.gethostname()}, since {since}")
+            try:
+                yield
+            finally:
+                _note(handle, "")
 
     def still_there(self) -> None:
         """Raises `RunError` where the locked directory was deleted or moved: another process could begin in its place."""
         if not (self.path / ".lock").exists():
             found = "was deleted or moved while this process trained in it."
             raise RunError(204, str(self.path), found, "Move it back and give the same command, or begin anew.")
+
+
+def _note(handle: IO[bytes], said: str) -> None:
+    """Who holds the lock, for whoever is refused."""
+    with contextlib.suppress(OSError):  # a disk that is full: it is locked all the same
+        handle.truncate(0)
+        handle.write(said.encode())
+
+
+def _holder(handle: IO[bytes]) -> str:
+    said = ""
+    with contextlib.suppress(OSError):  # Windows lets no other process read what is locked
+        handle.seek(0)
+        said = handle.read(300).decode("utf-8", "replace").strip()
+    return f"is in use by another process{': ' * bool(said)}{said}."
 
 
 # Of a run of stages: its recipe, and the directories of its stages by name.

@@ -19,7 +19,8 @@ _BASE_SHARE = 0.7  # of the memory that frozen weights in 16 bits may take: acti
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Looked:
     """What was seen in the data: how many rows there are, and of a sample of `num_sampled` of them the lengths in tokens of
-    those that the model can hold and of their answers, the answers, and how many are longer."""
+    those that the model can hold and of their answers, the answers, and how many are longer; `held`: the same of the files of dev and
+    test rows, where there are any."""
 
     rows: int
     num_sampled: int
@@ -27,6 +28,7 @@ class Looked:
     lengths: list[int]
     answers: list[str]
     answer_tokens: list[int]
+    held: Sequence[Looked] = ()
 
 
 def metric_of(answers: Sequence[str]) -> tuple[str, str]:
@@ -74,12 +76,16 @@ def _epochs(rows: int, on_cpu: bool) -> tuple[float, str]:
 
 def advise(looked: Looked, facts: ModelFacts, memory_bytes: float, on_cpu: bool) -> Advice:
     """Defaults for this data on this model, as a careful practitioner would choose them."""
-    longest = max(looked.lengths)
-    p99 = percentile(looked.lengths, 0.995)
+    lengths = [n for part in (looked, *looked.held) for n in part.lengths]
+    longest = max(lengths)
+    p99 = percentile(lengths, 0.995)
     cut = longest > 4096 and p99 < longest
     wanted = 16 * math.ceil((p99 if cut else longest) / 16)
     max_tokens = min(facts.max_positions, wanted)
-    why_length = f"the longest row has {longest} tokens" + (f"; the 0.5 % above {p99} are dropped" if cut else "")
+    which = " (of dev or test)" if longest > max(looked.lengths) else ""
+    why_length = f"the longest row{which} has {longest} tokens" + (
+        f"; the 0.5 % above {p99} are dropped" if cut else ""
+    )
     if looked.num_too_long:
         why_length = f"what the model can hold; {looked.num_too_long} of {looked.num_sampled} rows are longer"
     lora = facts.num_parameters * 18 > 0.6 * memory_bytes or facts.num_parameters > 1e9
@@ -133,7 +139,7 @@ def recipe_text(
     """The recipe as YAML with a reason behind each choice."""
     a = advise(looked, facts, memory_bytes, on_cpu)
     metric, why_metric = metric_of(looked.answers)
-    longest_answer = max(looked.answer_tokens)
+    longest_answer = max(n for part in (looked, *looked.held) for n in part.answer_tokens)
     new_tokens = min(8 * math.ceil(1.5 * longest_answer / 8), facts.max_positions // 2)
     half = "; half of the model's positions" if new_tokens < longest_answer else ""
     share = 0.1 if looked.rows >= 500 else 0.2
@@ -171,7 +177,7 @@ train:
 evaluation:
   metric: {{kind: {metric}}}  # {why_metric}
   max_new_tokens: {new_tokens}  # the longest answer has {longest_answer} tokens{half}
-  few_shot: 5  # examples given to the untouched model: is tuning needed at all?
+  few_shot: 5  # examples in the untouched model's best prompt, at most: is tuning needed at all?
 """
 
 

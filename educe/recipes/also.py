@@ -10,7 +10,8 @@ from typing import Any
 
 from educe.files.hashes import hash_json
 from educe.model.source import Say
-from educe.recipes.answers import Asked, OnAnswers
+from educe.recipes.answers import Asked
+from educe.recipes.kept_answers import OnAnswers
 from educe.sample.server import Server, ServerSampler
 from educe.sample.spending import Caps
 from educe.types import Answer, Prompt, Sampling

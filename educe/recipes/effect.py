@@ -10,12 +10,12 @@ from typing import Any
 
 from educe.chat.prompt import render_prompt
 from educe.evaluate.drift import Texts
-from educe.files.run_dir import RunDir
 from educe.model.source import Say
-from educe.recipes.answers import Asked, Drawn, OnAnswers, answers_in, ask, kept_answers
+from educe.recipes.answers import Asked, answers_in, drawn
 from educe.recipes.both import Both
 from educe.recipes.expected import after_prompts
 from educe.recipes.forgetting import changed, remember
+from educe.recipes.kept_answers import OnAnswers
 from educe.recipes.prompting import Score, best_prompt
 from educe.recipes.shifting import shift_of
 from educe.seeds import derive, permute
@@ -23,6 +23,7 @@ from educe.types import Answer
 
 LOSS_TOKENS = {"cpu": 6000}  # of prompts and expected answers, of each system
 _ELSEWHERE = 262_144
+BEST_PROMPT = "untouched, best prompt"  # `few_shot` in files, as it is called on screen
 
 
 @dataclass(slots=True)
@@ -41,34 +42,36 @@ class Effect:
 
 
 def effect_of(
-    run: RunDir, both: Both, asked: list[Asked], score: Score | None, general: Path | None, samples: int, say: Say,
+    both: Both, asked: list[Asked], score: Score | None, general: Path | None, samples: int, say: Say,
     on_answers: OnAnswers,
 ) -> Effect:  # fmt: skip
     """`score` of answers to dev rows chooses the untouched model's prompt; None for free text. `general`: a text file in place of the
     package's own. `samples` answers to each test row, one after the other: drawn where they are several."""
     made, prepared, most = Effect(), both.prepared, both.recipe.evaluation.max_new_tokens
     prompts = {"untouched": [render_prompt(a.prompt, prepared.tokenizer, a.row.tools) for a in asked]}
-    prompted = best_prompt(run, both, asked, score, say, on_answers)
+    untouched = both.kept("untouched", say)
+    prompted = best_prompt(both, untouched, asked, score, say, on_answers)
     if prompted is not None:
         prompts["few_shot"], made.about["few_shot"] = prompted.ids, prompted.about
         say(
             f"the untouched model's best prompt: {prompted.about['prompt']['label']} ({prompted.about['prompt']['how']})"
         )
     made.about["untouched"] = {"prompt_tokens": sum(map(len, prompts["untouched"])) / len(asked)}
-    keys = tuple(f"{a.question.row}#{i}" for a in asked for i in range(samples))
-    drawn = Drawn(samples=samples, keys=keys, seed=both.recipe.train.seed)
+    how, keys = drawn(asked, samples, most, both.recipe.train.seed)
+    several = {name: [i for i in ids for _ in range(samples)] for name, ids in prompts.items()}
     given: dict[str, list[Answer]] = {}
-    for name, ids in prompts.items():
-        given[name], made.seconds[name] = kept_answers(run, both, ids, name, most, say, on_answers, drawn)
+    for name, ids in several.items():
+        label = BEST_PROMPT if name == "few_shot" else name
+        given[name], made.seconds[name] = untouched.answer(label, ids, how, on_answers, keys)
     texts = _expected(both, prompts, asked) if score is None else {}
     made.nll = {name: t.nll(both.untouched()) for name, t in texts.items()}
-    known = remember(run, both, general, say, on_answers)
-    tuned = ask(both.tuned(), prepared, prompts["untouched"], most, "tuned", on_answers, drawn)
-    given["tuned"], made.seconds["tuned"] = tuned
+    known = remember(both, untouched, general, say, on_answers)
+    tuned = both.kept("tuned", say)
+    given["tuned"], made.seconds["tuned"] = tuned.answer("tuned", several["untouched"], how, on_answers, keys)
     if texts:
         made.nll["tuned"] = texts["untouched"].nll(both.tuned())
         made.tokens_R = tuple(texts["untouched"].weights_R)
-    made.general, made.general_lines = changed(known, both, on_answers)
+    made.general, made.general_lines = changed(known, both, tuned, on_answers)
     made.shift = shift_of(both, prompts["untouched"], given["tuned"][::samples])
     both.drop()
     rows = [a for a in asked for _ in range(samples)]
@@ -80,9 +83,9 @@ def _expected(both: Both, prompts: dict[str, list[list[int]]], asked: Sequence[A
     """The expected answers of rows drawn by the seed behind each system's prompts: of as many rows as all systems have room for."""
     room = LOSS_TOKENS.get(both.device.kind, _ELSEWHERE)
     longest = [max(map(len, of)) for of in zip(*prompts.values(), strict=True)]
-    drawn = rows_within(longest, room, both.recipe.train.seed)
+    some = rows_within(longest, room, both.recipe.train.seed)
     made = {
-        name: after_prompts(both.prepared, [ids[i] for i in drawn], [asked[i] for i in drawn])
+        name: after_prompts(both.prepared, [ids[i] for i in some], [asked[i] for i in some])
         for name, ids in prompts.items()
     }
     sizes = [max(e.ids_T.size for e in of) for of in zip(*(examples for examples, _ in made.values()), strict=True)]

@@ -31,10 +31,11 @@ from educe.files.run_dir import RunDir
 from educe.model.device import CLOSE_OTHERS, Device, told_of_memory
 from educe.model.source import Say
 from educe.recipes.also import Also, ask_also
-from educe.recipes.answers import Asked, OnAnswers, questions_of
+from educe.recipes.answers import Asked, questions_of
 from educe.recipes.both import Both
 from educe.recipes.effect import Effect, effect_of
 from educe.recipes.grading import Grading, check_fit, grading_of, metric_named
+from educe.recipes.kept_answers import OnAnswers
 from educe.recipes.machine import device_of, device_of_run
 from educe.recipes.prepare import Prepared, open_prepared_data, prepare
 from educe.recipes.resume import ended_after, lost
@@ -79,20 +80,23 @@ def _final(run: RunDir, say: Say) -> tuple[Path, dict[str, Any]]:
     for line in heard:
         say(line)
     if found is None or not found[1]["finished"]:
-        fix = f"Run `educe train {run.recipe}` again: it goes on."
+        fix = f"Run `{run.goes_on}` again: it goes on."
         raise RunError(2, str(run.path), "is not trained to its end.", fix)
     return found
 
 
 def models_of(run: RunDir, say: Say) -> Both:
     """The untouched and the tuned model of a finished run, with what they were trained on. Raises `RunError`, `EvalError`."""
-    recipe, weights = recipe_of(run), final_weights(run, say)
-    return _both(run, recipe, data_of(run, recipe, say), weights, say)
+    recipe, final = recipe_of(run), _final(run, say)
+    return _both(run, recipe, data_of(run, recipe, say), final, say)
 
 
-def _both(run: RunDir, recipe: Recipe, prepared: Prepared, weights: Path, say: Say) -> Both:
-    device, packs = answering_device(recipe, run, say), bool(run.load(run.provenance)["packed"])
-    return Both(prepared, recipe, weights, device, packs=packs)
+def _both(run: RunDir, recipe: Recipe, prepared: Prepared, final: tuple[Path, dict[str, Any]], say: Say) -> Both:
+    checkpoint, manifest = final
+    device, provenance = answering_device(recipe, run, say), run.load(run.provenance)
+    hashes = provenance["model"]["sha256"], manifest["files"][WEIGHTS]["sha256"]
+    weights = checkpoint / WEIGHTS
+    return Both(prepared, recipe, weights, device, packs=bool(provenance["packed"]), hashes=hashes)
 
 
 def data_of(run: RunDir, recipe: Recipe, say: Say) -> Prepared:
@@ -270,18 +274,18 @@ def _answered(
     general: Path | None,
     samples: int,
 ) -> tuple[Table, str]:
-    weights, manifest = _final(run, say)
+    final = _final(run, say)
     prepared = data_of(run, recipe, say)
     asked = questions_of(prepared, recipe)
-    questions, made_by = [a.question for a in asked], hash_json(manifest)
+    questions, made_by = [a.question for a in asked], hash_json(final[1])
     check_fit(grading, questions)
     table = _kept(run, old, questions, samples, say)
     whole = table is not None and "tuned" in table.graded and old.get("weights") == made_by
     if also is not None and general is None and table is not None and whole:
         say("answers of the run's own models are stored, and not asked for again")
     else:
-        both = _both(run, recipe, prepared, weights / WEIGHTS, say)
-        made = effect_of(run, both, asked, _scorer(grading), general, samples, say, on_answers)
+        both = _both(run, recipe, prepared, final, say)
+        made = effect_of(both, asked, _scorer(grading), general, samples, say, on_answers)
         table = _table(run, questions, made, table)
     if also is not None:
         given, took, about = ask_also(also, asked, recipe.evaluation.max_new_tokens, say, on_answers)

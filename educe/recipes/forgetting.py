@@ -22,16 +22,16 @@ from educe.evaluate.drift import Texts
 from educe.evaluate.forgetting import Said, TaskChange, as_scores, prompt_change, text_change
 from educe.evaluate.general import own_passages, passage_examples, read_passages
 from educe.evaluate.general_prompts import MOST_NEW_TOKENS, GeneralPrompt, is_right, own_prompts
-from educe.files.hashes import cache_dir
-from educe.files.run_dir import RunDir
+from educe.files.hashes import cache_dir, hash_json
 from educe.model.describe import describe_model
 from educe.model.source import Say
-from educe.recipes.answers import OnAnswers, ask, base_key, kept_answers
 from educe.recipes.both import Both
+from educe.recipes.kept_answers import KeptAnswers, OnAnswers
 from educe.recipes.prepare import Prepared
 from educe.seeds import derive, permute
-from educe.types import Answer, Example
+from educe.types import Answer, Example, Sampling
 
+QUESTIONS = Sampling(max_new_tokens=MOST_NEW_TOKENS)
 TASK_TOKENS = 2048  # of dev rows: their KL is a mean, and needs no more
 
 
@@ -50,17 +50,16 @@ class Known:
     seconds: float
 
 
-def remember(run: RunDir, both: Both, general: Path | None, say: Say, on_answers: OnAnswers) -> Known:
+def remember(both: Both, untouched: KeptAnswers, general: Path | None, say: Say, on_answers: OnAnswers) -> Known:
     """Ask the untouched model. `general`: a text file in place of the package's own."""
     began, prepared = time.perf_counter(), both.prepared
     text, bytes_R = general_texts(prepared, both.recipe, general, packs=both.packs)
     prompts, ids = general_questions(prepared.tokenizer, say)
-    name = "untouched, general questions"
-    answers, _ = kept_answers(run, both, ids, name, MOST_NEW_TOKENS, lambda _: None, on_answers)
+    answers, _ = untouched.answer("untouched, general questions", ids, QUESTIONS, on_answers)
     own = Texts([_said(i, a.ids) for i, a in zip(ids, answers, strict=True)], range(len(ids)), both.capacity_tokens)
     task = _task(both)
     for texts in (text, own, *((task,) if task is not None else ())):
-        file = cache_dir() / "general" / f"{base_key(run, both.device, [texts.key])}.safetensors"
+        file = cache_dir() / "general" / f"{hash_json([untouched.of, texts.key])[:24]}.safetensors"
         if not texts.read(file):
             texts.remember(both.untouched())
             texts.write(file)
@@ -77,10 +76,13 @@ def remember(run: RunDir, both: Both, general: Path | None, say: Say, on_answers
     )
 
 
-def changed(known: Known, both: Both, on_answers: OnAnswers) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def changed(
+    known: Known, both: Both, tuned: KeptAnswers, on_answers: OnAnswers
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask the tuned model: `general` of scores.json, and the answers to the general questions before and after."""
-    began, model = time.perf_counter(), both.tuned()
-    after, _ = ask(model, both.prepared, known.ids, MOST_NEW_TOKENS, "tuned, general questions", on_answers)
+    began = time.perf_counter()
+    after, _ = tuned.answer("tuned, general questions", known.ids, QUESTIONS, on_answers)
+    model = both.tuned()
     text, own = known.text.drift(model), known.own.drift(model)
     answers = [heard(known.prompts, given, both.prepared.tokenizer) for given in (known.answers, after)]
     before_said, after_said = ([_judged(p, a) for p, a in zip(known.prompts, of, strict=True)] for of in answers)

@@ -23,10 +23,9 @@ from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.device import CLOSE_OTHERS, told_of_memory
 from educe.model.source import Say
-from educe.recipes.answers import OnAnswers
 from educe.recipes.eval import models_of, recipe_of
+from educe.recipes.kept_answers import OnAnswers
 from educe.recipes.kept_replies import KeptReplies
-from educe.recipes.kept_samplers import answers_of_both
 from educe.seeds import derive, permute
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 # lm-eval's own numbers (`lm_eval.defaults`): choices that tasks shuffle and examples that they draw are then as anywhere else.
 _SEED, _OTHER_SEED = 0, 1234
-_PIECE = 64  # requests between two writes to disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +73,12 @@ def harness_scores(run: RunDir, wish: Wish, say: Say, on_answers: OnAnswers) -> 
     drawn = _drawn(loaded, wish.rows, recipe.train.seed)
     both = models_of(run, say)
     positions = describe_model(both.prepared.model_dir, recipe.model).max_positions
-    depends = answers_of_both(run, both, say)
     found: dict[str, dict[str, Any]] = {name: {} for name in loaded}
     seconds: dict[str, dict[str, float]] = {name: {} for name in loaded}
     from educe.evaluate.harness import HarnessModel
 
     for system, model_of in ((BEFORE, both.untouched), (AFTER, both.tuned)):
-        kept = KeptReplies(system, depends[system], say, piece=_PIECE)
+        kept = KeptReplies(system, ["lm-eval", both.depends(system)], say)
         asked = HarnessModel(
             model_of,
             both.prepared.tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +77,10 @@ def init(
         write_text(out, text)
         return out
     looked = _look(data, tokenizer, facts.max_positions)
+    held = [_look(file, tokenizer, facts.max_positions) for file in (dev, test) if file is not None]
     memory = _gpu_memory_gb() * 1e9 or psutil.virtual_memory().available
     text = recipe_text(
-        looked,
+        replace(looked, held=held),
         facts,
         memory,
         _gpu_memory_gb() == 0,

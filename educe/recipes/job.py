@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from educe.config import Recipe
@@ -20,12 +21,13 @@ from educe.training.watchdog import Watchdog
 class How:
     """What a command says of how a run goes, none of which is in the recipe. `devices`: the number of ranks where somebody chose one;
     `stop_at` (time.monotonic): when it must have ended; `allow`: settings that may change in the middle of a run; `stays`: ranks stay
-    connected, since another run follows (a connection that was closed cannot be opened again)."""
+    connected, since another run follows (a connection that was closed cannot be opened again); `file`: the recipe's own."""
 
     devices: int | None = None
     stop_at: float | None = None
     allow: tuple[str, ...] = ()
     stays: bool = False
+    file: Path | None = None
 
 
 class Screen(Protocol):

@@ -46,6 +46,10 @@ def _rows(run: RunDir, wish: Wish) -> tuple[list[Duel], list[Duel]]:
         raise EvalError(2, str(stored), "is not there yet.", fix)
     tuned = list(_by_row(run, stored).values())
     file = run.answers / f"{wish.against}.jsonl" if wish.against in BASELINES else Path(wish.against)
+    if not file.is_file():
+        fix = "Take --against untouched, or a file of answers that is there. "
+        fix += "few_shot answers where the recipe's evaluation.few_shot is above 0."
+        raise EvalError(2, str(file), "is not there.", fix)
     others = _by_row(run, file)
     real = [Duel(name=x["row"], instruction=_as_text(x["prompt"]), own="", other=x["expected"]) for x in tuned]
     duels = []

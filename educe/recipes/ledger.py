@@ -89,11 +89,11 @@ def ledger_lines(run: RunDir, wanted: Wanted | None = None) -> Iterator[dict[str
                     line: dict[str, Any] = orjson.loads(raw)
                 except ValueError as e:
                     place = f"{run.ledger}:{number}"
-                    raise RunError(2, place, "is damaged.", f"Run `educe train {run.recipe}` again.") from e
+                    raise RunError(2, place, "is damaged.", f"Run `{run.goes_on}` again.") from e
                 if wanted is None or wanted.takes(line):
                     yield line
     except FileNotFoundError as e:
-        raise RunError(2, str(run.ledger), "is not there yet.", f"Run `educe train {run.recipe}` first.") from e
+        raise RunError(2, str(run.ledger), "is not there yet.", f"Run `{run.goes_on}` first.") from e
 
 
 def totals_of(lines: Iterator[dict[str, Any]], first: int = 5) -> Totals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,9 @@ def busy(kind: str) -> list[str]:
     load = psutil.getloadavg()[0]
     if kind != "cpu" or load < 0.75:
         return []
-    fix = "close them, or set OMP_WAIT_POLICY=PASSIVE (a third slower alone, twice as fast beside others)"
+    fix = "close them"
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        fix += ", or set OMP_WAIT_POLICY=PASSIVE (a third slower alone, twice as fast beside others)"
     return [f"other programs keep {load:.1f} cores busy, and training on a CPU suffers much from that: {fix}"]
 
 

@@ -14,13 +14,13 @@ from educe.errors import ChatError
 from educe.evaluate.drift import Texts
 from educe.evaluate.few_shot import choose_examples, with_examples
 from educe.evaluate.prompting import Candidate, Nearest, candidates, instruction_of, with_instruction
-from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.source import Say
-from educe.recipes.answers import Asked, OnAnswers, answers_in, kept_answers, questions_of
+from educe.recipes.answers import Asked, answers_in, questions_of
 from educe.recipes.both import Both
 from educe.recipes.expected import after_prompts
-from educe.types import Answer, Conversation, Message
+from educe.recipes.kept_answers import KeptAnswers, OnAnswers
+from educe.types import Answer, Conversation, Message, Sampling
 
 MOST_DEV = {"cpu": 24}  # rows that each candidate answers
 _MOST_DEV_ELSEWHERE = 100
@@ -92,7 +92,7 @@ class Prompter:
 
 
 def best_prompt(
-    run: RunDir, both: Both, asked: list[Asked], score: Score | None, say: Say, on_answers: OnAnswers
+    both: Both, untouched: KeptAnswers, asked: list[Asked], score: Score | None, say: Say, on_answers: OnAnswers
 ) -> Prompted | None:
     """Chosen by `score` of the answers to dev rows, by the loss of the expected ones without. None where the recipe wants none, where
     nothing fits the model's positions, or where training had no conversations to take examples from."""
@@ -121,7 +121,7 @@ def best_prompt(
     most_dev = MOST_DEV.get(both.device.kind, _MOST_DEV_ELSEWHERE)
     dev = questions_of(both.prepared, both.recipe, "dev", most_dev) if both.prepared.conversations("dev") else []
     if dev:
-        tried = [_try(run, both, prompter, c, dev, score, on_answers) for c in fitting]
+        tried = [_try(both, untouched, prompter, c, dev, score, on_answers) for c in fitting]
     else:
         say("best prompt: there are no dev rows to choose on; the one with the most diverse examples is taken unseen")
         tried = [_Tried(candidate=max(fitting, key=lambda c: (c.examples == "diverse", c.shots)), good=0, tokens=0)]
@@ -136,8 +136,8 @@ def _fits(both: Both, ids: list[list[int]]) -> list[list[int]]:
 
 
 def _try(
-    run: RunDir,
     both: Both,
+    untouched: KeptAnswers,
     prompter: Prompter,
     c: Candidate,
     dev: list[Asked],
@@ -151,8 +151,8 @@ def _try(
         texts = Texts(examples, rows, both.capacity_tokens)
         nll_R = texts.nll(both.untouched())
         return _Tried(candidate=c, good=-math.fsum(nll_R) / math.fsum(texts.weights_R), tokens=tokens)
-    name, most = f"dev, {c.label}", both.recipe.evaluation.max_new_tokens
-    given, _ = kept_answers(run, both, ids, name, most, lambda _: None, on_answers)
+    how = Sampling(max_new_tokens=both.recipe.evaluation.max_new_tokens)
+    given, _ = untouched.answer(f"dev, {c.label}", ids, how, on_answers)
     return _Tried(candidate=c, good=score(dev, answers_in(given, dev, both.prepared)), tokens=tokens)
 
 

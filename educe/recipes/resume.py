@@ -172,15 +172,17 @@ def _refuse_unknown(field: str, settings: Mapping[str, Any]) -> None:
 
 
 def take(
-    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, prepared: Prepared, mixed: Mixed, say: Say
-) -> None:
-    """Make the run directory this recipe's."""
+    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, file: Path | None, prepared: Prepared, mixed: Mixed,
+    say: Say,
+) -> None:  # fmt: skip
+    """Make the run directory this recipe's; `file`: where that lies."""
     old = _begun_with(run)
     changed = [k for k in {**old, **settings} if old.get(k) != settings.get(k)] if old else []
     if changed and not run.checkpoints.is_dir():
         say(f"{run.path} was begun with other settings ({changed[0]}) and holds no checkpoint: beginning anew")
     write_text(run.recipe, text)
-    write_json(run.resolved, {"recipe": recipe.model_dump(mode="json"), "settings": settings})
+    resolved = {"recipe": recipe.model_dump(mode="json"), "settings": settings}
+    write_json(run.resolved, resolved | ({"file": str(file.absolute())} if file is not None else {}))
     write_ledger(run.ledger, prepared, mixed)
     write_text(run.path / "preview.json", (prepared.path / "preview.json").read_text(encoding="utf-8"))
 

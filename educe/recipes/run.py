@@ -91,17 +91,18 @@ class Run:
         need_torch()
         from educe.recipes.eval import evaluate
 
-        return evaluate(
-            self.dir,
-            say,
-            progress,
-            regrade_only=regrade,
-            metric=metric,
-            also=also,
-            general=Path(general) if general is not None else None,
-            allow_code=allow_code,
-            samples=samples,
-        )
+        with self.dir.lock("eval"):
+            return evaluate(
+                self.dir,
+                say,
+                progress,
+                regrade_only=regrade,
+                metric=metric,
+                also=also,
+                general=Path(general) if general is not None else None,
+                allow_code=allow_code,
+                samples=samples,
+            )
 
     def suite(
         self,
@@ -122,14 +123,16 @@ class Run:
         from educe.recipes.suite import regrade_suite, suite_scores, wish_of
 
         wish = wish_of(suite, file, rows, max_new_tokens)
-        return regrade_suite(self.dir, wish) if regrade else suite_scores(self.dir, wish, say, progress)
+        with self.dir.lock("eval"):
+            return regrade_suite(self.dir, wish) if regrade else suite_scores(self.dir, wish, say, progress)
 
     def choices(self, file: str | Path, *, rows: int | None = None, say: Say = quiet) -> dict[str, Any]:
         """Multiple-choice questions of a file ranked before and after; returns suites/choices-NAME.json."""
         need_torch()
         from educe.recipes.choices import rank_choices
 
-        return rank_choices(self.dir, Path(file), rows, say)
+        with self.dir.lock("eval"):
+            return rank_choices(self.dir, Path(file), rows, say)
 
     def lm_eval(
         self,
@@ -147,7 +150,8 @@ class Run:
 
         place = Path(directory) if directory is not None else None
         wish = Wish(tasks=tasks, directory=place, rows=rows, chat=chat, allow_code=allow_code)
-        return harness_scores(self.dir, wish, say, progress)
+        with self.dir.lock("eval"):
+            return harness_scores(self.dir, wish, say, progress)
 
     def report(self) -> Path:
         """Write report.html and return its path."""
@@ -371,7 +375,7 @@ def train(
     from educe.training.watchdog import watched
 
     shown = screen if screen is not None and leads() else Silent()
-    how = How(devices=devices, stop_at=stop_at, allow=tuple(allow))
+    how = How(devices=devices, stop_at=stop_at, allow=tuple(allow), file=path)
     with watched(hang_after_s, tells) as dog:
         if isinstance(loaded, StagedRecipe):
             from educe.recipes.stages import train_stages

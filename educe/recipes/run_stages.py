@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from educe.config import StagedRecipe
+from educe.files.run_dir import RunDir
 from educe.recipes.machine import need_torch
 from educe.recipes.run import Progress, Say, check, no_progress, prepare, quiet
 from educe.recipes.stage_leaks import leaks_between
@@ -82,6 +83,6 @@ def eval_stages(
     from educe.recipes.stage_scores import score_stages
     from educe.recipes.suite import wish_of
 
-    return score_stages(
-        Path(path), say, progress, None if suite is None else wish_of(suite, file, rows, max_new_tokens)
-    )
+    wish = None if suite is None else wish_of(suite, file, rows, max_new_tokens)
+    with RunDir(Path(path)).lock("eval"):
+        return score_stages(Path(path), say, progress, wish)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from educe.config import Recipe, StagedRecipe
 from educe.config.recipe import CustomMetric
 from educe.evaluate.compare import grade
 from educe.evaluate.drift import Texts
-from educe.evaluate.general_prompts import MOST_NEW_TOKENS, GeneralPrompt, is_right
+from educe.evaluate.general_prompts import GeneralPrompt, is_right
 from educe.evaluate.stages import Rows
 from educe.files.hashes import hash_file, hash_json
 from educe.files.run_dir import RunDir
@@ -24,16 +24,16 @@ from educe.model.source import Say
 from educe.pack.batch import build_batch
 from educe.pack.plan import plan_once
 from educe.preference.reference import reference_log_p
-from educe.recipes.answers import Asked, OnAnswers, answers_in, ask, questions_of
+from educe.recipes.answers import Asked, answers_in, questions_of
 from educe.recipes.eval import answering_device, data_of, recipe_of
 from educe.recipes.expected import after_prompts
-from educe.recipes.forgetting import general_questions, general_texts, heard
+from educe.recipes.forgetting import QUESTIONS, general_questions, general_texts, heard
 from educe.recipes.grading import Grading, check_fit, grading_of
-from educe.recipes.kept_samplers import answers_depend_on
+from educe.recipes.kept_answers import KeptAnswers, OnAnswers, answers_depend_on
 from educe.recipes.prepare import Prepared
 from educe.recipes.stage_leaks import leaks_between
 from educe.seeds import derive, permute
-from educe.types import Answer, Example
+from educe.types import Answer, Example, Sampling
 
 # Of each set, tokens that are read at most: a mean, whose interval says what more would bring.
 MOST_TOKENS = {"cpu": 12_000}
@@ -74,6 +74,12 @@ class Scale:
         return hash_json([texts, asked, self.recipe.evaluation.model_dump(mode="json"), self.prompt_ids, pairs, how])[
             :24
         ]
+
+    def kept(self, model: Callable[[], CausalLM], start: str, weights: str, say: Say) -> KeptAnswers:
+        """The answers of a model of these weights; tokens that the stages added begin as in the `start`'s. Both are hashes."""
+        tokenizer = self.asking.tokenizer
+        of = ["stages", start, weights, *answers_depend_on(tokenizer, self.device)]
+        return KeptAnswers(model, of, tokenizer, say)
 
 
 def scale_of(staged: StagedRecipe, runs: Sequence[RunDir], say: Say) -> Scale:
@@ -120,9 +126,9 @@ def scale_of(staged: StagedRecipe, runs: Sequence[RunDir], say: Say) -> Scale:
 
 
 def measured(
-    model: CausalLM, scale: Scale, name: str, on_answers: OnAnswers
+    model: CausalLM, kept: KeptAnswers, scale: Scale, name: str, on_answers: OnAnswers
 ) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
-    """One model on all sets, and its answers. `scale.general` remembers the start."""
+    """One model on all sets, and its answers, which are `kept`. `scale.general` remembers the start."""
     drift = scale.general.drift(model)
     found = {
         "general": Rows(of=drift.nll_R, out_of=scale.general_bytes),
@@ -136,9 +142,9 @@ def measured(
         found["pairs"] = Rows(of=_ranked(model, scale))
     answers: list[dict[str, Any]] = []
     if scale.asked:
-        task, answers = _task(model, scale, name, on_answers)
+        task, answers = _task(kept, scale, name, on_answers)
         found |= task
-    given, _ = ask(model, scale.asking, scale.prompt_ids, MOST_NEW_TOKENS, f"{name}, general questions", on_answers)
+    given, _ = kept.answer(f"{name}, general questions", scale.prompt_ids, QUESTIONS, on_answers)
     said = heard(scale.prompts, given, scale.asking.tokenizer)
     found["questions"] = Rows(of=[float(is_right(p, a.text)) for p, a in zip(scale.prompts, said, strict=True)])
     found["questions_end"] = Rows(of=_ends(given))
@@ -156,10 +162,11 @@ def of_json(found: dict[str, Any]) -> dict[str, Rows]:
 
 
 def _task(
-    model: CausalLM, scale: Scale, name: str, on_answers: OnAnswers
+    kept: KeptAnswers, scale: Scale, name: str, on_answers: OnAnswers
 ) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
     prompts = [render_prompt(a.prompt, scale.asking.tokenizer, a.row.tools) for a in scale.asked]
-    given, _ = ask(model, scale.asking, prompts, scale.recipe.evaluation.max_new_tokens, name, on_answers)
+    how = Sampling(max_new_tokens=scale.recipe.evaluation.max_new_tokens)
+    given, _ = kept.answer(name, prompts, how, on_answers)
     found, said = {"ends": Rows(of=_ends(given))}, answers_in(given, scale.asked, scale.asking)
     scores: list[float | None] = [None] * len(said)
     if scale.grading is not None:

@@ -22,9 +22,9 @@ from educe.model.blended import read_packed
 from educe.model.device import CLOSE_OTHERS, release_free_memory, told_of_memory
 from educe.model.load import CausalLM, load_model
 from educe.model.source import Say
-from educe.recipes.answers import OnAnswers
 from educe.recipes.arithmetic import arithmetic_of
 from educe.recipes.eval import final_manifest, recipe_of
+from educe.recipes.kept_answers import OnAnswers
 from educe.recipes.model_of import model_of, weights_hash
 from educe.recipes.stage_rows import Scale, as_json, measured, of_json, scale_of
 from educe.recipes.stage_suite import followed, measure_suite
@@ -52,7 +52,8 @@ def score_stages(path: Path, say: Say, on_answers: OnAnswers, suite: Wish | None
     points: dict[str, dict[str, Rows]] = {}
     for name, place in places.items():
         key = hash_json([STAGE_SCORES_VERSION, weights[BASE], weights[name], scale.key])[:16]
-        points[name] = _point(path / "measured" / key, name, place, places[BASE], scale, say, on_answers)
+        hashes = weights[BASE], weights[name]
+        points[name] = _point(path / "measured" / key, name, place, places[BASE], hashes, scale, say, on_answers)
     if suite is not None:
         measure_suite(path, suite, weights, lambda name: _loaded(places[name], scale), scale, say, on_answers)
     known, rows = followed(path, weights, say)
@@ -85,22 +86,28 @@ def _base(staged: StagedRecipe, say: Say) -> Path:
 
 
 def _point(
-    place: Path, name: str, model_dir: Path, base_dir: Path, scale: Scale, say: Say, on_answers: OnAnswers
-) -> dict[str, Rows]:
-    """As measured before, or measured now."""
+    place: Path, name: str, model_dir: Path, base_dir: Path, hashes: tuple[str, str], scale: Scale, say: Say,
+    on_answers: OnAnswers,
+) -> dict[str, Rows]:  # fmt: skip
+    """As measured before, or measured now. `hashes`: of the start's weights and of these."""
     if place.is_dir() and not isinstance(verify(place), str):
         return of_json(json.loads((place / "rows.json").read_text(encoding="utf-8")))
     _remember(base_dir, scale)
     say(f"{name}: measured on the held-out sets")
     began = time.perf_counter()
-    model = _loaded(model_dir, scale)
-    found, answers = measured(model, scale, name, on_answers)
-    del model
+    found, answers = _measured(name, model_dir, hashes, scale, say, on_answers)
     release_free_memory()
     with directory(place, about={"stage": "measured", "model": name, "seconds": time.perf_counter() - began}) as part:
         write_json(part / "rows.json", as_json(found))
         write_jsonl(part / "answers.jsonl", answers)
     return found
+
+
+def _measured(
+    name: str, model_dir: Path, hashes: tuple[str, str], scale: Scale, say: Say, on_answers: OnAnswers
+) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
+    model = _loaded(model_dir, scale)
+    return measured(model, scale.kept(lambda: model, *hashes, say), scale, name, on_answers)
 
 
 def _loaded(model_dir: Path, scale: Scale) -> CausalLM:

@@ -17,8 +17,8 @@ from educe.files.run_dir import RunDir
 from educe.model.device import release_free_memory
 from educe.model.load import CausalLM
 from educe.model.source import Say
-from educe.recipes.answers import OnAnswers
-from educe.recipes.kept_samplers import KeptSampler, answers_depend_on
+from educe.recipes.kept_answers import OnAnswers
+from educe.recipes.kept_samplers import KeptSampler
 from educe.recipes.stage_rows import Scale
 from educe.recipes.suite import Wish, about, prompts_of, tasks_of
 from educe.types import Sampling
@@ -41,8 +41,8 @@ def measure_suite(
     prompts, most = prompts_of(tasks), wish.max_new_tokens
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, digest in weights.items():
-        of = ["stages", weights[BASE], digest, *answers_depend_on(scale.asking.tokenizer, scale.device)]
-        sampler = KeptSampler(name, partial(load, name), of, scale.asking, scale.recipe, say)
+        kept = scale.kept(partial(load, name), weights[BASE], digest, say)
+        sampler = KeptSampler(name, kept, scale.asking, scale.recipe, say)
         most = sampler.room(prompts, most)
         tell = partial(_tell, on_answers, f"{name}, {wish.suite}", len(prompts))
         answers = sampler.sample(prompts, Sampling(max_new_tokens=most), tell)

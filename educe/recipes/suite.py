@@ -19,8 +19,8 @@ from educe.files.jsonl import write_jsonl
 from educe.files.run_dir import RunDir
 from educe.model.device import CLOSE_OTHERS, told_of_memory
 from educe.model.source import Say
-from educe.recipes.answers import OnAnswers
 from educe.recipes.eval import recipe_of
+from educe.recipes.kept_answers import OnAnswers
 from educe.recipes.kept_samplers import samplers_of
 from educe.seeds import derive, permute
 from educe.types import Answer, Message, Prompt, Sampling

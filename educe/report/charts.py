@@ -18,6 +18,7 @@ from educe.types import Interval
 
 MOST_POINTS = 400
 MOST_MEASURED = 100
+_DIGIT, _LINE = 8.0, 14.0  # of the numbers beside points: the width of a bold digit, the height of a line
 LARGEST = 1e30  # losses beyond it are not drawn: their sums would overflow
 
 
@@ -144,6 +145,37 @@ def label(css: str, x: float, y: float, text: str, anchor: str = "start") -> Mar
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(css, x, y, anchor, text)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A number written beside a point, at (x, y)."""
+
+    x: float
+    y: float
+    text: str
+    anchor: str
+
+
+def values(css: str, wanted: Sequence[Value]) -> list[Markup]:
+    """Those that do not lie over another: the first, the last, then in their order. The others are read at their points."""
+    kept: list[Value] = []
+    for v in (*wanted[:1], *wanted[1:][-1:], *wanted[1:-1]):
+        if all(_apart(v, other) for other in kept):
+            kept.append(v)
+    return [label(css, v.x, v.y, v.text, v.anchor) for v in kept]
+
+
+def _apart(a: Value, b: Value) -> bool:
+    (a0, a1), (b0, b1) = _reach(a), _reach(b)
+    return a1 < b0 or b1 < a0 or abs(a.y - b.y) > _LINE
+
+
+def _reach(v: Value) -> tuple[float, float]:
+    """Where the text begins and ends."""
+    wide = _DIGIT * len(v.text)
+    start = v.x - {"start": 0.0, "middle": wide / 2, "end": wide}[v.anchor]
+    return start, start + wide
+
+
 def _bar(bar: Bar, x: Scale, y: float, thick: float) -> list[Markup]:
     """Track, bar and whisker; the whisker has a pale rim to stand out on the bar."""
     zero, end = x.at(0), x.at(bar.score.value)
@@ -219,7 +251,7 @@ def axes(x: Scale, y: Scale, narrow: bool, what: str, word: Callable[[float], st
 
 def _measured(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
     """Held-out points, with their values where there are few; not joined, since nothing was measured between them."""
-    parts = []
+    parts, written = [], []
     for p in curve.dev:
         said = f"Step {p.step:,}: held-out loss {number(p.loss)}"
         parts.append(spot("dev", x.at(p.step), y.at(p.loss), said))
@@ -227,8 +259,8 @@ def _measured(curve: Curve, x: Scale, y: Scale) -> list[Markup]:
             px, right = x.at(p.step), x.end - 20
             anchor, dx = ("start", 8) if px < x.start + 20 else ("end", 2) if px > right else ("middle", 0)
             value = number(round(p.loss, 3) if p.loss >= 0.01 else p.loss)
-            parts.append(label("dev-value", px + dx, y.at(p.loss) - 10, value, anchor))
-    return parts
+            written.append(Value(x=px + dx, y=y.at(p.loss) - 10, text=value, anchor=anchor))
+    return parts + values("dev-value", written)
 
 
 def _spots(curve: Curve, x: Scale, y: Scale, most: int) -> list[Markup]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from educe.report.charts import LARGEST, Drawn, Scale, axes, label, line, spot, svg
+from educe.report.charts import LARGEST, Drawn, Scale, Value, axes, line, spot, svg, values
 from educe.report.records import DevPairs, Graded
 from educe.report.wording import number, percent, span
 
@@ -86,8 +86,9 @@ def _values(one: Line, x: Scale, y: Scale, plan: LinesPlan) -> list[Markup]:
         at, right = x.at(d.step), x.at(d.step) > x.end - 30
         anchor = "end" if right else "start"
         above = -10 if d.value < 0.9 * y.high else 18
-        made.append(label("at-point", at + (-7 if right else 7), y.at(d.value) + above, plan.word(d.value), anchor))
-    return made
+        beside = at + (-7 if right else 7)
+        made.append(Value(x=beside, y=y.at(d.value) + above, text=plan.word(d.value), anchor=anchor))
+    return values("at-point", made)
 
 
 def draw_graded(graded: Sequence[Graded]) -> Drawn:

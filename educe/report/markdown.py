@@ -39,7 +39,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def run_markdown(run: dict[str, Any], place: RunDir) -> str:
     """A run, as `numbers_of` gives it, and what other verbs left in its directory."""
-    return "\n\n".join((*_scores(run), *_besides(place), *_training(run))) + "\n"
+    return "\n\n".join((*_scores(run, place), *_besides(place), *_training(run))) + "\n"
 
 
 def _besides(place: RunDir) -> Iterator[str]:
@@ -79,16 +79,20 @@ def _besides(place: RunDir) -> Iterator[str]:
         yield table(("What", "Judge", "Score (95 %)", "Length-controlled", "Characters"), rows)
 
 
-def _scores(run: dict[str, Any]) -> Iterator[str]:
+def _scores(run: dict[str, Any], place: RunDir) -> Iterator[str]:
     yield f"# {plain(run['name'])}"
     about = [plain(run["model"]), run["tuning"], plain((run["provenance"] or {}).get("device"))]
     yield " · ".join(a for a in about if a) or "no settings are recorded"
     if run["verdict"]:
-        yield f"**{plain(run['verdict'], 600)}**"
-    elif run["objective"] == "sft":
+        yield f"**{plain(run['verdict'], 8000)}**"
+    elif run["headline"]:
+        yield f"**{plain(run['headline'])}**"
+    elif (run["provenance"] or {}).get("finished"):
         yield "Not evaluated yet: run `educe eval`."
     else:
-        yield f"**{plain(run['headline'])}**" if run["headline"] else "Not trained to its end yet."
+        yield f"Not trained to its end yet: {plain(place.goes_on, 400)} goes on from the last checkpoint."
+    if run["unreadable"]:
+        yield f"These files are there but cannot be read as JSON: {', '.join(map(plain, run['unreadable'][:20]))}."
     if run["systems"]:
         words = wording.measure(run["measure"] == "mean")
         labels = {s["name"]: s["label"] for s in run["systems"]}

@@ -384,4 +384,5 @@ def read_run(run: RunDir, kept: Kept | None = None) -> RunFiles:
         scores=scores,
         checks=get(run.preflight, _checks) or (),
         unreadable=tuple(unreadable),
+        goes_on=run.goes_on,
     )

@@ -239,7 +239,8 @@ class Checked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """All that a run directory holds for the page. `unreadable` names files that are there but are not JSON."""
+    """All that a run directory holds for the page. `unreadable` names files that are there but are not JSON; `goes_on` is
+    the command that trains the run on."""
 
     settings: Settings | None
     provenance: Provenance | None
@@ -255,6 +256,11 @@ class RunFiles:
     scores: Scores | None
     checks: tuple[Checked, ...]
     unreadable: tuple[str, ...]
+    goes_on: str
+
+    @property
+    def finished(self) -> bool:
+        return self.provenance is not None and bool(self.provenance.finished)
 
     @property
     def objective(self) -> str:

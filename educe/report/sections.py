@@ -313,8 +313,11 @@ def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
         note = f"{wording.large(files.provenance.parameters)} parameters" if files.provenance else ""
         made.append(Figure(label="Peak memory", value=wording.size(peak), note=note))
     if ledger := files.ledger:
-        note = f"{ledger.trained.trained_tokens:,} tokens carry loss"
-        made.append(Figure(label="Rows trained on", value=wording.count(ledger.trained.rows), note=note))
+        note, done = f"{ledger.trained.trained_tokens:,} tokens carry loss", _steps_done(files)
+        label = "Rows trained on"
+        if " of " in done:  # a run that has not ended, or that patience ended
+            label, note = "Rows to train on", f"{note}; step {done} is made"
+        made.append(Figure(label=label, value=wording.count(ledger.trained.rows), note=note))
     return made
 
 

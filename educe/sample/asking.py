@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -20,7 +20,7 @@ from educe.sample.spending import Question, Record, Till
 from educe.sample.wire import Garbled, Reply, read_reply, shown
 
 MAX_REPLY_BYTES = 16 * 2**20
-_LONGEST_WAIT_S = 30.0
+_LONGEST_WAIT_S, _SAID_WAIT_S = 30.0, 10.0
 _PASSING = (408, 409, 425, 429)  # and all from 500 on
 _NEWER = "max_completion_tokens"  # what some models of OpenAI want instead of `max_tokens`
 _NO_COUNTS = "counts no tokens: each answer is counted as the longest that it may be"
@@ -128,8 +128,19 @@ class Asking:
             late = f"To ask again in {found.wait_s + back_off:.0f} s would be after the time for all questions."
             raise SampleError(2, self._endpoint, f"{found.error.found} {late}", "Run it again later.")
         if found.wait_s:
+            self._tell_wait(found)
             self._not_before = max(self._not_before, time.monotonic() + found.wait_s)
         await self._sleep(back_at - time.monotonic())
+
+    def _tell_wait(self, found: Again) -> None:
+        """Once, though all requests in flight hear it."""
+        if found.wait_s < _SAID_WAIT_S or time.monotonic() + found.wait_s < self._not_before + _SAID_WAIT_S:
+            return
+        until = datetime.now().astimezone() + timedelta(seconds=found.wait_s)
+        self._say(
+            f"{found.error.found.rstrip('.')}. {self._endpoint} wants to be asked again in {found.wait_s:.0f} s: waiting until "
+            f"{until:%H:%M:%S}. Ctrl-C stops; what is answered is kept, and the same command goes on"
+        )
 
     async def _sleep(self, seconds: float) -> None:
         """Or until an error ends it all."""

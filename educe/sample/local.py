@@ -65,23 +65,45 @@ class LocalSampler:
         choose: Chooser = likeliest,
     ) -> list[Answer]:
         """Of each prompt's ids. `progress` gets how many are done, after each batch; `alive` is called before each token."""
-        made: dict[int, list[int]] = {i: [] for i, p in enumerate(prompts) if not self._room(p, max_new_tokens)}
+        made: dict[int, Answer] = {}
+
+        def keep(places: Sequence[int], answers: Sequence[Answer]) -> None:
+            made.update(zip(places, answers, strict=True))
+            if progress is not None:
+                progress(len(made))
+
+        self.answer_some(range(len(prompts)), prompts, max_new_tokens, keep, alive, choose)
+        return [made[i] for i in range(len(prompts))]
+
+    def answer_some(
+        self,
+        wanted: Collection[int],
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        keep: Callable[[Sequence[int], Sequence[Answer]], None],
+        alive: Callable[[], None] = lambda: None,
+        choose: Chooser = likeliest,
+    ) -> None:
+        """Those at the places `wanted`; `keep` gets places and answers of a batch as it is done. Without the first batches the others
+        are what they were: what is left of a question list is answered to the same bits."""
+        full = [i for i in wanted if not self._room(prompts[i], max_new_tokens)]
+        if full:
+            keep(full, [self._as_answer([])] * len(full))
+        left = sorted({*wanted} - {*full})
         shared = _shared_prefix(prompts) if self._holds_keys_alone() else 0
         with self._model.answering():
             if not self._caches():
-                for i, p in enumerate(prompts):
-                    made[i] = []
-                    for token in self._uncached(p, self._room(p, max_new_tokens), i, choose):
-                        made[i].append(token)
+                for i in left:
+                    ids = []
+                    for token in self._uncached(prompts[i], self._room(prompts[i], max_new_tokens), i, choose):
+                        ids.append(token)
                         alive()
-                prompts = []
-            start = self._prefill(prompts[0][:shared]) if shared and len(made) < len(prompts) else None
-            for batch in _batches(prompts, shared, max_new_tokens, without=made):
-                decoded = self._decode([prompts[i] for i in batch], batch, shared, start, max_new_tokens, alive, choose)
-                made |= dict(zip(batch, decoded, strict=True))
-                if progress is not None:
-                    progress(len(made))
-        return [self._as_answer(made[i]) for i in range(len(made))]
+                    keep([i], [self._as_answer(ids)])
+                return
+            start = self._prefill(prompts[0][:shared]) if shared and left else None
+            for batch in _batches(prompts, shared, max_new_tokens, left):
+                made = self._decode([prompts[i] for i in batch], batch, shared, start, max_new_tokens, alive, choose)
+                keep(batch, [self._as_answer(ids) for ids in made])
 
     def stream(self, prompt: list[int], max_new_tokens: int) -> Iterator[str]:
         """Text of one answer as it is made; joined it is the answer's text."""
@@ -219,10 +241,10 @@ def _shared_prefix(prompts: Sequence[list[int]]) -> int:
     return min(same, min(len(p) for p in prompts) - 1)
 
 
-def _batches(prompts: Sequence[list[int]], shared: int, new: int, without: Collection[int]) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[list[int]], shared: int, new: int, wanted: Sequence[int]) -> Iterator[list[int]]:
     """Prompts of like length together, each batch within the memory bound."""
     batch: list[int] = []
-    for i in sorted({*range(len(prompts))} - {*without}, key=lambda i: (-len(prompts[i]), i)):
+    for i in sorted(wanted, key=lambda i: (-len(prompts[i]), i)):
         widest = len(prompts[batch[0]]) if batch else len(prompts[i])
         if batch and (len(batch) + 1) * (widest - shared + new) > BATCH_TOKENS:
             yield batch

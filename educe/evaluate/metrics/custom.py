@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from educe.evaluate.metrics.question import Grader, Question
 from educe.types import Verdict
 
 Scoring = Callable[[str, str, dict[str, Any]], Any]
+_TAKES = "(answer, expected, row)"
 
 
 def find_custom(entry: str) -> tuple[Path, str]:
@@ -43,13 +45,13 @@ def _names(node: ast.AST, name: str) -> bool:
 
 
 def _absent(entry: str, path: Path, name: str) -> EvalError:
-    return EvalError(202, entry, f"{path.name} has no function {name!r}.", "Define it: (answer, expected, row).")
+    return EvalError(202, entry, f"{path.name} has no function {name!r}.", f"Define {name}{_TAKES}.")
 
 
 def load_custom(entry: str) -> Grader:
     """The grader of `file.py:function`. The file's directory is searched for what it imports, while it is loaded.
 
-    Raises `EvalError` with what the file raised, or for a function that is not there.
+    Raises `EvalError` with what the file raised, for a function that is not there, or one that takes other arguments.
     """
     path, name = find_custom(entry)
     spec = importlib.util.spec_from_file_location(f"educe_custom_{path.stem}", path)
@@ -65,6 +67,13 @@ def load_custom(entry: str) -> Grader:
     function = getattr(module, name, None)
     if not callable(function):
         raise _absent(entry, path, name)
+    try:
+        inspect.signature(function).bind("", "", {})
+    except TypeError as e:
+        fix = f"Define {name}{_TAKES}: two texts, and a dict of the row (docs/evaluation.md)."
+        raise EvalError(202, entry, f"takes {inspect.signature(function)}, and is given {_TAKES}.", fix) from e
+    except ValueError:  # written in C: its signature is not known
+        pass
     return lambda answer, question: _graded(function, entry, answer, question)
 
 
