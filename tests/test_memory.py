@@ -138,6 +138,17 @@ def test_each_part_is_what_it_says() -> None:
     assert "3% below the plan" in replace(full, process=0.0).compared(0.97 * full.total)
 
 
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not let a peak be forgotten"
+)
+def test_a_peak_is_forgotten() -> None:
+    held = np.ones(60_000_000)  # 480 MB
+    before = device_module.peak_memory_bytes("cpu")
+    del held
+    device_module.forget_peak_memory()
+    assert device_module.peak_memory_bytes("cpu") < before - 300_000_000
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere psutil does not tell pages of files apart")
 def test_mapped_weights_are_not_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of a file are this process's and free as the system counts (held still here, since others use it too); its own memory

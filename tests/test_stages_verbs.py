@@ -21,7 +21,7 @@ from educe.recipes.job import How  # noqa: E402
 from educe.recipes.report import report_stages  # noqa: E402
 from educe.recipes.run import Run, quiet  # noqa: E402
 from educe.recipes.run_stages import check_stages  # noqa: E402
-from educe.recipes.stage_ahead import refuse_ahead  # noqa: E402
+from educe.recipes.stage_ahead import need_models, refuse_ahead  # noqa: E402
 from educe.report.stage_page import change_text  # noqa: E402
 from educe.training.watchdog import ASLEEP  # noqa: E402
 
@@ -297,3 +297,9 @@ def test_check_plans_for_several_devices(place: Path) -> None:  # noqa: F811
     code, said = command("check", "devices.yaml#sft", "--devices", "3")
     assert code == 2
     assert "--devices 3: 3 devices need 3 packs of 128 tokens a step, train.batch_tokens holds 2" in said
+
+
+def test_room_for_the_models_between_stages_is_needed_before_the_first(tiny_model: Path) -> None:
+    need_models(2, tiny_model)
+    with pytest.raises(EduceError, match=r"E-SYS-002.*\(1000000000000 of this model in fp32\).*EDUCE_CACHE"):
+        need_models(10**12, tiny_model)

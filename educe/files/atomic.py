@@ -324,12 +324,13 @@ def existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def need_space(path: Path, needed_bytes: int, what: str) -> None:
-    """Refuse before the work, not in the middle of it, when `path`'s disk has too little room."""
+def need_space(path: Path, needed_bytes: int, what: str, fix: str = "") -> None:
+    """Refuse before the work, not in the middle of it, when `path`'s disk has too little room. `fix`: in place of the usual advice."""
     free = shutil.disk_usage(existing(path)).free
     if free < needed_bytes:
         found = f"{what} needs {sized(needed_bytes)}, {sized(free)} are free."
-        raise MachineError(2, str(path), found, "Free some space or choose another place with `runs:` in the recipe.")
+        usual = "Free some space or choose another place with `runs:` in the recipe."
+        raise MachineError(2, str(path), found, fix or usual)
 
 
 def sized(num_bytes: float) -> str:

@@ -107,6 +107,14 @@ def peak_memory_bytes(kind: str) -> int:
         return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))
 
 
+def forget_peak_memory() -> None:
+    """`peak_memory_bytes` counts from here on, where that can be had: a stage's peak is not that of the stage before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux: proc_pid_clear_refs(5); elsewhere the peak is the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 # For what answers with a finished run's model: of its recipe nothing can be changed now.
 CLOSE_OTHERS = "Close other programs on it, or use a device with more memory."
 

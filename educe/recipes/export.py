@@ -142,7 +142,7 @@ def write_tuned(run: RunDir, target: Path, device: Device, say: Say, blend: Blen
     tuned = _tuned(run, device, say, blend)
     tokenizer, system = tuned.tokenizer, tuned.recipe.data.system
     size = describe_model(tuned.base, tuned.recipe.model).num_parameters * (2 if device.dtype == "bfloat16" else 4)
-    need_space(target, 2 * size, "the exported model")
+    need_space(target, int(1.05 * size), "the exported model")
     model = tuned.merged(say)
     about = {"stage": "export", "run": run.path.name, "template_settings": dict(tokenizer.settings)}
     with directory(target, about=about, private=False) as part:

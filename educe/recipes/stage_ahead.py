@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 
 from educe.config import Recipe, StagedRecipe
 from educe.errors import RunError, TrainError
+from educe.files.atomic import need_space
 from educe.files.hashes import cache_dir
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
@@ -31,6 +33,7 @@ def refuse_ahead(
 ) -> None:
     """Raises what any stage would, its place naming the stage. `gone`: stages that are to be deleted, of which nothing counts."""
     whole: set[int] = set()  # stages whose weights are there
+    begun_with: set[int] = set()  # stages whose models will be written, for those that begin with them
     for k in range(len(staged.names)):
         run, start = RunDir(staged.stage_path(k)), staged.start_of(k)
         with at_stage(staged, k):
@@ -43,8 +46,17 @@ def refuse_ahead(
             elif k not in gone and (done := ended_after(run)) is not None:
                 raise lost(run, done, heard)
             there = start is None or start in whole
+            begun_with |= set() if there or start is None else {start}
             recipe = stage_of(staged, k, untrained=not there)
-            _refuse(recipe, text, say, allowed(how, recipe), world, dog, found, there=there)
+            model = _refuse(recipe, text, say, allowed(how, recipe), world, dog, found, there=there)
+    need_models(len(begun_with), model)
+
+
+def need_models(number: int, model: Path) -> None:
+    """Room in the cache for so many stages' models, whole and in fp32 (`model_of`). Raises `MachineError`."""
+    needed = number * 4 * describe_model(model, str(model)).num_parameters
+    what = f"what later stages begin with ({number} of this model in fp32)"
+    need_space(cache_dir(), needed, what, "Free some space, or name another place with EDUCE_CACHE.")
 
 
 def allowed(how: How, recipe: Recipe) -> How:
@@ -69,8 +81,8 @@ def refuse_orphan(staged: StagedRecipe, k: int) -> None:
 
 def _refuse(
     recipe: Recipe, text: str, say: Say, how: How, world: World, dog: Watchdog, found: Found | None, *, there: bool
-) -> None:
-    """`there`: the recipe's model is the one that the stage begins with."""
+) -> Path:
+    """`there`: the recipe's model is the one that the stage begins with. Returns that model's place."""
     refuse_idle_ranks(recipe, world.size)
     prepared = prepared_of(recipe, say, dog)
     refuse_unused(recipe, prepared)
@@ -78,7 +90,7 @@ def _refuse(
         if there:  # else its start will be made whole again first
             facts = describe_model(prepared.model_dir, recipe.model)
             settings_now(recipe, prepared, facts, found, how, world.size, _unsaid)
-        return
+        return prepared.model_dir
     stacks = cache_dir() / "stacks" / f"looking-{os.getpid()}"
     with dog.guarding(stacks, world.rank, world.size, "looking ahead"):
         c = check(
@@ -90,6 +102,7 @@ def _refuse(
         others = f" {', '.join(f.id for f in failed[1:])} failed too." if len(failed) > 1 else ""
         fix = "Mend that; `educe check RECIPE` makes the checks of all stages."
         raise TrainError(302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence}.{others}", fix)
+    return prepared.model_dir
 
 
 def _unsaid(line: str) -> None:

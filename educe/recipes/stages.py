@@ -17,7 +17,7 @@ from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
 from educe.files.atomic import make_private, remove, told, write_json, write_text
 from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir, stages_of
-from educe.model.device import release_free_memory
+from educe.model.device import forget_peak_memory, release_free_memory
 from educe.model.source import Say
 from educe.parallel.world import World, join
 from educe.recipes.job import How, Screen
@@ -80,6 +80,7 @@ def train_stages(
             train(recipe, text, say, screen, going, dog)
         gc.collect()  # what is left of a stage would be planned for as if the next one needed it
         release_free_memory()
+        forget_peak_memory()
     return made
 
 
