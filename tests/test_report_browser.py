@@ -88,7 +88,7 @@ def probe(chromium: str, home: Path, html: str, width: int, dark: bool) -> dict[
 
 
 @pytest.mark.parametrize(
-    "width, dark", [(375, False), (375, True), (320, False), (720, False), (721, True), (1280, False)]
+    "width, dark", [(375, False), (375, True), (320, False), (720, False), (721, True), (961, False), (1280, False)]
 )
 def test_nothing_overflows_and_charts_are_legible(
     chromium: str, tmp_path: Path, html: str, width: int, dark: bool
