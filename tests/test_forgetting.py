@@ -329,17 +329,3 @@ def test_a_general_file_of_ones_own(run: Run, tmp_path: Path) -> None:
     (tmp_path / "ours.txt").write_text("the cat sat on the mat\n\nhello to the user\n", encoding="utf-8")
     text = run.eval(general=tmp_path / "ours.txt")["general"]["text"]
     assert (text["file"], text["passages"], text["bytes"]) == ("ours.txt", 2, 39)
-
-
-def test_a_run_on_raw_text_alone_has_no_examples_to_prompt_with(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
-) -> None:
-    with small_place(tmp_path_factory, tiny_model) as place:
-        texts = [json.dumps({"text": f"the cat said hello to user {i} and the item was ordered"}) for i in range(12)]
-        (place / "train.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
-        path = recipe(place, "raw", metric="exact", epochs=1)
-        path.write_text(path.read_text().replace("few_shot: 0", "few_shot: 2"), encoding="utf-8")
-        said: list[str] = []
-        scores = train(path).eval(say=said.append)
-    assert set(scores["systems"]) == {"untouched", "tuned"}
-    assert any("no examples" in line for line in said)
