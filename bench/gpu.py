@@ -11,6 +11,7 @@ Without a GPU it runs at toy size, to show that it runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -153,6 +154,7 @@ def run_educe(size: str, tokens: int, tuning: str, steps: int, device: str, opti
         with tempfile.TemporaryDirectory() as place:
             network.save_pretrained(place)
             del model, network
+            gc.collect()
             torch.cuda.empty_cache()
             low = Lora(kind="lora", rank=32, alpha=32.0, base_bits=4)
             model = load_model(Path(place), where, low)

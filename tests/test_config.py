@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import educe
 import pytest
@@ -367,3 +368,16 @@ def test_a_function_is_named_after_the_last_colon_and_a_client_once(tmp_path: Pa
         assert "function" in str(refused(BASE + metric.replace("mine:mark", wrong)))
     assert "names a client twice" in str(refused(BASE + "train: {log_to: [wandb, tensorboard, wandb]}\n"))
     assert "train.log_to" in str(refused(BASE + "train: {report_to: wandb}\n"))
+
+
+def test_the_default_rate_is_that_of_the_tuning_however_it_is_given() -> None:
+    base: dict[str, Any] = {"name": "x", "model": "m", "data": {"train": "a.jsonl"}}
+    lora, train = Lora(kind="lora"), Train(epochs=3.0)
+    ways: list[dict[str, Any]] = [
+        {"tuning": lora},
+        {"tuning": lora, "train": train},
+        {"tuning": {"kind": "lora"}, "train": {"epochs": 3.0}},
+    ]
+    assert {Recipe(**base, **g).train.learning_rate for g in ways} == {10 * Train().learning_rate}
+    assert Recipe(**base, tuning=lora, train=Train(learning_rate=3e-5)).train.learning_rate == 3e-5
+    assert Recipe(**base, train=train).train.learning_rate == Train().learning_rate

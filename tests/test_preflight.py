@@ -382,9 +382,9 @@ def test_a_failed_check_refuses_the_run_and_is_kept(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     good = finding("P05", "tokens that carry loss", "33.0%", "fine")
     bad, odd = finding("P63", "secrets", "1 found", "why", fail=True), finding("P13", "copies", "2", "so", warn=True)
-    refuse(run, [good, odd])
+    refuse([good, odd], "elsewhere")
     with pytest.raises(TrainError, match=r"E-TRAIN-302 P63 secrets: 1 found. why"):
-        refuse(run, [good, odd, bad])
+        refuse([good, odd, bad], "elsewhere")
     keep(run, "before", [good, odd, bad])
     keep(run, "after", [good])
     kept = json.loads(run.preflight.read_text())

@@ -236,11 +236,16 @@ class Recipe(Knobs):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_its_tuning(cls, given: Any) -> Any:
-        train = given.get("train", {}) if isinstance(given, dict) else None
-        tuning = given.get("tuning") if isinstance(given, dict) else None
-        lora = isinstance(tuning, dict) and tuning.get("kind") == "lora"
-        if lora and isinstance(train, dict) and "learning_rate" not in train:
-            return {**given, "train": {**train, "learning_rate": LORA_RATE * Train().learning_rate}}
+        if not isinstance(given, dict):
+            return given
+        tuning, train, rate = given.get("tuning"), given.get("train", {}), LORA_RATE * Train().learning_rate
+        kind = tuning.get("kind") if isinstance(tuning, dict) else getattr(tuning, "kind", None)
+        if kind != "lora":
+            return given
+        if isinstance(train, Train) and "learning_rate" not in train.model_fields_set:
+            return {**given, "train": train.model_copy(update={"learning_rate": rate})}
+        if isinstance(train, dict) and "learning_rate" not in train:
+            return {**given, "train": {**train, "learning_rate": rate}}
         return given
 
     @model_validator(mode="after")

@@ -72,12 +72,10 @@ def tell(findings: Sequence[Finding], say: Say) -> None:
     say(passed_line(findings))
 
 
-def refuse(run: RunDir, findings: Sequence[Finding]) -> None:
-    """Raises `TrainError` where a check has failed: its name, number and evidence."""
+def refuse(findings: Sequence[Finding], where: str) -> None:
+    """Raises `TrainError` where a check has failed: its name, number and evidence, then `where` all of them are seen."""
     failed = [f for f in worst_first(findings) if f.verdict == "fail"]
     if failed:
         others = f" {', '.join(f.id for f in failed[1:])} failed too." if len(failed) > 1 else ""
-        fix = f"Mend that; all findings are in {run.preflight}, and `educe check RECIPE --on-model` makes them again."
-        raise TrainError(
-            302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence.rstrip('.')}.{others}", fix
-        )
+        found = f"{failed[0].name}: {failed[0].number}. {failed[0].evidence.rstrip('.')}.{others}"
+        raise TrainError(302, failed[0].id, found, f"Mend that; {where}.")

@@ -106,7 +106,7 @@ def look_before(job: TrainJob, t: Trainee, settings: Mapping[str, Any]) -> None:
     findings = [_finding(f) for f in world.share([f.as_json() for f in findings])]
     if world.leads:
         keep(run, "before", findings)
-    refuse(run, findings)
+    refuse(findings, f"all findings are in {run.preflight}, and `educe check RECIPE --on-model` makes them again")
     tell(findings, job.say)
 
 

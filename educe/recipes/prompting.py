@@ -94,15 +94,10 @@ class Prompter:
 def best_prompt(
     both: Both, untouched: KeptAnswers, asked: list[Asked], score: Score | None, say: Say, on_answers: OnAnswers
 ) -> Prompted | None:
-    """Chosen by `score` of the answers to dev rows, by the loss of the expected ones without. None where the recipe wants none, where
-    nothing fits the model's positions, or where training had no conversations to take examples from."""
+    """Chosen by `score` of the answers to dev rows, by the loss of the expected ones without. None where the recipe wants none, or
+    where nothing fits the model's positions."""
     most = both.recipe.evaluation.few_shot
     if not most:
-        return None
-    if not both.prepared.conversations("shots"):
-        say(
-            "best prompt: no training row is a conversation, so there are no examples; the untouched model is asked plainly"
-        )
         return None
     prompter = Prompter(both)
     nearest, untried = prompter.nearest_within(asked, most), ""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from educe.config import Recipe, StagedRecipe
-from educe.errors import RunError, TrainError
+from educe.errors import RunError
 from educe.files.atomic import need_space
 from educe.files.hashes import cache_dir
 from educe.files.run_dir import RunDir
@@ -20,7 +20,7 @@ from educe.recipes.begun import settings_now
 from educe.recipes.check import check
 from educe.recipes.job import How
 from educe.recipes.plan import refuse_idle_ranks, refuse_unused
-from educe.recipes.preflight import worst_first
+from educe.recipes.preflight import refuse
 from educe.recipes.resume import Found, ended_after, lost
 from educe.recipes.train import prepared_of
 from educe.recipes.which import at_stage, stage_of
@@ -46,7 +46,8 @@ def refuse_ahead(
             elif k not in gone and (done := ended_after(run)) is not None:
                 raise lost(run, done, heard)
             there = start is None or start in whole
-            begun_with |= set() if there or start is None else {start}
+            if start is not None and not there:
+                begun_with.add(start)
             recipe = stage_of(staged, k, untrained=not there)
             model = _refuse(recipe, text, say, allowed(how, recipe), world, dog, found, there=there)
     need_models(len(begun_with), model)
@@ -97,11 +98,7 @@ def _refuse(
             recipe, dog.hearing(_unsaid), text=text, argv=sys.argv[1:], ranks=world.size, hang_after_s=dog.armed_s
         )
     # what lies there of a stage that is to be deleted is no reason
-    failed = [f for f in worst_first(c.findings) if f.verdict == "fail" and f.id != "P48"]
-    if failed:
-        others = f" {', '.join(f.id for f in failed[1:])} failed too." if len(failed) > 1 else ""
-        fix = "Mend that; `educe check RECIPE` makes the checks of all stages."
-        raise TrainError(302, failed[0].id, f"{failed[0].name}: {failed[0].number}. {failed[0].evidence}.{others}", fix)
+    refuse([f for f in c.findings if f.id != "P48"], "`educe check RECIPE` makes the checks of all stages")
     return prepared.model_dir
 
 
