@@ -13,7 +13,7 @@ import torch
 from educe.config import load_recipe
 from educe.model.describe import describe_model
 from educe.parallel.world import World, join, leave
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.preflight_run import on_model
 from educe.recipes.prepare import prepare
 from educe.recipes.trainee import trainee
@@ -29,7 +29,7 @@ def found(stand: Stand, tuning: str, world: World, *, averaged: bool) -> list[An
     recipe = load_recipe(stand.recipe(tuning + DATA + TRAIN))
     prepared = prepare(recipe, stand.said.append)
     facts = describe_model(prepared.model_dir, recipe.model)
-    given = (recipe, prepared, facts, mix(recipe, prepared), cpu(recipe.dtype), None, stand.said.append)
+    given = (recipe, prepared, facts, draw(recipe, prepared), cpu(recipe.dtype), None, stand.said.append)
     t = trainee(*given, compiled=False, world=world, planned_ranks=world.size)
     before = {n: m.to_local().clone() for n, m in t.state.optimizer.masters.items()}
     for module in t.state.model.sharded._root.modules() if averaged and t.state.model.sharded is not None else ():

@@ -28,14 +28,14 @@ def ready(file: Path) -> dict[str, float]:
     """Seconds until a recipe's plan stands (prepared or opened, mixed, packed), imports aside."""
     from educe.config import load_recipe
     from educe.model.describe import describe_model
-    from educe.recipes.mixing import mix
+    from educe.recipes.mixing import draw
     from educe.recipes.plan import plan_run
     from educe.recipes.prepare import prepare
 
     began = time.perf_counter()
     recipe = load_recipe(file)
     prepared = prepare(recipe, lambda line: None)
-    plan = plan_run(recipe, prepared, describe_model(prepared.model_dir, recipe.model), mix(recipe, prepared))
+    plan = plan_run(recipe, prepared, describe_model(prepared.model_dir, recipe.model), draw(recipe, prepared))
     seconds = time.perf_counter() - began
     assert plan.num_steps > 0
     return {"seconds": seconds, "fill": plan.fill}

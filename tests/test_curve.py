@@ -25,7 +25,7 @@ from educe.model.describe import describe_model  # noqa: E402
 from educe.recipes.curve import _Scale  # noqa: E402
 from educe.recipes.curve_plan import Wish, parts_of, runs_of  # noqa: E402
 from educe.recipes.machine import chosen_device  # noqa: E402
-from educe.recipes.mixing import mix  # noqa: E402
+from educe.recipes.mixing import draw  # noqa: E402
 from educe.recipes.prepare import prepare  # noqa: E402
 from educe.recipes.run import quiet  # noqa: E402
 from educe.recipes.silent import SilentCurve  # noqa: E402
@@ -325,7 +325,7 @@ def test_equal_steps_are_more_epochs_of_fewer_rows(place: Path) -> None:
     parts, _ = parts_of(r, prepared, wish, quiet)
     runs = runs_of(r, prepared, facts, parts, wish, quiet)
     assert [run.recipe.train.epochs for run in runs] == [16.0, 4.0]
-    assert [mix(run.recipe, run.prepared).order_K.size for run in runs] == [48, 48]
+    assert [draw(run.recipe, run.prepared).size for run in runs] == [48, 48]
     with pytest.raises(UsageError, match="would come 120 times"):
         runs_of(
             r.model_copy(update={"train": r.train.model_copy(update={"epochs": 30.0})}),

@@ -26,7 +26,7 @@ from educe.pack.plan import PackPlan
 from educe.recipes.finding import Before, Finding, before, finding, unchecked
 from educe.recipes.machine import chosen_device
 from educe.recipes.memory import memory_of_run
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.plan import plan_run
 from educe.recipes.preflight import CHECKS, keep, passed_line, refuse, tell, without_model, worst_first
 from educe.recipes.preflight_machine import _older, lost_updates
@@ -67,12 +67,10 @@ class Bench:
     def before(self, recipe: Recipe, *, prepared: Prepared | None = None, text: str = "", ranks: int = 1) -> Before:
         prepared = prepared or prepare(recipe, quiet)
         facts = describe_model(prepared.model_dir, recipe.model)
-        mixed, device = mix(recipe, prepared), chosen_device("cpu", "float32")
-        plan = plan_run(recipe, prepared, facts, mixed, num_ranks=ranks)
+        order_K, device = draw(recipe, prepared), chosen_device("cpu", "float32")
+        plan = plan_run(recipe, prepared, facts, order_K, num_ranks=ranks)
         memory = memory_of_run(recipe, prepared, facts, plan, device, compiled=False)
-        return before(
-            recipe, prepared, facts, mixed, plan, memory, "cpu", 1e4, text=text, argv=["train"], hang_after_s=60.0
-        )
+        return before(recipe, prepared, facts, plan, memory, "cpu", 1e4, text=text, argv=["train"], hang_after_s=60.0)
 
 
 @pytest.fixture
@@ -264,7 +262,7 @@ def test_p13_a_prompt_that_is_trained_and_tested(bench: Bench) -> None:
 
 def test_p14_packs_that_are_mostly_empty(bench: Bench) -> None:
     b = bench.before(bench.recipe([*lines(20), row("the cat " * 50, "x")]))
-    alone = plan_run(b.recipe, b.prepared, b.facts, b.mixed, packed=False)
+    alone = plan_run(b.recipe, b.prepared, b.facts, draw(b.recipe, b.prepared), packed=False)
     assert [found(x, "P14").verdict for x in (b, replace(b, plan=alone))] == ["pass", "warn"]
 
 

@@ -22,7 +22,7 @@ from educe.model.documents import documents_of  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
 from educe.recipes import preflight_run, preflight_saved  # noqa: E402
 from educe.recipes.finding import Finding  # noqa: E402
-from educe.recipes.mixing import mix  # noqa: E402
+from educe.recipes.mixing import draw  # noqa: E402
 from educe.recipes.preflight_run import on_model  # noqa: E402
 from educe.recipes.prepare import Prepared, prepare  # noqa: E402
 from educe.recipes.trainee import Trainee, loop_config, trainee  # noqa: E402
@@ -73,7 +73,7 @@ def make(tmp_path: Path, tiny_model: Path) -> Make:
         said: list[str] = []
         prepared = prepare(recipe, said.append)
         facts = describe_model(prepared.model_dir, recipe.model)
-        t = trainee(recipe, prepared, facts, mix(recipe, prepared), cpu(dtype), None, said.append, compiled=False)
+        t = trainee(recipe, prepared, facts, draw(recipe, prepared), cpu(dtype), None, said.append, compiled=False)
         return Ready(recipe=recipe, prepared=prepared, t=t, place=tmp_path)
 
     return made

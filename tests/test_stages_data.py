@@ -15,9 +15,11 @@ from educe.config.recipe import NamedTemplate
 from educe.data.reading import read_row
 from educe.errors import EduceError, Refusal
 from educe.files.jsonl import read_jsonl
+from educe.model.describe import describe_model
 from educe.pack.batch import build_batch, halved
 from educe.pack.plan import both_of, plan_once, plan_pairs
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw, mixture_of
+from educe.recipes.plan import plan_run
 from educe.recipes.prepare import prepare
 from educe.recipes.run import init, quiet
 from educe.recipes.survey import survey
@@ -282,10 +284,11 @@ def test_a_pair_is_two_answers_behind_one_prompt(place: Path) -> None:
         assert np.array_equal(one.ids_T[: starts[0]], two.ids_T[: starts[0]])
         said = [prepared.tokenizer.decode(e.ids_T[e.weights_T > 0].tolist()) for e in (one, two)]
         assert ["yes" in said[0], "no the" in said[1]] == [True, True]
-    mixed = mix(recipe, prepared)
-    assert (mixed.order_K[::2] % 2 == 0).all()
-    assert (mixed.order_K[1::2] == mixed.order_K[::2] + 1).all()
-    assert mixed.tasks[0].draws == mixed.order_K.size // 2
+    order_K = draw(recipe, prepared)
+    assert (order_K[::2] % 2 == 0).all()
+    assert (order_K[1::2] == order_K[::2] + 1).all()
+    plan = plan_run(recipe, prepared, describe_model(prepared.model_dir, recipe.model), order_K)
+    assert mixture_of(recipe, prepared, plan).tasks[0].draws == order_K.size // 2
 
 
 @few

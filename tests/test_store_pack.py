@@ -164,6 +164,17 @@ def test_no_example_is_lost_repeated_or_overflows(job: dict[str, Any], packed: b
 
 
 @few
+@given(jobs(), st.integers(1, 12), st.booleans(), st.integers(1, 3))
+def test_a_plan_of_so_many_steps_is_the_beginning_of_the_whole(
+    job: dict[str, Any], steps: int, packed: bool, num_ranks: int
+) -> None:
+    whole = plan_packs(**job, packed=packed, num_ranks=num_ranks)
+    cut = plan_packs(**job, packed=packed, num_ranks=num_ranks, most_steps=steps)
+    assert all_steps(cut) == all_steps(whole)[:steps]
+    assert cut.num_tokens == sum(size(pack, job["lengths_N"]) for step in all_steps(cut) for pack in step)
+
+
+@few
 @given(jobs())
 def test_a_plan_is_a_pure_function(job: dict[str, Any]) -> None:
     plan = plan_packs(**job)

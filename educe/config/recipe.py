@@ -110,8 +110,11 @@ Activations = Literal["auto", "keep", "recompute", "offload"]
 class Train(Knobs):
     """One optimizer run."""
 
-    epochs: float = Field(
+    epochs: float | None = Field(
         default=2.0, ge=1, le=100, description="passes over the rows, at least one; 1.5 draws half of them twice"
+    )
+    steps: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="optimizer steps, in place of epochs (default: as epochs say)"
     )
     batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
     micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens of a pack of rows, in memory at once")
@@ -170,6 +173,19 @@ class Train(Knobs):
         default=(), strict=False, description="where metrics go besides the run directory, through these clients"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="everything random follows from it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        epochs, steps = given.get("epochs"), given.get("steps")
+        if epochs is not None and steps is not None:
+            found = f"epochs ({epochs}) and steps ({steps}) each say how long the run is"
+            raise Contradiction(found, "Leave one of them out.", ("steps",))
+        if epochs is None and "epochs" in given and steps is None:
+            raise Contradiction("neither epochs nor steps say how long the run is", "Give one of them.", ("epochs",))
+        return given if steps is None else {**given, "epochs": None}
 
 
 class PlainMetric(Knobs):

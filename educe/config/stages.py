@@ -21,14 +21,14 @@ SCRATCH_RATE = 1e-3
 class PretrainTrain(Train):
     """Defaults for raw text: one pass, re-warmed (Ibrahim et al. 2024, arXiv 2403.08763)."""
 
-    epochs: float = Field(default=1.0, ge=1, le=100, description="passes over the texts")
+    epochs: float | None = Field(default=1.0, ge=1, le=100, description="passes over the texts")
     learning_rate: float = Field(default=5e-5, gt=0, lt=1, description="peak learning rate")
 
 
 class PreferenceTrain(Train):
     """Defaults for pairs: one pass, at a rate far below that of tuning, and room for two answers in a pack."""
 
-    epochs: float = Field(default=1.0, ge=1, le=100, description="passes over the pairs")
+    epochs: float | None = Field(default=1.0, ge=1, le=100, description="passes over the pairs")
     batch_tokens: int = Field(default=32_768, ge=16, description="tokens of one optimizer step, of both answers")
     micro_batch_tokens: int = Field(default=4096, ge=16, description="tokens of a pack of pairs, in memory at once")
     learning_rate: float = Field(default=1e-6, gt=0, lt=1, description="peak learning rate")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ def plan_packs(
     seed: int,
     num_ranks: int = 1,
     packed: bool = True,
+    most_steps: int | None = None,
 ) -> PackPlan:
     """Plan a whole run over the examples of `order_K` (with repeats), in about that order.
 
@@ -90,7 +92,7 @@ def plan_packs(
     `capacity_tokens`, none split. A step is batch_tokens / capacity_tokens packs, the same number for each rank; what a window
     leaves over goes on into the next, and only the last step may have fewer. Packs of like cost go to the ranks side by side, and
     steps are not sorted by it. With `packed` False each example is a pack of its own (for models that cannot keep documents
-    apart), and a step ends before it would exceed `batch_tokens`.
+    apart), and a step ends before it would exceed `batch_tokens`. The plan ends after `most_steps`.
 
     Raises `ValueError` unless every length <= capacity_tokens <= batch_tokens.
     """
@@ -98,15 +100,16 @@ def plan_packs(
         raise ValueError("need examples, each of at most capacity_tokens <= batch_tokens")
     if packed:
         per_step = max(1, batch_tokens // capacity_tokens // num_ranks) * num_ranks
-        steps = list(_steps(lengths_N, order_K, capacity_tokens, per_step, num_ranks, seed))
+        steps = list(islice(_steps(lengths_N, order_K, capacity_tokens, per_step, num_ranks, seed), most_steps))
     else:
-        steps = [[[i] for i in step] for step in _cut(order_K, lengths_N, batch_tokens)]
+        steps = [[[i] for i in step] for step in _cut(order_K, lengths_N, batch_tokens)[:most_steps]]
     packs = [pack for step in steps for pack in step]
+    examples_K = np.fromiter((i for pack in packs for i in pack), np.int64)
     return PackPlan(
-        examples_K=np.fromiter((i for pack in packs for i in pack), np.int64, order_K.size),
+        examples_K=examples_K,
         pack_edges=np.cumsum([0, *map(len, packs)], dtype=np.int64),
         step_edges=np.cumsum([0, *map(len, steps)], dtype=np.int64),
-        num_tokens=int(lengths_N[order_K].sum()),
+        num_tokens=int(lengths_N[examples_K].sum()),
         capacity_tokens=capacity_tokens,
         num_ranks=num_ranks,
     )

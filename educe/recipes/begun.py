@@ -59,7 +59,7 @@ def _claim(job: TrainJob) -> Begun:
     found = last_of(run, job.say)
     settings, changes = settings_now(recipe, job.prepared, job.facts, found, job.how, ranks, job.say)
     earlier = how_of(run, found, settings)
-    take(run, recipe, settings, job.text, job.how.file, job.prepared, job.mixed, job.say)
+    take(run, recipe, settings, job.text, job.how.file, job.prepared, job.say)
     earlier["done"] = steps_done(run)
     if found is not None and found[1]["finished"]:  # it may have been killed before it had deleted the others
         prune(run.checkpoints, Kept(newest=1, every=recipe.train.keep_every_steps))

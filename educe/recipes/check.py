@@ -21,7 +21,7 @@ from educe.recipes.build import Input
 from educe.recipes.estimate import Estimate, estimate_run, whether_to_compile
 from educe.recipes.finding import Finding, before
 from educe.recipes.memory import MemoryPlan, memory_of_run, trained_share
-from educe.recipes.mixing import TaskPlan, mix, num_undrawn
+from educe.recipes.mixing import TaskPlan, draw, mixture_of, num_undrawn
 from educe.recipes.plan import idle_ranks, plan_run, too_many_unused, warnings_of
 from educe.recipes.preflight import without_model, worst_first
 from educe.recipes.prepare import Prepared, inputs_of, named_twice, prepare, without_rows
@@ -103,9 +103,9 @@ def check(
     prepared = prepare(recipe, say)
     inputs, names = inputs_of(recipe)
     facts = describe_model(prepared.model_dir, recipe.model)
-    mixed = mix(recipe, prepared)
+    order_K = draw(recipe, prepared)
     idle = idle_ranks(recipe, ranks)
-    plan = plan_run(recipe, prepared, facts, mixed, num_ranks=1 if idle else ranks)
+    plan = plan_run(recipe, prepared, facts, order_K, num_ranks=1 if idle else ranks)
     device = device_of(recipe)
     refuse_offload(recipe, device.kind)
     share = trained_share(prepared)
@@ -121,7 +121,6 @@ def check(
         recipe,
         prepared,
         facts,
-        mixed,
         plan,
         needed,
         device.kind,
@@ -137,16 +136,17 @@ def check(
     if on_model and not blockers:  # a model that does not fit is not loaded to see that
         from educe.recipes.preflight_run import look_on_model
 
-        loaded = look_on_model(recipe, prepared, facts, mixed, say)
+        loaded = look_on_model(recipe, prepared, facts, order_K, say)
         findings += loaded
         blockers += [str(f) for f in loaded if f.verdict == "fail"]
+    drawn = mixture_of(recipe, prepared, plan)
     return Check(
         recipe=recipe,
         facts=facts,
         prepared=prepared,
         plan=plan,
-        tasks=mixed.tasks,
-        num_undrawn=num_undrawn(prepared, mixed),
+        tasks=drawn.tasks,
+        num_undrawn=num_undrawn(prepared, drawn),
         estimate=estimate,
         memory=needed,
         compiling=f"{'yes' if compiled else 'no'}: {why}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +40,7 @@ from educe.recipes.grading import Grading, check_fit, grading_of
 from educe.recipes.job import How, Screen
 from educe.recipes.machine import device_of
 from educe.recipes.memory import num_trained
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.plan import plan_run, too_many_unused
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import settings_of
@@ -96,6 +96,8 @@ def curve(recipe: Recipe, wish: Wish, say: Say, screen: CurveScreen) -> Curve:
     """Plan, estimate, train what is not there yet, measure, write the page. Raises what `train` raises, `Interrupted` among it (the
     same call goes on), `UsageError`, `RecipeError` without dev rows."""
     refuse(wish)
+    if recipe.train.steps:
+        wish = replace(wish, same_steps=True)  # as the recipe says
     not_of(recipe, "preference", "points are scored by the loss of answers", _PAIRS)
     say = _Once(say)
     prepared = prepare(recipe, say)
@@ -169,7 +171,7 @@ def _estimated(runs: Sequence[Planned], scale: _Scale, facts: ModelFacts) -> dic
     found = {}
     for run in runs:
         if _stored(_place(run.recipe, run.key, scale)) is None:
-            plan = plan_run(run.recipe, run.prepared, facts, mix(run.recipe, run.prepared))
+            plan = plan_run(run.recipe, run.prepared, facts, draw(run.recipe, run.prepared))
             found[run.key] = estimate_run(facts, run.recipe, plan, run.prepared, scale.device)
     return found
 
@@ -177,8 +179,8 @@ def _estimated(runs: Sequence[Planned], scale: _Scale, facts: ModelFacts) -> dic
 def _announce(
     wish: Wish, parts: Sequence[Part], runs: Sequence[Planned], estimates: dict[str, Estimate], scale: _Scale, say: Say
 ) -> None:
-    num = scale.recipe.train.epochs
-    epochs = f"{num:g} epoch{'s' if num != 1 else ''}"
+    train = scale.recipe.train
+    epochs = f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''}" if train.epochs else ""
     steps = (
         "all with about as many steps: smaller parts come more often"
         if wish.same_steps
@@ -269,15 +271,10 @@ def _measured_run(
     read_packed(model, bool(provenance["packed"]))
     return _measured(model, scale, label, screen) | {
         "steps": len(steps),
-        "tokens": int(_tokens(planned)),
+        "tokens": sum(s["tokens"] for s in steps),
         "train_s": round(sum(s["tokens"] / s["tokens_per_s"] for s in steps), 3),  # of all its processes
         "weights_step": provenance["weights_step"],
     }
-
-
-def _tokens(run: Planned) -> int:
-    """Tokens that a run trains on, as often as they come."""
-    return int(run.prepared.store("train").lengths[mix(run.recipe, run.prepared).order_K].sum())
 
 
 def _untouched(scale: _Scale, facts: ModelFacts, screen: CurveScreen) -> dict[str, Any]:

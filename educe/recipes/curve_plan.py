@@ -16,7 +16,7 @@ from educe.errors import RecipeError, UsageError
 from educe.files.hashes import hash_json
 from educe.model.describe import ModelFacts
 from educe.model.source import Say
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import settings_of
 from educe.recipes.subset import subset_of
@@ -166,7 +166,7 @@ def runs_of(
         other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"prompt_weight": 1.0})})
         lines.append((UNMASKED, other, prepare(other, say)))
     runs = []
-    whole = mix(recipe, subset_of(prepared, parts[-1].rows_R)).order_K.size
+    whole = draw(recipe, subset_of(prepared, parts[-1].rows_R)).size
     for name, of_line, data in lines:
         for part in parts:
             own = subset_of(data, part.rows_R)
@@ -183,8 +183,8 @@ def _run(
     if given.train.patience is None and given.train.keep_weights == "last":
         quiet["measure_every_share"] = 0.99  # before and after: what lies between decides nothing
     made = _with_train(of_line, quiet)
-    if draws is not None:
-        epochs = given.train.epochs * draws / mix(made, own).order_K.size
+    if draws is not None and given.train.epochs is not None:
+        epochs = given.train.epochs * draws / draw(made, own).size
         if epochs > 100:
             found = f"{part.num_rows} rows would come {epochs:.0f} times; 100 are the most."
             raise UsageError(101, "--same-steps", found, "Leave out the smallest share.")

@@ -21,7 +21,6 @@ from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan
 from educe.recipes.build import weighing_of
 from educe.recipes.memory import MemoryPlan
-from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared, inputs_of
 from educe.recipes.survey import odd_rows
 from educe.seeds import derive, permute
@@ -83,7 +82,6 @@ class Before:
     run: RunDir
     prepared: Prepared
     facts: ModelFacts
-    mixed: Mixed
     plan: PackPlan
     memory: MemoryPlan
     device: str
@@ -125,7 +123,6 @@ def before(
     recipe: Recipe,
     prepared: Prepared,
     facts: ModelFacts,
-    mixed: Mixed,
     plan: PackPlan,
     memory: MemoryPlan,
     device: str,
@@ -149,7 +146,6 @@ def before(
         run=RunDir(recipe.run_path()),
         prepared=prepared,
         facts=facts,
-        mixed=mixed,
         plan=plan,
         memory=memory,
         device=device,

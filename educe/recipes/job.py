@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from jaxtyping import Int64
+
 from educe.config import Recipe
 from educe.files.run_dir import RunDir
 from educe.model.describe import ModelFacts
 from educe.model.source import Say
 from educe.parallel.world import World
-from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
 from educe.training.state import StepReport
 from educe.training.watchdog import Watchdog
@@ -49,7 +51,7 @@ class TrainJob:
     run: RunDir
     prepared: Prepared
     facts: ModelFacts
-    mixed: Mixed
+    order_K: Int64[np.ndarray, " k"]
     how: How
     say: Say
     screen: Screen

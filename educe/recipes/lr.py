@@ -25,7 +25,7 @@ from educe.model.device import Device, release_free_memory, told_of_memory
 from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.recipes.machine import device_of
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.plan import too_many_unused
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.row_losses import RowLosses
@@ -94,7 +94,7 @@ def lr(
     say(f"device: {device.kind} ({device.name}), {device.dtype}; {device.why}")
     need_space(Path(recipe.runs), 2**20, "a probe")
     with told_of_memory("the probe"):
-        t = trainee(recipe, prepared, facts, mix(recipe, prepared), device, None, say)
+        t = trainee(recipe, prepared, facts, draw(recipe, prepared), device, None, say)
     state, plan = t.state, t.plan
     initial = {n: m.to("cpu", copy=True) for n, m in state.optimizer.masters.items()}
     speed = _tokens_per_s(recipe, prepared, t)

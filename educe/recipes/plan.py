@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 
+import numpy as np
+from jaxtyping import Int64
+
 from educe.chat.template import FIXED_DATE
 from educe.config import Lora, Recipe
 from educe.data.formats import BESIDE
@@ -12,7 +15,6 @@ from educe.data.messages import TURN_KEYS
 from educe.errors import DataError, ModelError, RecipeError, UsageError
 from educe.model.describe import ModelFacts
 from educe.pack.plan import PackPlan, plan_packs, plan_pairs
-from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
 from educe.recipes.rates import RateAdvice, advise_fresh, advise_rate, stretch_of
 from educe.recipes.scratch import is_scratch
@@ -36,9 +38,15 @@ def measured_at(recipe: Recipe, num_steps: int) -> frozenset[int]:
 
 
 def plan_run(
-    recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, *, packed: bool = True, num_ranks: int = 1
+    recipe: Recipe,
+    prepared: Prepared,
+    facts: ModelFacts,
+    order_K: Int64[np.ndarray, " k"],
+    *,
+    packed: bool = True,
+    num_ranks: int = 1,
 ) -> PackPlan:
-    """The run's plan for so many ranks; refuses what could only fail later."""
+    """The run's plan for so many ranks, of the examples that were drawn; refuses what could only fail later."""
     store = prepared.store("train")
     if recipe.data.max_tokens > facts.max_positions:
         found = f"data.max_tokens is {recipe.data.max_tokens}, {facts.name} has {facts.max_positions} positions."
@@ -57,12 +65,13 @@ def plan_run(
     longest = int((lengths[::2] + lengths[1::2]).max() if pairs else lengths.max())
     return (plan_pairs if pairs else plan_packs)(
         lengths,
-        mixed.order_K,
+        order_K,
         batch_tokens=recipe.train.batch_tokens,
         capacity_tokens=recipe.train.micro_batch_tokens if packed else longest,
         seed=recipe.train.seed,
         packed=packed,
         num_ranks=num_ranks,
+        most_steps=recipe.train.steps,
     )
 
 
@@ -161,9 +170,8 @@ def warnings_of(
             f"{recipe.train.measure_every_share:g} of the run; lower train.measure_every_share"
         )
     if plan.num_steps < _SHORT_RUN:
-        said.append(
-            f"only {plan.num_steps} step{'s' if plan.num_steps > 1 else ''}: lower train.batch_tokens or raise train.epochs"
-        )
+        longer = "raise train.steps" if recipe.train.steps else "lower train.batch_tokens or raise train.epochs"
+        said.append(f"only {plan.num_steps} step{'s' if plan.num_steps > 1 else ''}: {longer}")
     fresh = is_scratch(facts.directory) and not stands_in
     rate, advice = recipe.train.learning_rate, advise_fresh(facts) if fresh else advised_rate(recipe, facts, plan)
     if not advice.low <= rate <= advice.high:

@@ -25,7 +25,7 @@ from educe.model.foreign import refuse_foreign
 from educe.recipes.estimate import checkpoint_bytes
 from educe.recipes.finding import Before, Check, Finding, finding, refused
 from educe.recipes.memory import num_trained
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.plan import plan_run
 from educe.recipes.tracking import trackers_are_there
 from educe.secrets import find_secret
@@ -151,7 +151,7 @@ def memory_is_enough(b: Before) -> Finding:
 def seed_is_known(b: Before) -> Finding:
     """P44: order and packs, drawn again from the seed, are the run's; kernels are deterministic where that is asked for."""
     name, seed = "seed", str(b.recipe.train.seed)
-    again = plan_run(b.recipe, b.prepared, b.facts, mix(b.recipe, b.prepared), packed=b.packed, num_ranks=b.ranks)
+    again = plan_run(b.recipe, b.prepared, b.facts, draw(b.recipe, b.prepared), packed=b.packed, num_ranks=b.ranks)
     if again.hash != b.plan.hash:
         said = f"drawn again, the plan of packs is {again.hash[:12]}, not {b.plan.hash[:12]}: it does not follow from the seed alone"
         return finding("P44", name, seed, said, fail=True)

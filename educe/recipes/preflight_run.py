@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 from safetensors import safe_open
 
 from educe.config import Recipe
@@ -28,7 +30,6 @@ from educe.recipes.estimate import estimate_run
 from educe.recipes.finding import Finding, before, finding, refused, unchecked
 from educe.recipes.job import TrainJob
 from educe.recipes.machine import device_of
-from educe.recipes.mixing import Mixed
 from educe.recipes.preflight import keep, refuse, tell, without_model
 from educe.recipes.preflight_machine import rates_of_steps
 from educe.recipes.preflight_model import MODEL, TRAINED, OnModel
@@ -88,7 +89,6 @@ def look_before(job: TrainJob, t: Trainee, settings: Mapping[str, Any]) -> None:
             job.recipe,
             job.prepared,
             job.facts,
-            job.mixed,
             t.plan,
             t.memory,
             t.state.model.device_kind,
@@ -110,14 +110,16 @@ def look_before(job: TrainJob, t: Trainee, settings: Mapping[str, Any]) -> None:
     tell(findings, job.say)
 
 
-def look_on_model(recipe: Recipe, prepared: Prepared, facts: ModelFacts, mixed: Mixed, say: Say) -> list[Finding]:
+def look_on_model(
+    recipe: Recipe, prepared: Prepared, facts: ModelFacts, order_K: Int64[np.ndarray, " k"], say: Say
+) -> list[Finding]:
     """The checks of the loaded model for `educe check --on-model`; nothing of them stays."""
     place = Path(recipe.runs) / "check"
     made = begin(place)
     try:
         with told_of_memory("checking"):
             device = device_of(recipe)  # compiling layers takes a minute, and the checks run them as they are written
-            t = trainee(recipe, prepared, facts, mixed, device, None, say, compiled=False)
+            t = trainee(recipe, prepared, facts, order_K, device, None, say, compiled=False)
             return on_model(recipe, prepared, t, made)
     finally:
         abandon(made, place)

@@ -72,6 +72,7 @@ def how_it_is_computed(device: Device, t: Trainee, ranks: int, started: str | No
     low = ("bitsandbytes",) if num_packed(t.state.model.network) else ()
     return {
         "device": {"kind": device.kind, "dtype": device.dtype, "name": device.name, "why": device.why},
+        "packed": t.packed,
         "compiled": t.compiled,
         "ranks": ranks,
         "memory": t.memory.as_json(),
@@ -114,7 +115,6 @@ def provenance_of(
         },
         "prepared": prepared.key,
         "plan_sha256": t.plan.hash,
-        "packed": t.packed,
         "planned_ranks": t.plan.num_ranks,
         "trainable_parameters": t.state.optimizer.num_trained,
         "steps": t.plan.num_steps,

@@ -16,8 +16,6 @@ from educe.errors import RunError, UsageError
 from educe.files.atomic import MANIFEST, recover, told, write_json, write_text
 from educe.files.run_dir import RunDir
 from educe.model.source import Say
-from educe.recipes.ledger import write_ledger
-from educe.recipes.mixing import Mixed
 from educe.recipes.prepare import Prepared
 from educe.recipes.provenance import steps_done
 from educe.training.checkpoint import newest_checkpoint, newest_first, step_of
@@ -172,7 +170,7 @@ def _refuse_unknown(field: str, settings: Mapping[str, Any]) -> None:
 
 
 def take(
-    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, file: Path | None, prepared: Prepared, mixed: Mixed,
+    run: RunDir, recipe: Recipe, settings: dict[str, Any], text: str, file: Path | None, prepared: Prepared,
     say: Say,
 ) -> None:  # fmt: skip
     """Make the run directory this recipe's; `file`: where that lies."""
@@ -183,7 +181,6 @@ def take(
     write_text(run.recipe, text)
     resolved = {"recipe": recipe.model_dump(mode="json"), "settings": settings}
     write_json(run.resolved, resolved | ({"file": str(file.absolute())} if file is not None else {}))
-    write_ledger(run.ledger, prepared, mixed)
     write_text(run.path / "preview.json", (prepared.path / "preview.json").read_text(encoding="utf-8"))
 
 
@@ -199,7 +196,7 @@ def how_of(run: RunDir, found: Found | None, settings: Mapping[str, Any]) -> dic
         earlier = run.load(run.provenance)
         return {
             k: earlier[k]
-            for k in ("device", "memory", "compiled", "ranks", "packages", "threads", "started", "changes")
+            for k in ("device", "memory", "packed", "compiled", "ranks", "packages", "threads", "started", "changes")
         }
     except (RunError, KeyError, TypeError):
         return {}
@@ -217,7 +214,7 @@ def refuse_other_plan(run: RunDir, found: Found, plan_hash: str, num_steps: int,
     manifest = found[1]
     if manifest["step"] >= num_steps and not manifest["finished"]:
         is_now = f"is at step {manifest['step']}, and its steps are {num_steps} now: nothing is left to train."
-        raise RunError(201, str(run.path), is_now, "Give the recipe another `name:`, or more epochs.")
+        raise RunError(201, str(run.path), is_now, "Give the recipe another `name:`, or a longer run.")
     if manifest["plan"] != plan_hash and not changes:
         is_now = f"was begun with another plan of packs: it was {manifest['plan'][:12]}, now {plan_hash[:12]}."
         fix = "Go on on the machine and with the versions that began it (provenance.json), or give another `name:`."

@@ -14,7 +14,7 @@ from educe.errors import RunError, StoreError, UsageError
 from educe.files.run_dir import RunDir
 from educe.model.describe import describe_model
 from educe.model.source import Say
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.plan import plan_run
 from educe.recipes.prepare import Prepared, open_prepared_data
 
@@ -39,10 +39,9 @@ def rows_of_step(run: RunDir, step: int, say: Say) -> list[StepRow]:
     if prepared is None:
         fix = f"Prepare it again: educe prepare {run.recipe}"
         raise StoreError(1, provenance["prepared"], "the run's prepared data is gone.", fix)
-    mixed = mix(recipe, prepared)
     facts = describe_model(prepared.model_dir, recipe.model)
     ranks = provenance["planned_ranks"]
-    plan = plan_run(recipe, prepared, facts, mixed, packed=provenance["packed"], num_ranks=ranks)
+    plan = plan_run(recipe, prepared, facts, draw(recipe, prepared), packed=provenance["packed"], num_ranks=ranks)
     if plan.hash != provenance["plan_sha256"]:
         raise RunError(201, str(run.path), "was planned by another version of educe.", "Use the version that made it.")
     if not 1 <= step <= plan.num_steps:

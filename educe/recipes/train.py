@@ -22,10 +22,11 @@ from educe.parallel.world import World, join, leave, place_in_world
 from educe.recipes.begun import Begun, begin
 from educe.recipes.estimate import checkpoint_bytes, remember_speed, speed_key
 from educe.recipes.job import How, Screen, TrainJob
+from educe.recipes.ledger import write_ledger
 from educe.recipes.machine import chosen_device, device_as_begun
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw, mixture_of
 from educe.recipes.model_of import model_of
-from educe.recipes.plan import refuse_unused
+from educe.recipes.plan import plan_run, refuse_unused
 from educe.recipes.preflight_run import look_after, look_before
 from educe.recipes.prepare import Prepared, prepare
 from educe.recipes.provenance import finished, how_it_is_computed, provenance_of
@@ -60,7 +61,7 @@ def train(
     run = RunDir(recipe.run_path())
     prepared = prepared or prepared_of(recipe, say, dog)
     refuse_unused(recipe, prepared)
-    facts, mixed = describe_model(prepared.model_dir, recipe.model), mix(recipe, prepared)
+    facts, order_K = describe_model(prepared.model_dir, recipe.model), draw(recipe, prepared)
     world = join(recipe.device)  # after what may take long
     job = TrainJob(
         recipe=recipe,
@@ -68,7 +69,7 @@ def train(
         run=run,
         prepared=prepared,
         facts=facts,
-        mixed=mixed,
+        order_K=order_K,
         how=how,
         say=say,
         screen=screen,
@@ -80,6 +81,9 @@ def train(
         dog.guard(run.stacks, world.rank, world.size)  # the run is ours
         if begun.ends and begun.earlier["done"]:
             say(f"{run.path} is trained already ({begun.earlier['done']} steps): nothing to do")
+            if world.leads:
+                dealt: dict[str, Any] = {"packed": begun.earlier["packed"], "num_ranks": begun.settings["ranks"]}
+                _note_rows(job, plan_run(recipe, prepared, facts, order_K, **dealt))
         else:
             with told_of_memory("training"), deterministic(recipe.train.deterministic):
                 _train(job, begun)
@@ -106,7 +110,7 @@ def _train(job: TrainJob, begun: Begun) -> None:
         recipe,
         job.prepared,
         job.facts,
-        job.mixed,
+        job.order_K,
         device,
         begun.memory(job),
         say,
@@ -161,8 +165,14 @@ def _noted(job: TrainJob, t: Trainee, begun: Begun, computed: dict[str, Any]) ->
     if begun.found is None:
         size = checkpoint_bytes(job.recipe, t.state.optimizer.num_trained)
         need_space(job.run.path, size, "its first checkpoint")
+    _note_rows(job, t.plan)
     write_json(job.run.provenance, provenance)
     return provenance
+
+
+def _note_rows(job: TrainJob, plan: PackPlan) -> None:
+    """How often the run draws each row."""
+    write_ledger(job.run.ledger, job.prepared, mixture_of(job.recipe, job.prepared, plan))
 
 
 def _steps(job: TrainJob, t: Trainee, watch: Watch, saver: Saver) -> None:

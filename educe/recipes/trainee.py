@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 
 from educe.config import LayerWise, LoraPlus, Preference, Recipe, Wsd
 from educe.errors import MachineError, RecipeError
@@ -26,7 +28,7 @@ from educe.preference.loss import PreferenceLoss
 from educe.recipes.estimate import whether_to_compile
 from educe.recipes.machine import process_bytes, refuse_offload
 from educe.recipes.memory import MemoryPlan, memory_of_run, memory_plan_of, needs_reference, trained_share
-from educe.recipes.mixing import Mixed, loss_weights
+from educe.recipes.mixing import loss_weights
 from educe.recipes.model_of import weights_hash
 from educe.recipes.plan import plan_run
 from educe.recipes.prepare import Prepared
@@ -61,7 +63,7 @@ def trainee(
     recipe: Recipe,
     prepared: Prepared,
     facts: ModelFacts,
-    mixed: Mixed,
+    order_K: Int64[np.ndarray, " k"],
     device: Device,
     memory: MemoryPlan | None,
     say: Say,
@@ -91,7 +93,7 @@ def trainee(
         why = model.why_unpacked or "how it turns positions depends on the longest example of a pack"
         say(f"every row is trained alone (slower, same result): {why}")
     stores, drift = _start(recipe, prepared, model, packed, world, say, alive)
-    plan = plan_run(recipe, prepared, facts, mixed, packed=packed, num_ranks=planned_ranks)
+    plan = plan_run(recipe, prepared, facts, order_K, packed=packed, num_ranks=planned_ranks)
     compiles, why = whether_to_compile(recipe, facts, plan, device, trained_share(prepared), packed=packed)
     if compiled is not None and compiles != compiled:
         compiles, why = compiled, "as the run began"

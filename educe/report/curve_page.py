@@ -93,7 +93,7 @@ def what_bars_are(found: dict[str, Any]) -> str:
 def how_it_was_made(found: dict[str, Any]) -> str:
     """What the points have in common."""
     parts = (
-        f"all with about as many steps as the last (smaller parts come more often than {found['epochs']:g} times)"
+        "all with about as many steps as the last: smaller parts come more often"
         if found["same_steps"]
         else f"each {found['epochs']:g} epoch{'s' if found['epochs'] != 1 else ''} of its own rows, so smaller parts have fewer steps"
     )

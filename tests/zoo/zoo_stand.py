@@ -20,7 +20,7 @@ from educe.parallel.world import ALONE, World
 from educe.recipes.finding import Before, Finding, before
 from educe.recipes.machine import chosen_device
 from educe.recipes.memory import memory_of_run
-from educe.recipes.mixing import mix
+from educe.recipes.mixing import draw
 from educe.recipes.plan import plan_run
 from educe.recipes.preflight import without_model
 from educe.recipes.preflight_run import on_model
@@ -83,10 +83,10 @@ class Stand:
         recipe = load_recipe(file)
         prepared = prepare(recipe, self.said.append)
         facts = describe_model(prepared.model_dir, recipe.model)
-        mixed, device = mix(recipe, prepared), chosen_device("cpu", "float32")
-        plan = plan_run(recipe, prepared, facts, mixed, num_ranks=ranks)
+        order_K, device = draw(recipe, prepared), chosen_device("cpu", "float32")
+        plan = plan_run(recipe, prepared, facts, order_K, num_ranks=ranks)
         memory = memory_of_run(recipe, prepared, facts, plan, device, compiled=False)
-        return before(recipe, prepared, facts, mixed, plan, memory, "cpu", 1e4, text="", argv=["train"])
+        return before(recipe, prepared, facts, plan, memory, "cpu", 1e4, text="", argv=["train"])
 
     def look(self, file: Path, ranks: int = 1) -> set[str]:
         """What every check without a model says, or the codes of the error that rows or files end in."""
@@ -101,9 +101,9 @@ class Stand:
             recipe = load_recipe(file)
             prepared = prepare(recipe, self.said.append)
             facts = describe_model(prepared.model_dir, recipe.model)
-            say, device, mixed = self.said.append, cpu(recipe.dtype), mix(recipe, prepared)
+            say, device, order_K = self.said.append, cpu(recipe.dtype), draw(recipe, prepared)
             how: dict[str, Any] = {"compiled": False, "world": world, "planned_ranks": ranks}
-            t = trainee(recipe, prepared, facts, mixed, device, None, say, **how)
+            t = trainee(recipe, prepared, facts, order_K, device, None, say, **how)
             return on_model(recipe, prepared, then(t) or t, self.place, world=world)
 
         return noticed(findings)
