@@ -16,11 +16,12 @@ import educe  # noqa: E402
 from educe.config import StagedRecipe, load_any  # noqa: E402
 from educe.errors import EduceError  # noqa: E402
 from educe.evaluate.stages import amount  # noqa: E402
+from educe.model.describe import describe_model  # noqa: E402
 from educe.parallel.world import World  # noqa: E402
 from educe.recipes.job import How  # noqa: E402
 from educe.recipes.report import report_stages  # noqa: E402
 from educe.recipes.run import Run, quiet  # noqa: E402
-from educe.recipes.run_stages import check_stages  # noqa: E402
+from educe.recipes.run_stages import check_stages, models_between  # noqa: E402
 from educe.recipes.stage_ahead import need_models, refuse_ahead  # noqa: E402
 from educe.report.stage_page import change_text  # noqa: E402
 from educe.training.watchdog import ASLEEP  # noqa: E402
@@ -285,7 +286,7 @@ def test_what_can_be_known_is_refused_before_the_first_step(
     assert [p.name for p in run.glob("?-*")] == ([kept] if kept else [])
 
 
-def test_check_plans_for_several_devices(place: Path) -> None:  # noqa: F811
+def test_check_plans_for_several_devices(place: Path, chain: Path) -> None:  # noqa: F811
     """More of them hold less each, and have as many packs; a step that has not a pack for each is no step."""
     path = recipe(place, "devices")
     one, two = check_stages(path), check_stages(path, devices=2)
@@ -294,12 +295,21 @@ def test_check_plans_for_several_devices(place: Path) -> None:  # noqa: F811
         assert two[name].ready
         assert two[name].plan.num_ranks == 2
         assert two[name].memory.optimizer < one[name].memory.optimizer
+    size = (
+        4 * one["sft"].facts.num_parameters
+    )  # pretrain and sft are begun with; of a chain that stands, nothing is written
+    assert models_between(path, one) == 2 * size
+    assert models_between("chain.yaml", one) == 0
+    code, said = command("check", "devices.yaml")
+    assert code == 0
+    assert "what later stages begin with" in " ".join(said.split())
     code, said = command("check", "devices.yaml#sft", "--devices", "3")
     assert code == 2
     assert "--devices 3: 3 devices need 3 packs of 128 tokens a step, train.batch_tokens holds 2" in said
 
 
 def test_room_for_the_models_between_stages_is_needed_before_the_first(tiny_model: Path) -> None:
-    need_models(2, tiny_model)
+    facts = describe_model(tiny_model, "tiny")
+    need_models(2, facts)
     with pytest.raises(EduceError, match=r"E-SYS-002.*\(1000000000000 of this model in fp32\).*EDUCE_CACHE"):
-        need_models(10**12, tiny_model)
+        need_models(10**12, facts)

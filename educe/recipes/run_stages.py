@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from educe.config import StagedRecipe
+from educe.errors import MachineError
 from educe.files.run_dir import RunDir
 from educe.recipes.machine import need_torch
 from educe.recipes.run import Progress, Say, check, no_progress, prepare, quiet
@@ -34,7 +36,7 @@ def check_stages(
     if not isinstance(staged, StagedRecipe):
         return {}
     need_torch()
-    from educe.recipes.stage_ahead import refuse_orphan
+    from educe.recipes.stage_ahead import need_models, num_to_write, refuse_orphan
 
     begin_with(staged, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
@@ -51,9 +53,23 @@ def check_stages(
         with at_stage(staged, k):
             refuse_orphan(staged, k)
             found[name] = check(stage, **how, argv=argv, say=say_once)
+    try:
+        need_models(num_to_write(staged), found[staged.names[0]].facts)
+    except MachineError as e:
+        last = staged.names[-1]
+        found[last] = replace(found[last], blockers=[*found[last].blockers, str(e)])
     for line in leaks_between({name: c.prepared for name, c in found.items()}):
         say(f"warning: {line}")
     return found
+
+
+def models_between(recipe: str | Path, stages: Mapping[str, Check]) -> int:
+    """Bytes that the models take in the cache that later stages begin with and that are not made yet; `stages`: its checks."""
+    from educe.recipes.stage_ahead import models_bytes, num_to_write
+
+    staged = recipe_or_stages(Path(recipe))
+    facts = next(iter(stages.values())).facts
+    return models_bytes(num_to_write(staged), facts) if isinstance(staged, StagedRecipe) else 0
 
 
 def prepare_stages(recipe: str | Path, *, say: Say = quiet) -> dict[str, Prepared]:

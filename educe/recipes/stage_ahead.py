@@ -13,7 +13,7 @@ from educe.errors import RunError
 from educe.files.atomic import need_space
 from educe.files.hashes import cache_dir
 from educe.files.run_dir import RunDir
-from educe.model.describe import describe_model
+from educe.model.describe import ModelFacts, describe_model
 from educe.model.source import Say
 from educe.parallel.world import World
 from educe.recipes.begun import settings_now
@@ -50,14 +50,25 @@ def refuse_ahead(
                 begun_with.add(start)
             recipe = stage_of(staged, k, untrained=not there)
             model = _refuse(recipe, text, say, allowed(how, recipe), world, dog, found, there=there)
-    need_models(len(begun_with), model)
+    need_models(len(begun_with), describe_model(model, str(model)))
 
 
-def need_models(number: int, model: Path) -> None:
-    """Room in the cache for so many stages' models, whole and in fp32 (`model_of`). Raises `MachineError`."""
-    needed = number * 4 * describe_model(model, str(model)).num_parameters
+def need_models(number: int, facts: ModelFacts) -> None:
+    """Room in the cache for so many stages' models. Raises `MachineError`."""
     what = f"what later stages begin with ({number} of this model in fp32)"
-    need_space(cache_dir(), needed, what, "Free some space, or name another place with EDUCE_CACHE.")
+    fix = "Free some space, or name another place with EDUCE_CACHE."
+    need_space(cache_dir(), models_bytes(number, facts), what, fix)
+
+
+def models_bytes(number: int, facts: ModelFacts) -> int:
+    """What so many stages' models take in the cache, whole and in fp32 (`model_of`)."""
+    return number * 4 * facts.num_parameters
+
+
+def num_to_write(staged: StagedRecipe) -> int:
+    """Of how many stages the models will be written, for those that begin with them."""
+    starts = {start for k in range(len(staged.names)) if (start := staged.start_of(k)) is not None}
+    return sum(not RunDir(staged.stage_path(start)).has_ended for start in starts)
 
 
 def allowed(how: How, recipe: Recipe) -> How:
