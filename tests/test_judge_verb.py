@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from educe.cli.judge import show_judged
 from educe.cli.main import cli
-from educe.errors import EvalError, UsageError
+from educe.errors import EvalError, RunError, UsageError
 from educe.evaluate.judge.mt_bench import MtQuestion
 from educe.evaluate.judge.questions import read_mt_questions
 from educe.files.run_dir import RunDir
@@ -55,6 +55,15 @@ def run(tmp_path: Path) -> RunDir:
         ]
         write_file(made.answers / f"{name}.jsonl", lines)
     return made
+
+
+def test_two_judges_are_not_asked_of_one_run_at_a_time(run: RunDir) -> None:
+    """What each of them pays for would be paid for twice."""
+    wish: dict[str, Any] = {"bench": "rows"}
+    run.resolved.write_text("{}")
+    for asked in ({"regrade": True}, {"url": "http://127.0.0.1:9/v1", "model": "m"}):
+        with run.lock("judge"), pytest.raises(RunError, match=r"E-RUN-202.*`educe judge`, process \d+"):
+            Run(run.path).judge(**asked, **wish)
 
 
 def test_rows_are_judged_in_both_orders_and_can_be_read_again(run: RunDir) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from educe.cli.screens import NAMES
 from educe.errors import UsageError
 
 _FILE = click.Path(path_type=Path)
@@ -67,7 +68,7 @@ def show_judged(scores: dict[str, Any]) -> None:
     for name, s in scores.get("systems", {}).items():
         i, turns = s["interval"], ", ".join(f"turn {t} {_mark(m)}" for t, m in s["by_turn"].items())
         click.echo(
-            f"{name:10} {i['value']:.2f} of 10 ({i['low']:.2f} to {i['high']:.2f}); {turns}; {_unread(s['unparsed'])}"
+            f"{NAMES.get(name, name):10} {i['value']:.2f} of 10 ({i['low']:.2f} to {i['high']:.2f}); {turns}; {_unread(s['unparsed'])}"
         )
         click.echo("           " + ", ".join(f"{c} {_mark(m)}" for c, m in s["by_category"].items()))
         _warn(s["lint"])
@@ -77,7 +78,7 @@ def show_judged(scores: dict[str, Any]) -> None:
 
 def _show_compared(scores: dict[str, Any]) -> None:
     i, lengths, counts = (scores[k] for k in ("win_rate", "mean_length", "counts"))
-    click.echo(f"tuned against {scores['against']}: {scores['verdict']}")
+    click.echo(f"tuned against {NAMES.get(scores['against'], scores['against'])}: {scores['verdict']}")
     click.echo(f"  win rate            {_share(i['value'])} ({_range(i)})")
     if controlled := scores.get("length_controlled"):
         published = controlled["with_difficulty"] and controlled["with_gamed_baselines"]

@@ -223,7 +223,8 @@ class Run:
 
         wanted = Wish(**wish)
         if regrade:
-            return read_again(self.dir, wanted)
+            with self.dir.lock("judge"):
+                return read_again(self.dir, wanted)
         from educe.sample.server import Server, ServerSampler
         from educe.sample.spending import Caps
 
@@ -237,7 +238,8 @@ class Run:
 
             return samplers_of(self.dir, say)
 
-        return run_judge(self.dir, wanted, asked, lambda name: answering()(name), say)
+        with self.dir.lock("judge"):
+            return run_judge(self.dir, wanted, asked, lambda name: answering()(name), say)
 
     def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
         """Serve the tuned model (and the base model on the port after) here until Ctrl-C; returns the server's exit code."""
