@@ -47,7 +47,7 @@ def several(place: Path) -> tuple[Recipe, Prepared]:
     (place / "b.jsonl").write_text("".join(row(100 + k, 1 + k % 3) for k in range(9)))
     (place / "general.txt").write_text("\n\n".join(f"once upon a time {k}" for k in range(12)))
     (place / "several.yaml").write_text(
-        "name: several\nmodel: ./tiny\ndevice: cpu\ndata:\n  tasks:\n    a: {files: a.jsonl}\n    b: {files: b.jsonl}\n"
+        "name: several\nmodel: ./tiny\ndevice: cpu\ndata:\n  tasks:\n    a: a.jsonl\n    b: {files: b.jsonl}\n"
         "  replay: {files: general.txt, share: 0.1}\n  rates: {kind: uniform}\n  max_tokens: 128\n"
         "train: {steps: 3, batch_tokens: 512, micro_batch_tokens: 128}\n",
         encoding="utf-8",

@@ -107,7 +107,9 @@ class Data(Knobs):
     train: Annotated[Rows | None, BeforeValidator(_by_files)] = Field(
         default=None, description="the training rows, where there is one task: a block, or its files alone"
     )
-    tasks: dict[str, Task] = Field(default={}, description="the tasks of a mixture, by name")
+    tasks: dict[str, Annotated[Task, BeforeValidator(_by_files)]] = Field(
+        default={}, description="the tasks of a mixture, by name: each a block, or its files alone"
+    )
     rates: Annotated[Rates | Temperature | Unimax, Field(discriminator="kind")] = Field(
         default=Rates(kind="proportional"), description="how often each task is drawn"
     )
