@@ -127,30 +127,6 @@ print(__debug__, p.without_model.__doc__, *(f.id for f in found), {f.verdict for
     assert done.stdout.split() == ["False", "None", *CHECKS, "{'fail'}", "{'broken'}"]
 
 
-@pytest.mark.parametrize(
-    "metric, verdict, says",
-    [
-        ("text", "skip", "loss"),
-        ("exact", "pass", "fits the expected answers of 13 held-out"),
-        ("json", "fail", "E-EVAL-201. held.jsonl:1 the expected answer is not JSON"),
-        ("tool_calls", "fail", "E-EVAL-201. held.jsonl:1 the expected answer calls no tool"),
-        ("pass_at_k", "fail", "E-EVAL-201. held.jsonl:1 the expected answer is no test"),
-        ("{kind: custom, function: 'gone:mark'}", "fail", "gone.py is no Python file"),
-        ("{kind: custom, function: 'mine:gone'}", "fail", "mine.py has no function 'gone'"),
-        ("{kind: custom, function: 'mine:mark'}", "pass", "13 held-out rows as far as is known before its code runs"),
-    ],
-)
-def test_p17_a_metric_that_grades_no_row(bench: Bench, metric: str, verdict: str, says: str) -> None:
-    """Nothing of it runs."""
-    (bench.place / "mine.py").write_text("def mark(answer, expected, row):\n    return 1\nraise SystemExit\n")
-    (bench.place / "held.jsonl").write_text("\n".join(lines(12, 100)) + "\n")
-    held = "test: {kind: file, file: held.jsonl}, dev: {kind: share, share: 0.000001}"
-    b = bench.before(bench.recipe(lines(12), f"max_tokens: 128, {held}", f"evaluation: {{metric: {metric}}}\n"))
-    f = found(b, "P17")
-    assert f.verdict == verdict
-    assert says in str(f)
-
-
 def test_p01_files_that_change_while_they_are_prepared(bench: Bench) -> None:
     b = bench.before(bench.recipe(lines(12)))
     assert found(b, "P01").verdict == "pass"

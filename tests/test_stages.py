@@ -213,8 +213,18 @@ def test_a_model_from_scratch(place: Path) -> None:
         educe.train(path)
     with pytest.raises(EduceError, match="or make all anew: --redo pretrain"):
         educe.train(path, redo="sft")
-    assert (again / "2-sft" / "provenance.json").is_file()  # nothing was deleted for it
+    text = path.read_text()
+    path.write_text(text.replace("pairs.jsonl", "texts.jsonl"))
+    with pytest.raises(EduceError, match=r"E-DATA-005 stage 3 of 3: preference"):
+        educe.train(path, redo="pretrain")
+    for n in ("1-pretrain", "2-sft", "3-preference"):
+        assert (again / n / "provenance.json").is_file()  # nothing was deleted for either
+    assert same(load_file(again / "0-random" / "model.safetensors"), weights)
+    assert not (again / "0-random.new").exists()
+    path.write_text(text)
+    (again / "0-random.new").mkdir()  # of a process that was killed
     educe.train(path, redo="pretrain")
+    assert not (again / "0-random.new").exists()
     assert describe_model(again / "0-random", "scratch").vocab_size <= 310
 
 

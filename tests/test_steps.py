@@ -147,6 +147,26 @@ def test_one_length_is_given(tmp_path: Path, train: str, told: str) -> None:
         assert f"{path.name}:{line}:" in e.value.where
 
 
+@pytest.mark.parametrize("model", ["m", "{init: random}"])
+def test_a_chain_is_written_down_with_the_rates_it_trains_with(tmp_path: Path, model: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        f"name: a\nmodel: {model}\nstages:\n  - {{kind: pretrain, data: {{train: a.txt}}}}\n"
+        "  - {kind: sft, data: {train: a.jsonl}, tuning: {kind: lora}}\n"
+        "  - {kind: preference, data: {train: p.jsonl, max_tokens: 1024}, train: {learning_rate: 3e-6}}\n"
+        "  - {kind: sft, name: branch, start: base, data: {train: a.jsonl}}\n",
+        encoding="utf-8",
+    )
+    staged = load_any(path)
+    assert isinstance(staged, StagedRecipe)
+    made = [staged.recipe(k, "m").train.learning_rate for k in range(4)]
+    assert made == [1e-3 if model != "m" else 5e-5, 2e-4, 3e-6, 1e-3 if model != "m" else 2e-5]
+    held = staged.model_dump(mode="json")
+    assert [s["train"]["learning_rate"] for s in held["stages"]] == made
+    again = StagedRecipe.model_validate(held)
+    assert [again.recipe(k, "m") for k in range(4)] == [staged.recipe(k, "m") for k in range(4)]
+
+
 def test_a_stage_has_its_own_steps(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(

@@ -84,6 +84,11 @@ def test_the_page_of_a_chain_follows_it_from_stage_to_stage(tmp_path: Path) -> N
             for file in run.path.iterdir():
                 os.utime(file, (when, when))
             shows(f"Stage {k} of 2: {name}. Live; as of")
+        whole = (chain / "stages.resolved.json").read_text()  # damaged and mended while the stage stays the same
+        (chain / "stages.resolved.json").write_text("{")
+        shows("stages.resolved.json is damaged")
+        (chain / "stages.resolved.json").write_text(whole)
+        shows("Stage 2 of 2: prefer. Live; as of")
 
 
 def test_the_link_becomes_a_cookie_and_shows_the_page(tmp_path: Path) -> None:

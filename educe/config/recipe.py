@@ -230,6 +230,19 @@ _OF_STREAMS = ("replay", "loss_mean")
 _OF_TOKENS = ("loss", "kl_to_base")
 
 
+def with_rate(given: dict[str, Any], rate: float, adapters: float = LORA_RATE) -> dict[str, Any]:
+    """A run or a stage as given, with its peak rate where it names none: `rate`, or `adapters` times as much where those are tuned."""
+    tuning, train = given.get("tuning"), given.get("train", {})
+    kind = tuning.get("kind") if isinstance(tuning, dict) else getattr(tuning, "kind", None)
+    named = (
+        train if isinstance(train, dict) else train.model_fields_set if isinstance(train, Train) else ("learning_rate",)
+    )
+    if "learning_rate" in named:
+        return given
+    added = {"learning_rate": rate * adapters if kind == "lora" else rate}
+    return {**given, "train": {**train, **added} if isinstance(train, dict) else train.model_copy(update=added)}
+
+
 class Recipe(Knobs):
     """A whole job: one model, one data set, one run directory. `objective` is said by a recipe of stages alone (see `stages`)."""
 
@@ -252,17 +265,7 @@ class Recipe(Knobs):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_its_tuning(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        tuning, train, rate = given.get("tuning"), given.get("train", {}), LORA_RATE * Train().learning_rate
-        kind = tuning.get("kind") if isinstance(tuning, dict) else getattr(tuning, "kind", None)
-        if kind != "lora":
-            return given
-        if isinstance(train, Train) and "learning_rate" not in train.model_fields_set:
-            return {**given, "train": train.model_copy(update={"learning_rate": rate})}
-        if isinstance(train, dict) and "learning_rate" not in train:
-            return {**given, "train": {**train, "learning_rate": rate}}
-        return given
+        return with_rate(given, Train().learning_rate) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from educe.config.data import Data
 from educe.config.knobs import Contradiction, Knobs, Name
 from educe.config.objective import Preference, Pretrain, Sft
-from educe.config.recipe import LORA_RATE, Evaluation, Full, Lora, OwnTemplate, Recipe, Template, Train, Tuning
+from educe.config.recipe import Evaluation, Full, OwnTemplate, Recipe, Template, Train, Tuning, with_rate
 
 # Where a stage may start besides the stages before it.
 BASE = "base"
@@ -61,7 +61,20 @@ class PreferenceStage(_Stage, Preference):
     train: PreferenceTrain = Field(default=PreferenceTrain(), description="the optimizer run")
 
 
+_TRAINS: dict[str, type[Train]] = {"pretrain": PretrainTrain, "sft": Train, "preference": PreferenceTrain}
 Stage = Annotated[PretrainStage | SftStage | PreferenceStage, Field(discriminator="kind")]
+
+
+def _with_rate(stage: Any, *, fresh: bool, first: bool) -> Any:
+    """A stage as given, with its peak rate: that of its kind and tuning, or of random weights where it starts from those."""
+    if isinstance(stage, _Stage):
+        stage = dict(stage)
+    train = _TRAINS.get(str(stage.get("kind"))) if isinstance(stage, dict) else None
+    if train is None:
+        return stage
+    if fresh and (stage.get("start") == BASE or (first and stage.get("start") is None)):
+        return with_rate(stage, SCRATCH_RATE, adapters=1.0)
+    return with_rate(stage, train().learning_rate)
 
 
 class Scratch(Knobs):
@@ -98,6 +111,15 @@ class StagedRecipe(Knobs):
     template: Template = Field(default=OwnTemplate(kind="own"), description="the chat template")
     stages: tuple[Stage, ...] = Field(min_length=1, max_length=20, strict=False, description="one after the other")
     evaluation: Evaluation = Field(default=Evaluation(), description="what every stage's model is tested with")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_of_stages(cls, given: Any) -> Any:
+        stages = given.get("stages") if isinstance(given, dict) else None
+        if not isinstance(stages, list | tuple):
+            return given
+        fresh = not isinstance(given.get("model"), str)
+        return {**given, "stages": [_with_rate(s, fresh=fresh, first=k == 0) for k, s in enumerate(stages)]}
 
     @model_validator(mode="after")
     def _agree(self) -> StagedRecipe:
@@ -153,15 +175,6 @@ class StagedRecipe(Knobs):
             lengths.append(1 if start is None else lengths[start] + 1)
         return self.names[lengths.index(max(lengths))]
 
-    def _rate(self, k: int) -> float:
-        """Stage k's peak rate: as given, or the default of its kind, its tuning and what it starts from."""
-        train, tuning = self.stages[k].train, self.stages[k].tuning
-        if "learning_rate" in train.model_fields_set:
-            return train.learning_rate
-        if isinstance(self.model, Scratch) and self.start_of(k) is None:
-            return SCRATCH_RATE
-        return train.learning_rate * (LORA_RATE if isinstance(tuning, Lora) else 1.0)
-
     def recipe(self, k: int, model: str) -> Recipe:
         """Stage k as a recipe of its own, that starts from `model`. Raises `Contradiction`."""
         stage = self.stages[k]
@@ -176,7 +189,7 @@ class StagedRecipe(Knobs):
                 objective=objective,
                 data=stage.data,
                 tuning=stage.tuning,
-                train=Train.model_validate(stage.train.model_dump() | {"learning_rate": self._rate(k)}),
+                train=Train.model_validate(stage.train.model_dump()),
                 **shared,
             )
         except ValidationError as e:

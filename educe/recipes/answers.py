@@ -16,7 +16,7 @@ from educe.recipes.naming import row_names
 from educe.recipes.prepare import Prepared
 from educe.sample.local import LocalSampler
 from educe.seeds import derive, permute
-from educe.types import Answer, Conversation, Message, Sampling
+from educe.types import Answer, Conversation, Message, Sampling, Source
 
 # Several answers to a row must differ, and pass@k wants them to: Chen et al. 2021, figure 5 (k up to 100), nucleus as there.
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -47,18 +47,20 @@ def questions_of(
     recipe: Recipe,
     split: Literal["dev", "test"] = "test",
     most: int | None = None,
-    among: Callable[[Conversation], bool] = lambda _: True,
+    among: Callable[[Source], bool] = lambda _: True,
 ) -> list[Asked]:
-    """The rows of a split (those `among` which; at most `evaluation.max_rows` and `most`, drawn by the seed), each asked for its last
-    answer."""
-    rows = [c for c in prepared.conversations(split) if among(c)]
-    if not rows:
+    """The rows of a split (`among` whose places they are; at most `evaluation.max_rows` and `most`, drawn by the seed), each asked
+    for its last answer."""
+    sources = prepared.sources(split)
+    kept = [k for k, source in enumerate(sources) if among(source)]
+    if not kept:
         fix = f"Give data.{split} a file, or a larger share, and train again."
         raise EvalError(1, "data", f"has no {split} rows.", fix)
-    asked, names = [], row_names([c.source for c in rows])
+    asked, names = [], row_names([sources[k] for k in kept])
     num = recipe.evaluation.max_rows if most is None else min(most, recipe.evaluation.max_rows)
-    for i in sorted(permute(len(rows), derive(recipe.train.seed, split))[:num].tolist()):
-        c = rows[i]
+    chosen = sorted(permute(len(kept), derive(recipe.train.seed, split))[:num].tolist())
+    rows = prepared.conversations(split, {kept[i] for i in chosen})
+    for i, c in zip(chosen, rows, strict=True):
         k = max(j for j, m in enumerate(c.messages) if m.role == "assistant")
         row = replace(c, messages=c.messages[: k + 1])
         question = Question(

@@ -158,9 +158,7 @@ def _asked(prepared: Prepared, recipe: Recipe, rows: set[int], most: int) -> lis
     with (prepared.path / "ledger.jsonl").open("rb") as f:
         lines = [orjson.loads(raw) for n, raw in enumerate(f) if n in rows]
     places = {(line["file"], line["line"], line["item"]) for line in lines}
-    return questions_of(
-        prepared, recipe, "dev", most, lambda c: (c.source.file, c.source.line, c.source.item) in places
-    )
+    return questions_of(prepared, recipe, "dev", most, lambda source: (source.file, source.line, source.item) in places)
 
 
 # Before anything is spent

@@ -10,13 +10,14 @@ import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
@@ -29,7 +30,6 @@ from educe.data.sources import container_of
 from educe.errors import DataError, RecipeError
 from educe.files.atomic import MANIFEST
 from educe.files.hashes import cache_dir, hash_file_once, hash_json
-from educe.files.jsonl import read_jsonl
 from educe.files.locks import one_at_a_time
 from educe.model.source import Alive, Say
 from educe.recipes.build import TEMPLATE, Input, build
@@ -65,9 +65,19 @@ class Prepared:
     def store(self, split: str) -> TokenStore:
         return open_store(self.path / split)
 
-    def conversations(self, name: str) -> list[Conversation]:
-        """Rows of `dev`, `test` or `shots` (a sample of the training rows)."""
-        return [_conversation(line) for line in read_jsonl(self.path / f"{name}.jsonl")]
+    def has_conversations(self, name: str) -> bool:
+        """Whether `dev`, `test` or `shots` has a row that answers: a split may hold raw text alone."""
+        return (self.path / f"{name}.jsonl").stat().st_size > 0
+
+    def sources(self, name: str) -> list[Source]:
+        """Where each row of `conversations` is from, without reading more of it."""
+        with (self.path / f"{name}.jsonl").open("rb") as lines:
+            return [Source(**orjson.loads(raw)["source"]) for raw in lines]
+
+    def conversations(self, name: str, at: Collection[int] | None = None) -> list[Conversation]:
+        """Rows of `dev`, `test` or `shots` (a sample of the training rows), or those of these numbers alone, in order."""
+        with (self.path / f"{name}.jsonl").open("rb") as lines:
+            return [_conversation(orjson.loads(raw)) for k, raw in enumerate(lines) if at is None or k in at]
 
     @property
     def made_of(self) -> list[list[str]] | None:

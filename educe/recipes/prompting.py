@@ -114,7 +114,7 @@ def best_prompt(
     if not fitting:
         return None
     most_dev = MOST_DEV.get(both.device.kind, _MOST_DEV_ELSEWHERE)
-    dev = questions_of(both.prepared, both.recipe, "dev", most_dev) if both.prepared.conversations("dev") else []
+    dev = questions_of(both.prepared, both.recipe, "dev", most_dev) if both.prepared.has_conversations("dev") else []
     if dev:
         tried = [_try(both, untouched, prompter, c, dev, score, on_answers) for c in fitting]
     else:

@@ -108,7 +108,7 @@ def _chosen(job: TrainJob) -> tuple[list[Asked], Grader | None]:
         recipe.objective.kind != "sft"
         or not recipe.train.score_rows
         or metric == "text"
-        or not job.prepared.conversations("dev")
+        or not job.prepared.has_conversations("dev")
     ):
         return [], None
     asked = questions_of(job.prepared, recipe, "dev", recipe.train.score_rows)

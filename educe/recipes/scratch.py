@@ -27,9 +27,9 @@ END = "<|endoftext|>"
 SCRATCH_VERSION = 1
 
 
-def make_scratch(staged: StagedRecipe, model: Scratch, say: Say, alive: Alive = lambda: None) -> Path:
-    """The model directory, made where it is not there. Raises `RunError` where it was made of other texts or settings."""
-    path, first = staged.scratch_path(), staged.recipe(0, "random")
+def make_scratch(staged: StagedRecipe, model: Scratch, path: Path, say: Say, alive: Alive = lambda: None) -> None:
+    """The model directory `path`, made where it is not there. Raises `RunError` where it was made of other texts or settings."""
+    first = staged.recipe(0, "random")
     files = [hash_file_once(f, alive) for i in inputs_of(first)[0] if i.role == "train" for f in i.files]
     read = {name: rows.model_dump(exclude={"files"}) for name, rows in first.data.sources.items()}
     key = hash_json([SCRATCH_VERSION, model.model_dump(), files, read, first.train.seed])
@@ -48,10 +48,9 @@ def make_scratch(staged: StagedRecipe, model: Scratch, say: Say, alive: Alive = 
                     found,
                     f"Give the recipe another `name:`, or make all anew: --redo {staged.names[0]}.",
                 )
-            return path
+            return
         with directory(path, about={"stage": "scratch", "key": key}, alive=alive) as place:
             say(_write(place, first, model, alive))
-    return path
 
 
 def is_scratch(model: Path) -> bool:

@@ -99,7 +99,7 @@ def scale_of(staged: StagedRecipe, runs: Sequence[RunDir], say: Say) -> Scale:
     general, general_bytes = general_texts(asking, recipe, None, packs=packs)
     asked: list[Asked] = []
     grading, expected = None, None
-    if "sft" in last and asking.conversations("test"):
+    if "sft" in last and asking.has_conversations("test"):
         asked = questions_of(asking, recipe)
         if recipe.evaluation.metric.kind not in ("text", "pass_at_k"):
             grading = grading_of(recipe.evaluation.metric, say, allow_code=False)

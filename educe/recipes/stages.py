@@ -86,17 +86,27 @@ def train_stages(
 
 def _begin(staged: StagedRecipe, text: str, say: Say, how: How, world: World, dog: Watchdog, redo: str) -> None:
     """What every stage would refuse is refused, then what is to be made anew is deleted. A model from scratch that texts or sizes no
-    longer fit goes with the first stage, and all stages with it; otherwise it is refused before anything is deleted."""
-    gone = _told_by(staged, redo) if redo else []
+    longer fit, or that is damaged, goes with the first stage, and all stages with it: the new one is made beside it until then."""
+    gone: Sequence[int] = _told_by(staged, redo) if redo else []
+    ahead, fresh = staged, staged.scratch_path().with_name("0-random.new")
+    if fresh.is_dir():  # of a process that was killed
+        remove(fresh)
     try:
         begin_with(staged, say, dog.alive)
     except RunError:
         if 0 not in gone:
             raise
-        _delete(staged, range(len(staged.names)), say, scratch=True)
-        begin_with(staged, say, dog.alive)
-    refuse_ahead(staged, text, say, how, world, dog, gone)
-    _delete(staged, gone, say)
+        begin_with(staged, say, dog.alive, fresh)
+        gone, ahead = range(len(staged.names)), staged.model_copy(update={"model": str(fresh)})
+    try:
+        refuse_ahead(ahead, text, say, how, world, dog, gone)
+    except BaseException:
+        if fresh.is_dir():
+            remove(fresh)
+        raise
+    _delete(staged, gone, say, scratch=fresh.is_dir())
+    if fresh.is_dir():
+        fresh.replace(staged.scratch_path())
     if redo:
         say("where this is stopped, the same command without --redo goes on; with it the stage is deleted again")
 

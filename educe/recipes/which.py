@@ -37,13 +37,16 @@ def _stage(file: Path, name: str) -> tuple[StagedRecipe, int]:
     return loaded, loaded.names.index(name)
 
 
-def begin_with(staged: StagedRecipe, say: Callable[[str], None], alive: Callable[[], None] = lambda: None) -> None:
-    """A model from scratch that the stages begin with, made where it is not there. Raises what `make_scratch` raises."""
+def begin_with(
+    staged: StagedRecipe, say: Callable[[str], None], alive: Callable[[], None] = lambda: None, path: Path | None = None
+) -> None:
+    """A model from scratch that the stages begin with, made where it is not there; `path`: in another place than theirs. Raises what
+    `make_scratch` raises."""
     if isinstance(staged.model, Scratch):
         need_torch()
         from educe.recipes.scratch import make_scratch
 
-        make_scratch(staged, staged.model, say, alive)
+        make_scratch(staged, staged.model, path or staged.scratch_path(), say, alive)
 
 
 def starts_untrained(path: Path) -> bool:

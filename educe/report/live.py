@@ -62,8 +62,9 @@ class LivePage:
             self._stage = f"{e.where} {e.found} {e.fix} "
             return
         name = max(named, key=lambda n: last_touched(named[n].path), default="")
-        if name and named[name].path != self._run.path:
-            self._run, self._kept, self._state, self._next = named[name], Kept(), None, 0.0
+        if name:
+            if named[name].path != self._run.path:
+                self._run, self._kept, self._state, self._next = named[name], Kept(), None, 0.0
             self._stage = f"Stage {list(named).index(name) + 1} of {len(named)}: {name}. "
 
     def _marks(self) -> list[tuple[str, tuple[int, int, int]]]:
