@@ -16,14 +16,14 @@ import educe  # noqa: E402
 from educe.config import StagedRecipe, load_any  # noqa: E402
 from educe.errors import EduceError  # noqa: E402
 from educe.evaluate.stages import amount  # noqa: E402
-from educe.model.describe import describe_model  # noqa: E402
 from educe.parallel.world import World  # noqa: E402
 from educe.recipes.job import How  # noqa: E402
 from educe.recipes.report import report_stages  # noqa: E402
 from educe.recipes.run import Run, quiet  # noqa: E402
-from educe.recipes.run_stages import check_stages, models_between  # noqa: E402
-from educe.recipes.stage_ahead import need_models, refuse_ahead  # noqa: E402
+from educe.recipes.run_stages import check_stages, room_of_chain  # noqa: E402
+from educe.recipes.stage_ahead import refuse_ahead  # noqa: E402
 from educe.report.stage_page import change_text  # noqa: E402
+from educe.training.saver import SPARE_BYTES  # noqa: E402
 from educe.training.watchdog import ASLEEP  # noqa: E402
 
 from report_payloads import PAYLOADS, poison  # noqa: E402
@@ -295,21 +295,42 @@ def test_check_plans_for_several_devices(place: Path, chain: Path) -> None:  # n
         assert two[name].ready
         assert two[name].plan.num_ranks == 2
         assert two[name].memory.optimizer < one[name].memory.optimizer
-    size = (
-        4 * one["sft"].facts.num_parameters
-    )  # pretrain and sft are begun with; of a chain that stands, nothing is written
-    assert models_between(path, one) == 2 * size
-    assert models_between("chain.yaml", one) == 0
     code, said = command("check", "devices.yaml")
     assert code == 0
-    assert "what later stages begin with" in " ".join(said.split())
+    assert "the models that later stages begin with" in " ".join(said.split())
     code, said = command("check", "devices.yaml#sft", "--devices", "3")
     assert code == 2
     assert "--devices 3: 3 devices need 3 packs of 128 tokens a step, train.batch_tokens holds 2" in said
 
 
-def test_room_for_the_models_between_stages_is_needed_before_the_first(tiny_model: Path) -> None:
-    facts = describe_model(tiny_model, "tiny")
-    need_models(2, facts)
-    with pytest.raises(EduceError, match=r"E-SYS-002.*\(1000000000000 of this model in fp32\).*EDUCE_CACHE"):
-        need_models(10**12, facts)
+def test_a_chain_needs_room_for_its_fullest_moment_before_the_first_step(
+    place: Path,  # noqa: F811
+    chain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Checkpoints of the stage that trains, weights that earlier ones leave, and the models that later ones begin with."""
+    path = recipe(place, "room", more=DIRECT)
+    staged, checks = load_any(path), check_stages(path)
+    assert isinstance(staged, StagedRecipe)
+    weights = 4 * checks["sft"].facts.num_parameters
+    trains = 3 * 3 * weights  # weights and two moments; two are kept while a third is written
+    room = room_of_chain(path, checks)  # fullest in the third stage: the branch's adapters need less
+    assert (room.runs, room.models, room.both) == (2 * weights + trains, 2 * weights, 4 * weights + trains)
+    world = World()
+
+    def free(num: int) -> None:
+        usage = shutil.disk_usage(place)._replace(free=num)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    free(room.both + SPARE_BYTES)
+    refuse_ahead(staged, path.read_text(), quiet, How(), world, ASLEEP)
+    assert all(c.ready for c in check_stages(path).values())
+    free(room.both + SPARE_BYTES - 1)
+    with pytest.raises(EduceError, match=r"E-SYS-002.*the chain \(.*for what later stages begin with\).*EDUCE_CACHE"):
+        refuse_ahead(staged, path.read_text(), quiet, How(), world, ASLEEP)
+    checked = check_stages(path)
+    assert [c.ready for c in checked.values()] == [True, True, True, False]
+    assert "E-SYS-002" in checked["direct"].blockers[-1]
+    shutil.copytree(chain / "1-pretrain", place / "runs" / "room" / "1-pretrain")  # what is there is not needed again
+    room = room_of_chain(path, checks)
+    assert (room.runs, room.models) == (weights + trains, weights)

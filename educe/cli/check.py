@@ -34,20 +34,21 @@ def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) ->
             f"[bold]stage {k + 1} of {len(stages)}: {escape(name)}[/bold] ({c.recipe.objective.kind})", align="left"
         )
         show_check(c, recipe, every=every, alone=False, first=k == 0)
-    from educe.recipes.run_stages import models_between
+    from educe.recipes.run_stages import room_of_chain
 
     total = sum(c.estimate.total_s for c in stages.values())
     ready = all(c.ready for c in stages.values())
     console.rule("[bold]all stages[/bold]", align="left")
     bad = [name for name, c in stages.items() if not c.ready]
     word = "[bold green]Ready:[/bold green]" if ready else f"[bold red]Not ready[/bold red] ({', '.join(bad)}):"
-    disk, between = sum(c.estimate.disk_bytes for c in stages.values()), models_between(recipe, stages)
-    most = f"{gigabytes(max(c.memory.total for c in stages.values()))} of memory, {gigabytes(disk + between)} of disk at most"
+    room = room_of_chain(recipe, stages)
+    most = (
+        f"{gigabytes(max(c.memory.total for c in stages.values()))} of memory, {gigabytes(room.both)} of disk at most"
+    )
     console.print(f"{word} {minutes(total)}, {most}")
-    if between:
-        console.print(
-            f"  (of the disk {gigabytes(between)} in {escape(str(cache_dir()))}: what later stages begin with)"
-        )
+    if room.models:
+        of_them = f"{gigabytes(room.models)} of the disk in {cache_dir()}: the models that later stages begin with"
+        console.print(f"  ({escape(of_them)})", soft_wrap=True)
     console.print(f"\nNext: educe train {escape(str(recipe))}" if ready else "")
 
 

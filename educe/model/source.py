@@ -21,6 +21,18 @@ Alive = Callable[[], None]
 """A sign of life, given at each piece of something long."""
 
 
+def once(say: Say) -> Say:
+    """Says a line the first time alone, and every warning: runs that are much alike have most lines in common."""
+    said = set[str]()
+
+    def told(line: str) -> None:
+        if line.startswith("warning: ") or line not in said:
+            said.add(line)
+            say(line)
+
+    return told
+
+
 def find_configs(model: str, say: Say) -> Path:
     """The directory of a model's configs and tokenizer: the model's own, or fetched from the Hub without its weights."""
     local = Path(model).expanduser()

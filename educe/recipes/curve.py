@@ -30,7 +30,7 @@ from educe.model.device import Device, release_free_memory, told_of_memory
 from educe.model.export import merged
 from educe.model.load import CausalLM, load_model
 from educe.model.proof import packs_are_blind, turns_with_length
-from educe.model.source import Say
+from educe.model.source import Say, once
 from educe.recipes.answers import Asked, answered, questions_of
 from educe.recipes.curve_numbers import numbers_of
 from educe.recipes.curve_plan import CURVE_VERSION, Part, Planned, Wish, parts_of, refuse, runs_of
@@ -99,7 +99,7 @@ def curve(recipe: Recipe, wish: Wish, say: Say, screen: CurveScreen) -> Curve:
     if recipe.train.steps:
         wish = replace(wish, same_steps=True)  # as the recipe says
     not_of(recipe, "preference", "points are scored by the loss of answers", _PAIRS)
-    say = _Once(say)
+    say = once(say)  # the runs of a curve have most lines in common
     prepared = prepare(recipe, say)
     if why := too_many_unused(recipe, prepared):
         raise DataError(11, str(prepared.path / "ledger.jsonl"), f"{why[0]}.", "See why: educe check. Or raise it.")
@@ -119,18 +119,6 @@ def curve(recipe: Recipe, wish: Wish, say: Say, screen: CurveScreen) -> Curve:
         write_json(part / "curve.json", found)
         write_text(part / "curve.html", build_curve_page(found))
     return Curve(path=path, found=found)
-
-
-class _Once:
-    """Says a line the first time alone: the runs of a curve have most of them in common."""
-
-    def __init__(self, say: Say) -> None:
-        self._say, self._said = say, set[str]()
-
-    def __call__(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._say(line)
 
 
 def _scale(recipe: Recipe, prepared: Prepared, device: Device, wish: Wish, held: tuple[str, ...], say: Say) -> _Scale:

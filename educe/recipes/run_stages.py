@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from educe.config import StagedRecipe
 from educe.errors import MachineError
 from educe.files.run_dir import RunDir
+from educe.model.source import once
 from educe.recipes.machine import need_torch
 from educe.recipes.run import Progress, Say, check, no_progress, prepare, quiet
 from educe.recipes.stage_leaks import leaks_between
@@ -18,6 +19,7 @@ from educe.recipes.which import at_stage, begin_with, recipe_or_stages
 if TYPE_CHECKING:
     from educe.recipes.check import Check
     from educe.recipes.prepare import Prepared
+    from educe.recipes.stage_room import ChainRoom, Room
 
 
 def check_stages(
@@ -36,25 +38,20 @@ def check_stages(
     if not isinstance(staged, StagedRecipe):
         return {}
     need_torch()
-    from educe.recipes.stage_ahead import need_models, num_to_write, refuse_orphan
+    from educe.recipes.stage_ahead import refuse_orphan
+    from educe.recipes.stage_room import need_room
 
     begin_with(staged, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
     how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices}
-    said: set[str] = set()
-
-    def say_once(line: str) -> None:
-        if line.startswith("warning: ") or line not in said:
-            said.add(line)
-            say(line)
-
+    say_once = once(say)
     found = {}
     for k, (name, stage) in enumerate(stages.items()):
         with at_stage(staged, k):
             refuse_orphan(staged, k)
             found[name] = check(stage, **how, argv=argv, say=say_once)
     try:
-        need_models(num_to_write(staged), found[staged.names[0]].facts)
+        need_room(staged, _rooms(staged, found))
     except MachineError as e:
         last = staged.names[-1]
         found[last] = replace(found[last], blockers=[*found[last].blockers, str(e)])
@@ -63,13 +60,20 @@ def check_stages(
     return found
 
 
-def models_between(recipe: str | Path, stages: Mapping[str, Check]) -> int:
-    """Bytes that the models take in the cache that later stages begin with and that are not made yet; `stages`: its checks."""
-    from educe.recipes.stage_ahead import models_bytes, num_to_write
+def room_of_chain(recipe: str | Path, checks: Mapping[str, Check]) -> ChainRoom:
+    """What a recipe of stages takes of the disk; `checks`: what `check_stages` gave."""
+    from educe.recipes.stage_room import chain_room
 
     staged = recipe_or_stages(Path(recipe))
-    facts = next(iter(stages.values())).facts
-    return models_bytes(num_to_write(staged), facts) if isinstance(staged, StagedRecipe) else 0
+    return chain_room(_rooms(staged, checks) if isinstance(staged, StagedRecipe) else [])
+
+
+def _rooms(staged: StagedRecipe, checks: Mapping[str, Check]) -> list[Room]:
+    from educe.recipes.stage_room import rooms_of
+
+    runs = [RunDir(staged.stage_path(k)) for k in range(len(staged.names))]
+    ahead = {k: checks[n] for k, n in enumerate(staged.names) if not any(runs[k].checkpoints.glob("step-*"))}
+    return rooms_of(staged, ahead, [k for k, run in enumerate(runs) if run.has_ended])
 
 
 def prepare_stages(recipe: str | Path, *, say: Say = quiet) -> dict[str, Prepared]:

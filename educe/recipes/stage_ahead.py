@@ -6,22 +6,21 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from educe.config import Recipe, StagedRecipe
 from educe.errors import RunError
-from educe.files.atomic import need_space
 from educe.files.hashes import cache_dir
 from educe.files.run_dir import RunDir
-from educe.model.describe import ModelFacts, describe_model
-from educe.model.source import Say
+from educe.model.describe import describe_model
+from educe.model.source import Say, once
 from educe.parallel.world import World
 from educe.recipes.begun import settings_now
-from educe.recipes.check import check
+from educe.recipes.check import Check, check
 from educe.recipes.job import How
 from educe.recipes.plan import refuse_idle_ranks, refuse_unused
 from educe.recipes.preflight import refuse
 from educe.recipes.resume import Found, ended_after, lost
+from educe.recipes.stage_room import need_room, rooms_of
 from educe.recipes.train import prepared_of
 from educe.recipes.which import at_stage, stage_of
 from educe.training.checkpoint import newest_checkpoint
@@ -32,8 +31,9 @@ def refuse_ahead(
     staged: StagedRecipe, text: str, say: Say, how: How, world: World, dog: Watchdog, gone: Collection[int] = ()
 ) -> None:
     """Raises what any stage would, its place naming the stage. `gone`: stages that are to be deleted, of which nothing counts."""
+    say_once = once(say)
     whole: set[int] = set()  # stages whose weights are there
-    begun_with: set[int] = set()  # stages whose models will be written, for those that begin with them
+    checks: dict[int, Check] = {}  # of the stages that are not begun
     for k in range(len(staged.names)):
         run, start = RunDir(staged.stage_path(k)), staged.start_of(k)
         with at_stage(staged, k):
@@ -46,29 +46,10 @@ def refuse_ahead(
             elif k not in gone and (done := ended_after(run)) is not None:
                 raise lost(run, done, heard)
             there = start is None or start in whole
-            if start is not None and not there:
-                begun_with.add(start)
             recipe = stage_of(staged, k, untrained=not there)
-            model = _refuse(recipe, text, say, allowed(how, recipe), world, dog, found, there=there)
-    need_models(len(begun_with), describe_model(model, str(model)))
-
-
-def need_models(number: int, facts: ModelFacts) -> None:
-    """Room in the cache for so many stages' models. Raises `MachineError`."""
-    what = f"what later stages begin with ({number} of this model in fp32)"
-    fix = "Free some space, or name another place with EDUCE_CACHE."
-    need_space(cache_dir(), models_bytes(number, facts), what, fix)
-
-
-def models_bytes(number: int, facts: ModelFacts) -> int:
-    """What so many stages' models take in the cache, whole and in fp32 (`model_of`)."""
-    return number * 4 * facts.num_parameters
-
-
-def num_to_write(staged: StagedRecipe) -> int:
-    """Of how many stages the models will be written, for those that begin with them."""
-    starts = {start for k in range(len(staged.names)) if (start := staged.start_of(k)) is not None}
-    return sum(not RunDir(staged.stage_path(start)).has_ended for start in starts)
+            if c := _refuse(recipe, text, say_once, allowed(how, recipe), world, dog, found, there=there):
+                checks[k] = c
+    need_room(staged, rooms_of(staged, checks, whole), gone)
 
 
 def allowed(how: How, recipe: Recipe) -> How:
@@ -93,8 +74,8 @@ def refuse_orphan(staged: StagedRecipe, k: int) -> None:
 
 def _refuse(
     recipe: Recipe, text: str, say: Say, how: How, world: World, dog: Watchdog, found: Found | None, *, there: bool
-) -> Path:
-    """`there`: the recipe's model is the one that the stage begins with. Returns that model's place."""
+) -> Check | None:
+    """`there`: the recipe's model is the one that the stage begins with. Returns what was found of a stage that is not begun."""
     refuse_idle_ranks(recipe, world.size)
     prepared = prepared_of(recipe, say, dog)
     refuse_unused(recipe, prepared)
@@ -102,7 +83,7 @@ def _refuse(
         if there:  # else its start will be made whole again first
             facts = describe_model(prepared.model_dir, recipe.model)
             settings_now(recipe, prepared, facts, found, how, world.size, _unsaid)
-        return prepared.model_dir
+        return None
     stacks = cache_dir() / "stacks" / f"looking-{os.getpid()}"
     with dog.guarding(stacks, world.rank, world.size, "looking ahead"):
         c = check(
@@ -110,7 +91,7 @@ def _refuse(
         )
     # what lies there of a stage that is to be deleted is no reason
     refuse([f for f in c.findings if f.id != "P48"], "`educe check RECIPE` makes the checks of all stages")
-    return prepared.model_dir
+    return c
 
 
 def _unsaid(line: str) -> None:
