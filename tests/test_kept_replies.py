@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,8 @@ class Asked:
 
 
 def replied(of: Any, asked: Asked, keys: Sequence[str] = KEYS, said: list[str] | None = None) -> list[Any]:
-    kept = KeptReplies("tuned", of, (said if said is not None else []).append)
-    with kept.open():
-        return kept.replies(keys, asked, asked.ready)
+    kept = KeptReplies(of, (said if said is not None else []).append)
+    return kept.replies("tuned", keys, asked, asked.ready)
 
 
 def test_what_was_replied_before_a_kill_is_not_asked_again() -> None:
@@ -71,8 +71,51 @@ def test_a_number_that_is_none_is_given_and_not_kept(tmp_path: Path) -> None:
     def broken(places: Sequence[int], keep: Keep) -> None:
         keep(places, [(math.nan, False), (-math.inf, False), (-2.0, True)])
 
-    kept = KeptReplies("tuned", "w", lambda _: None)
-    with kept.open():
-        assert math.isnan(kept.replies(["x", "y", "z"], broken, lambda: None)[0][0])
+    kept = KeptReplies("w", lambda _: None)
+    assert math.isnan(kept.replies("tuned", ["x", "y", "z"], broken, lambda: None)[0][0])
     (file,) = (tmp_path / "answers").glob("kept-*.jsonl")
     assert [line["key"] for line in read_jsonl(file)] == ["z"]
+
+
+def test_seconds_are_those_of_what_was_asked() -> None:
+    """A request that stands ten times among others was asked once."""
+
+    def slow(places: Sequence[int], keep: Keep) -> None:
+        time.sleep(0.2)
+        keep(places, [(0.0, True) for _ in places])
+
+    kept = KeptReplies("w", lambda _: None)
+    for _ in range(2):
+        before = kept.seconds
+        assert len(kept.replies("tuned", ["same"] * 10, slow, lambda: None)) == 10
+        assert 0.2 <= kept.seconds - before < 1
+
+
+def test_evaluations_of_one_model_go_side_by_side(tmp_path: Path) -> None:
+    """Each asks for others; what one wrote meanwhile the other has when it asks for that, and nothing is lost."""
+    one, other = KeptReplies("w", lambda _: None), KeptReplies("w", lambda _: None)
+
+    def ask(places: Sequence[int], keep: Keep) -> None:
+        inner = Asked()
+        assert [t for t, _ in other.replies("b", ["c", "d"], inner, inner.ready)] == [0.0, -1.0]  # while this one asks
+        keep(places, [(5.0, True) for _ in places])
+
+    one.replies("a", ["a", "b"], ask, lambda: None)
+    nobody = Asked()
+    for kept in (one, other, KeptReplies("w", lambda _: None)):
+        assert [t for t, _ in kept.replies("a", ["a", "b", "c", "d"], nobody, nobody.ready)] == [5.0, 5.0, 0.0, -1.0]
+    assert (nobody.places, nobody.loads) == ([], 0)
+
+
+def test_what_is_kept_is_read_once_and_written_anew_where_it_is_torn_alone() -> None:
+    replied("w", Asked())
+    kept, nobody = KeptReplies("w", lambda _: None), Asked()
+    before = kept.file.stat().st_ino
+    for _ in range(3):
+        kept.replies("tuned", KEYS, nobody, nobody.ready)
+    assert (kept.file.stat().st_ino, nobody.loads) == (before, 0)
+    with kept.file.open("ab") as f:
+        f.write(b'{"key": "torn')
+    kept.replies("tuned", KEYS, nobody, nobody.ready)
+    assert (kept.file.stat().st_ino != before, nobody.loads) == (True, 0)
+    assert kept.file.read_bytes().endswith(b"}\n")

@@ -72,4 +72,8 @@ def test_p46_goes_by_the_limit_that_was_given(bench: Bench) -> None:
     assert (found(b, "P46").verdict, found(b, "P46").number) == ("pass", "60 s")
     slow = replace(b, tokens_per_s=b.plan.capacity_tokens / 40)  # a micro-batch takes 40 s
     assert [found(replace(slow, hang_after_s=s), "P46").verdict for s in (20, 60, 300)] == ["fail", "warn", "pass"]
+    shared = replace(
+        slow, ranks=2, tokens_per_s=2 * slow.tokens_per_s
+    )  # two are twice as fast, a rank's micro-batch is not
+    assert [found(replace(shared, hang_after_s=s), "P46").verdict for s in (20, 60, 300)] == ["fail", "warn", "pass"]
     assert [found(replace(b, hang_after_s=None, ranks=r), "P46").verdict for r in (1, 2)] == ["skip", "warn"]

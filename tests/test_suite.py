@@ -25,7 +25,6 @@ from educe.evaluate.ifeval.scores import line_of, score  # noqa: E402
 from educe.files.jsonl import read_jsonl  # noqa: E402
 from educe.files.locks import one_at_a_time  # noqa: E402
 from educe.recipes import both  # noqa: E402
-from educe.recipes.kept_replies import KeptReplies  # noqa: E402
 from educe.recipes.kept_samplers import samplers_of  # noqa: E402
 from educe.recipes.run import Run, train  # noqa: E402
 from educe.sample import local  # noqa: E402
@@ -102,20 +101,21 @@ def test_a_killed_process_goes_on_where_it_was(place: Path, run: Run, monkeypatc
 
 
 def test_two_processes_that_ask_the_same_take_turns(run: Run) -> None:
-    """Whoever opens a journal writes it anew: a line that another one appends meanwhile would be lost."""
+    """The second one has the answers of the first, and computes none."""
     said: list[str] = []
     prompts = [Prompt(key=str(k), messages=(Message(role="user", content=f"say {k}"),)) for k in range(3)]
     how = Sampling(max_new_tokens=3)
     first = samplers_of(run.dir, said.append)("tuned")
     given = first.sample(prompts, how)
-    file = KeptReplies("tuned", first.kept.of, print).file
+    file = first.kept.replies.file
     *before, last = file.read_text().splitlines(keepends=True)
+    turn = first.kept.replies.turn([json.loads(line)["key"] for line in (*before[-2:], last)])
 
     def never() -> Any:
         raise AssertionError("a model was loaded, or a lock waited for")
 
     with ThreadPoolExecutor(1) as pool:
-        with one_at_a_time(file.with_suffix(".lock"), never):
+        with one_at_a_time(turn, never):
             file.write_text("".join(before))
             second = samplers_of(run.dir, said.append)("tuned")
             second.kept._model = never

@@ -44,6 +44,12 @@ def hash_file_once(path: Path, alive: Callable[[], None] = lambda: None) -> str:
     return _SEEN[key]
 
 
+def mark(file: Path) -> tuple[int, int, int]:
+    """Differs where a file has changed. Raises `OSError`."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def cache_dir() -> Path:
     """Where fetched models and measurements live: $EDUCE_CACHE, or the platform's cache directory."""
     if chosen := os.environ.get("EDUCE_CACHE"):

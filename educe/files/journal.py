@@ -25,16 +25,18 @@ class Journal:
 
     def begin(self, keep: Callable[[dict[str, Any]], bool], *, keys: Set[str]) -> None:
         """Keep those lines that earlier processes wrote and that `keep` says yes to. Lines that a dying machine damaged, or without
-        one of `keys`, are left out, and said."""
-        lines, damaged = _readable(self.file, keys)
+        one of `keys`, are left out, and said. Where nothing is left out the file stays as it is."""
+        lines, damaged, torn = _readable(self.file, keys)
         if damaged:
             what = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
             self._say(f"warning: {self.file.name}: {what} left out; the run's history has a gap there")
-        kept = [_line(line) for line in lines if keep(line)]
-        write_text(self.file, b"".join(kept).decode())
+        kept = [line for line in lines if keep(line)]
+        if damaged or torn or len(kept) < len(lines) or not self.file.is_file():
+            write_text(self.file, b"".join(map(_line, kept)).decode())
 
     def append(self, *lines: dict[str, Any]) -> None:
-        """All of `lines` or, should the process be killed, none. NaN is refused: a reader could not read it."""
+        """Where the process is killed meanwhile, a first part of `lines` may be there, and half a line, which is no damage. NaN is
+        refused: a reader could not read it."""
         self._waiting += map(_line, lines)
         try:
             self._write()
@@ -79,10 +81,10 @@ def _line(line: dict[str, Any]) -> bytes:
     return (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _readable(file: Path, keys: Set[str]) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a file, and how many are none. The last one may be torn, then its process was killed: that is no damage."""
+def _readable(file: Path, keys: Set[str]) -> tuple[list[dict[str, Any]], int, bool]:
+    """The lines of a file, how many are none, and whether the last one is torn: its process was killed, and that is no damage."""
     lines: list[dict[str, Any]] = []
-    *whole, _torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    *whole, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     for raw in whole:
         try:
             line = json.loads(raw.decode("utf-8"))
@@ -90,4 +92,4 @@ def _readable(file: Path, keys: Set[str]) -> tuple[list[dict[str, Any]], int]:
             continue
         if isinstance(line, dict) and keys <= line.keys():
             lines.append(line)
-    return lines, len(whole) - len(lines)
+    return lines, len(whole) - len(lines), bool(torn)

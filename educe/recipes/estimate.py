@@ -64,11 +64,10 @@ class Estimate:
 def estimate_run(
     facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Prepared, device: Device, ranks: int = 1
 ) -> Estimate:
-    """Time from the speed and from what is done beside the steps, space from what is written. `ranks`: so many GPUs; processes
-    of a CPU share it."""
+    """Time from the speed of all ranks and from what is done beside the steps, space from what is written."""
     speed = _known_speeds().get(speed_key(recipe, device.kind, device.dtype))
     seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share(prepared), device)
-    seconds /= ranks if device.kind == "cuda" else 1
+    seconds /= times_as_fast(device.kind, ranks)
     trained, token_s = num_trained(facts, recipe.tuning), seconds / plan.num_tokens
     checks_s = _CHECK_PASSES * (_micro_s(facts, device.kind) + min(_CHECK_TOKENS, plan.capacity_tokens) * token_s)
     held_out_s = _FORWARD * int(prepared.store("dev").lengths.sum()) * token_s
@@ -88,6 +87,11 @@ def estimate_run(
         disk_bytes=checkpoint_bytes(recipe, trained) * _most_checkpoints(recipe, plan.num_steps)
         + facts.num_parameters * 2,
     )
+
+
+def times_as_fast(device: str, ranks: int) -> int:
+    """What so many ranks are over one: each has a GPU of its own, and processes of a CPU share it."""
+    return ranks if device == "cuda" else 1
 
 
 def _references_s(recipe: Recipe, prepared: Prepared, token_s: float) -> float:

@@ -75,8 +75,8 @@ class Before:
     """What is known before a model is loaded. `settings`: what decides the run's weights, where it was claimed already; `text` the
     recipe as given, `argv` the words of the command; `ranks` those that packs are dealt to; a hang
     of `hang_after_s` ends the run, None: nothing does.
-    `tokens_per_s`: the estimated speed; `packed`: documents share rows; `stands_in`: the model is there for another, of weights that
-    are not known yet."""
+    `tokens_per_s`: the estimated speed of all ranks; `packed`: documents share rows; `stands_in`: the model is there for another, of
+    weights that are not known yet."""
 
     recipe: Recipe
     run: RunDir

@@ -78,22 +78,21 @@ def harness_scores(run: RunDir, wish: Wish, say: Say, on_answers: OnAnswers) -> 
     from educe.evaluate.harness import HarnessModel
 
     for system, model_of in ((BEFORE, both.untouched), (AFTER, both.tuned)):
-        kept = KeptReplies(system, ["lm-eval", both.depends(system)], say)
+        kept = KeptReplies(["lm-eval", both.depends(system)], say)
         asked = HarnessModel(
             model_of,
             both.prepared.tokenizer,
             capacity_tokens=both.capacity_tokens,
             positions=positions,
             seed=derive(recipe.train.seed, "lm-eval"),
-            replies=kept.replies,
+            replies=partial(kept.replies, system),
             progress=partial(on_answers, system),
         )
-        with kept.open():
-            for name, tasks in loaded.items():
-                before = kept.seconds
-                found[name][system] = _evaluated(asked, tasks, drawn, wish)
-                seconds[name][system] = kept.seconds - before
-                say(f"{system}: {name} in {seconds[name][system]:.1f} s")
+        for name, tasks in loaded.items():
+            before = kept.seconds
+            found[name][system] = _evaluated(asked, tasks, drawn, wish)
+            seconds[name][system] = kept.seconds - before
+            say(f"{system}: {name} in {seconds[name][system]:.1f} s")
         if asked.shortened:
             say(
                 f"{system}: {asked.shortened} texts are longer than {positions} positions hold: their beginnings were left out"

@@ -25,7 +25,7 @@ class KeptAnswers:
 
     def __init__(self, model: Callable[[], CausalLM], of: Any, tokenizer: ChatTokenizer, say: Say) -> None:
         """`of` holds all that answers depend on but the prompts and how they are drawn."""
-        self._model, self.of, self._tokenizer, self._say = model, of, tokenizer, say
+        self._model, self.of, self._tokenizer, self.replies = model, of, tokenizer, KeptReplies(of, say)
 
     def answer(
         self,
@@ -56,10 +56,9 @@ class KeptAnswers:
         def ready() -> None:
             loaded.append(LocalSampler(self._model(), self._tokenizer, name))
 
-        kept = KeptReplies(name, self.of, self._say)
-        with kept.open():
-            replies = kept.replies(keys, ask, ready)
-        return [Answer(**reply | {"ids": tuple(reply["ids"])}) for reply in replies], kept.seconds
+        before = self.replies.seconds
+        replies = self.replies.replies(name, keys, ask, ready)
+        return [Answer(**r | {"ids": tuple(r["ids"])}) for r in replies], self.replies.seconds - before
 
 
 def answers_depend_on(tokenizer: ChatTokenizer, device: Device) -> list[Any]:

@@ -183,7 +183,7 @@ def hangs_are_seen(b: Before) -> Finding:
         return finding(
             "P46", name, "-", said or "no limit was given (--hang-after)", warn=b.ranks > 1, skip=b.ranks == 1
         )
-    piece_s = b.plan.capacity_tokens / b.tokens_per_s
+    piece_s = b.plan.capacity_tokens / (b.tokens_per_s / b.ranks)
     said = f"so long without a sign of life, and stacks are written and it ends; a micro-batch takes about {lasted(piece_s)}"
     short = b.hang_after_s < _SLACK * piece_s
     if short:

@@ -92,7 +92,7 @@ def look_before(job: TrainJob, t: Trainee, settings: Mapping[str, Any]) -> None:
             t.plan,
             t.memory,
             t.state.model.device_kind,
-            estimate_run(job.facts, job.recipe, t.plan, job.prepared, t.state.model.device).tokens_per_s,
+            estimate_run(job.facts, job.recipe, t.plan, job.prepared, t.state.model.device, world.size).tokens_per_s,
             settings=settings,
             text=run.recipe.read_text(encoding="utf-8"),
             argv=sys.argv[1:],

@@ -20,7 +20,7 @@ from educe.model.source import Say
 from educe.pack.plan import PackPlan
 from educe.parallel.world import World, join, leave, place_in_world
 from educe.recipes.begun import Begun, begin
-from educe.recipes.estimate import checkpoint_bytes, remember_speed, speed_key
+from educe.recipes.estimate import checkpoint_bytes, remember_speed, speed_key, times_as_fast
 from educe.recipes.job import How, Screen, TrainJob
 from educe.recipes.ledger import write_ledger
 from educe.recipes.machine import chosen_device, device_as_begun
@@ -149,7 +149,8 @@ def _train(job: TrainJob, begun: Begun) -> None:
     look_after(job, t, changed=bool(begun.changes), held_up=(saver.held_up_beside_s, steps_s))
     if world.leads:
         provenance = finished(provenance, run, state.step, watch.weights_step, saver.held_up_s)
-        remember_speed(speed_key(recipe, device.kind, device.dtype), provenance["tokens_per_s"] / world.size)
+        alone = provenance["tokens_per_s"] / times_as_fast(device.kind, world.size)
+        remember_speed(speed_key(recipe, device.kind, device.dtype), alone)
         write_json(run.provenance, provenance)  # the last word: a run that was killed before it ends once more
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from educe.errors import MachineError, RunError
+from educe.files.hashes import mark
 from educe.files.run_dir import RunDir, is_staged, last_touched, stages_of
 from educe.report.entrance import HERE, Entrance, refusal
-from educe.report.opening import Kept, mark
+from educe.report.opening import Kept
 from educe.report.page import build_report, render_page
 from educe.report.policy import PAGE_HEADERS
 from educe.report.reading import read_run

@@ -10,16 +10,12 @@ from typing import Any, TypeVar
 
 import orjson
 
+from educe.files.hashes import mark
+
 Row = dict[str, Any]
 T = TypeVar("T")
 Kept = dict[Path, tuple[tuple[int, int, int], Any]]
 """What was read of a file, and what the file was then: its number, its size, when it was written."""
-
-
-def mark(file: Path) -> tuple[int, int, int]:
-    """Differs where a file has changed. Raises `OSError`."""
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def opened(file: Path, read: Callable[[Any], T], kept: Kept) -> T:
