@@ -149,3 +149,5 @@ def test_what_is_said_to_go_on_a_stopped_run_goes_on(
         run.judge(regrade=True)
     monkeypatch.chdir(place)
     assert run.dir.goes_on == f"educe train {shlex.quote(given.name)}"
+    given.rename(place / "elsewhere.yaml")
+    assert run.dir.goes_on == "educe train runs/stopped/recipe.yaml"

@@ -75,6 +75,9 @@ def test_exchanging_rows_at_random_is_the_exact_test_for_few_rows(differences: l
 
 def test_where_many_rows_differ_the_exchanges_are_drawn() -> None:
     """17 rows of one sign but three: as many exchanges as of a binomial."""
+    for nothing in ([], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="finite"):
+            flip_signs(nothing, iter(()))
     found = flip_signs([1.0] * 14 + [-1.0] * 3, signs(17, 1))
     assert found == pytest.approx(binomtest(3, 17).pvalue, abs=0.003)
     assert found == flip_signs([1.0] * 14 + [-1.0] * 3, signs(17, 1))

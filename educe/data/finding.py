@@ -23,6 +23,7 @@ _PACKED = (".gz", ".zst")
 _NO_DATA = re.compile(r"(?i)(readme|licen[cs]e|dataset_infos?)\.")
 _NAMED = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})({'|'.join(map(re.escape, _PACKED))})?$", re.I)
 _stdin: list[Path] = []
+_read: dict[tuple[Path, int, int, tuple[str, ...]], bool] = {}
 _MOST_EMPTY = 65_536  # bytes of a file that may hold no row: a header, an empty list, a Parquet schema
 
 
@@ -48,9 +49,15 @@ def _empty(found: Sequence[Path], header: Sequence[str]) -> list[Path]:
 
 
 def _holds_rows(file: Path, header: Sequence[str]) -> bool:
-    """Whether there is a first row, or something that is none."""
+    """Whether there is a first row, or something that is none; a file that has not changed is read once in a process."""
     try:
-        return file.stat().st_size > _MOST_EMPTY or next(read_rows(file, header), None) is not None
+        found = file.stat()
+        if found.st_size > _MOST_EMPTY:
+            return True
+        key = (file, found.st_size, found.st_mtime_ns, tuple(header))
+        if key not in _read:
+            _read[key] = next(read_rows(file, header), None) is not None
+        return _read[key]
     except (DataError, OSError) as e:
         return getattr(e, "code", "") != "E-DATA-003"
 

@@ -87,11 +87,13 @@ class RunDir:
 
     @property
     def goes_on(self) -> str:
-        """The command that trains it on: with the recipe it was begun with, where that is known."""
+        """The command that trains it on: with the recipe it was begun with, where that is there, else with the run's copy of it."""
         try:
             given = Path(json.loads(self.resolved.read_text(encoding="utf-8"))["file"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            given = self.recipe if self.recipe.is_file() else Path("RECIPE")
+            given = Path("RECIPE")
+        if not given.is_file() and self.recipe.is_file():
+            given = self.recipe.absolute()
         here = Path.cwd()
         return f"educe train {shlex.quote(str(given.relative_to(here) if given.is_relative_to(here) else given))}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from educe.config import Recipe
-from educe.files.run_dir import RunDir
+from educe.files.run_dir import RunDir, is_staged
 from educe.model.blended import Blend
 
 # By form, up to its first hyphen: the library that loads it and what it is to the base model.
@@ -82,7 +82,7 @@ def blend_lines(blend: Blend | None) -> list[str]:
 def base_name(recipe: Recipe) -> str:
     """The base model's Hub id; of a directory its last name, of a run the directory that `base_lines` has it written to."""
     place = Path(recipe.model).expanduser()
-    if _is_run(recipe) and place.name[0].isdigit():  # a stage, whose name says little without its chain's
+    if _is_run(recipe) and is_staged(place.resolve().parent):  # a stage's name says little without its chain's
         return f"{place.resolve().parent.name}-{place.name}"
     return place.name if place.exists() else recipe.model
 
@@ -92,7 +92,7 @@ def base_lines(recipe: Recipe) -> list[str]:
     if not _is_run(recipe):
         return []
     name, place, here = base_name(recipe), Path(recipe.model).expanduser().resolve(), Path.cwd()
-    run = place.relative_to(here) if place.is_relative_to(here) else Path(*place.parts[-2:])
+    run = place.relative_to(here) if place.is_relative_to(here) else Path(*place.parts[-2:])  # cards are published
     command = f"educe export {shlex.quote(str(run))} {shlex.quote(name)}"
     return [f"Its base model is what `{command}` writes: peft and vLLM look for {name} where they are started."]
 

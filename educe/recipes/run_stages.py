@@ -101,8 +101,10 @@ def eval_stages(
     a public benchmark too ("ifeval"); `file`, `rows`, `max_new_tokens` as in `Run.suite`."""
     need_torch()
     from educe.recipes.stage_scores import score_stages
+    from educe.recipes.stages import open_staged
     from educe.recipes.suite import wish_of
 
     wish = None if suite is None else wish_of(suite, file, rows, max_new_tokens)
+    open_staged(Path(path))  # a directory that is none gets no lock
     with RunDir(Path(path)).lock("eval"):
         return score_stages(Path(path), say, progress, wish)

@@ -51,7 +51,8 @@ def widened(i: Interval, apart_R: Sequence[float]) -> Interval:
 
     With most rows at a difference c (0, or what all have) the mean is at most c + (1 - c) times the share of rows above c, at least
     c - (1 + c) times the share below; of both the bound of `most_of`. Since c lies between the truth is missed on one side only, so
-    that both together hold it in 95 %. Rows may be clusters, and count alike.
+    that both together hold it in 95 %. Rows may be clusters, and count alike whatever they weigh: too narrow where few of
+    them weigh far more than the others (docs/decisions/017).
     """
     c = apart_R[0] if max(apart_R) - min(apart_R) < _ROUNDING else 0.0
     above, below = sum(d > c + _ROUNDING for d in apart_R), sum(d < c - _ROUNDING for d in apart_R)

@@ -47,8 +47,11 @@ def bootstrap(statistic: Statistic, draws: Iterable[Float64[np.ndarray, "b c"]],
 def flip_signs(differences_R: Sequence[float], signs: Iterable[Float64[np.ndarray, "b r"]]) -> float:
     """Two-sided p of a paired randomisation test: how often is the mean as far from 0 if each row's two systems are exchanged at
     random (Fisher 1935; Noreen 1989)? Every exchange is counted where at most `MOST_ENUMERATED` rows differ. Where more do they are
-    drawn, `signs` being those of `seeds.signs`, and the data counts as one draw more, so that p is never 0."""
+    drawn, `signs` being those of `seeds.signs`, and the data counts as one draw more, so that p is never 0. Raises `ValueError` where
+    there is no row, or a difference that is no number."""
     apart = np.asarray(differences_R, np.float64)
+    if not apart.size or not np.isfinite(apart).all():
+        raise ValueError(f"need one row or more and finite differences, got {apart.tolist()}")
     size = np.abs(apart)
     apart = np.where(size > 1e-12 * size.max(), apart, 0.0)  # despite rounding; so are ties
     seen = abs(float(apart.sum())) - 1e-12 * float(size.sum())
