@@ -229,6 +229,10 @@ class MachineError(EduceError):
     prefix = "E-SYS-"
 
 
+class Ended(SystemExit):
+    """A signal ends this process: nobody's code may keep that from happening."""
+
+
 class UsageError(EduceError):
     """A command was called the wrong way."""
 

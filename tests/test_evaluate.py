@@ -217,16 +217,62 @@ def test_the_verdict_says_what_the_paired_tests_allow(
 @pytest.mark.parametrize(
     "untouched,few_shot,tuned,headline",
     [
-        (20, 392, 394, "Do not tune: a prompt does as well, 98 % against 98 %."),
+        (20, 392, 394, "Do not tune: a prompt does as well, 98 % against 98.5 %."),
         (20, 380, 396, "Tuning helped: 5 % → 99 % of the test rows right."),
-        (380, None, 381, "Do not tune: the untouched model does as well, 95 % → 95 %"),
-        (380, 381, 380, "Do not tune: a prompt does as well, 95 % against 95 %."),
+        (380, None, 381, "Do not tune: the untouched model does as well, 95 % → 95.2 %"),
+        (380, 381, 380, "Do not tune: the untouched model does as well, 95 % → 95 % of"),  # no prompt is needed
+        (
+            380,
+            None,
+            387,
+            "Do not tune: the untouched model does nearly as well, 95 % → 96.8 %",
+        ),  # better for sure, by little
+        (20, 380, 387, "Do not tune: a prompt does nearly as well, 95 % against 96.8 %."),
     ],
 )
 def test_many_rows_can_say_that_a_prompt_does_as_well(
     untouched: int, few_shot: int | None, tuned: int, headline: str
 ) -> None:
     assert scored(untouched, few_shot, tuned, total=400)["verdict"].startswith(headline)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 5])
+def test_too_few_rows_show_nothing_however_much_worse_it_looks(rows: int) -> None:
+    """No exact test of so few rows reaches 5 %; its interval may leave out 0 all the same."""
+    found = scored(rows, rows, 0, total=rows)["verdict"]
+    assert found.startswith("No difference shown: 100 % → 0 % of the test rows right.")
+    assert "which decides though the interval leaves out 0" in found
+
+
+def test_a_prompt_that_is_none_and_one_that_harms_have_no_price() -> None:
+    for label, right, says in (
+        ("as it is", 4, "No prompt makes the untouched model better (the best of 3 on 9 dev rows)."),
+        (
+            "1 example",
+            2,
+            "With its best prompt (1 example; the best of 3 on 9 dev rows) the untouched model reaches 10 %",
+        ),
+    ):
+        graded = {"untouched": lines(4, 20), "few_shot": lines(right, 20), "tuned": lines(16, 20)}
+        chosen = {"prompt_tokens": 90.0, "prompt": {"label": label, "how": "the best of 3 on 9 dev rows"}}
+        found = score(graded, "exact", {}, None, {"untouched": {"prompt_tokens": 40.0}, "few_shot": chosen})["verdict"]
+        assert says in found
+        assert "tokens with every request" not in found
+
+
+def test_several_models_asked_beside_are_corrected_for_their_number() -> None:
+    graded = {"untouched": lines(4, 20), "tuned": lines(10, 20), "one": lines(4, 20), "two": lines(3, 20)}
+    told = score(graded, "exact", {}, None)
+    one, two = told["comparisons"][1:]
+    assert (one["p"], two["p"]) == (pytest.approx(2 / 2**6), pytest.approx(2 / 2**7))
+    assert (one["p_holm"], two["p_holm"]) == (pytest.approx(2 / 2**6), pytest.approx(4 / 2**7))
+    assert "p_holm" not in told["comparisons"][0]
+    graded["three"] = lines(4, 20)
+    told = score(graded, "exact", {}, None)
+    assert [c["p_holm"] > 0.05 for c in told["comparisons"][1:]] == [True, False, True]
+    assert (
+        "one reaches 20 %; the tuned one is not shown to be better (p = 0.031, by Holm p = 0.062)." in told["verdict"]
+    )
 
 
 def general(*flags: str, most: float = 0.05, unfit: str = "") -> dict[str, Any]:
@@ -257,7 +303,7 @@ def test_the_verdict_weighs_what_was_forgotten_and_the_price() -> None:
         assert says in found["verdict"]
         assert "its best prompt (5 examples; so)" in found["verdict"]
         assert found["verdict"].endswith(
-            "Price: 9 min of training against +311 tokens with every request for the prompt."
+            "Price: 9 min of training steps against +311 tokens with every request for the prompt."
         )
         assert found["general"] == measured["general"]
 

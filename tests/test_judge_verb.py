@@ -70,7 +70,7 @@ def test_rows_are_judged_in_both_orders_and_can_be_read_again(run: RunDir) -> No
     wish = Wish(bench="rows")
     scores = judge(run, wish, Judge(honest), none, say)
     assert scores["win_rate"]["value"] == 1.0
-    assert scores["counts"] == {"questions": NUM_ROWS, "judged": NUM_ROWS, "unparsed": 0, "split": 0}
+    assert scores["counts"] == {"questions": NUM_ROWS, "judged": NUM_ROWS, "unparsed": 0, "equal": 0, "split": 0}
     assert scores["mean_length"]["own"] > scores["mean_length"]["other"]
     assert scores["length_controlled"]["with_difficulty"] is False
     assert len(scores["canaries"]) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,10 +98,33 @@ def test_who_is_better_does_not_hang_on_who_is_asked_about_first() -> None:
     assert np.allclose(preference_n, 1 - swapped_n)
 
 
+def test_equal_answers_are_a_tie_and_nobody_is_asked() -> None:
+    asked = list[str]()
+
+    def spy(text: str) -> str:
+        asked.append(text)
+        return honest(text)
+
+    same = [replace(d, other=d.own) for d in DUELS[:2]]
+    lines = judge_duels([*same, *DUELS[2:]], Judge(spy), SHORT)
+    assert len(asked) == 2 * len(DUELS[2:])
+    preference_n, _, counts = settled(lines)
+    assert preference_n.tolist()[:2] == [0.5, 0.5]
+    assert (counts["equal"], counts["split"], counts["judged"]) == (2, 0, len(DUELS))
+    assert regraded(lines) == lines
+
+
+def test_one_answer_to_many_is_pointed_out_unless_it_is_expected() -> None:
+    labels = ["red", "blue", "green"] * 20
+    assert lint_answers(labels, expected=labels) == []
+    assert "40 of 60 answers are the same: 'blue'" in lint_answers(["blue"] * 40 + ["red"] * 20, expected=labels)[0]
+    assert "20 of 60 answers are the same" in lint_answers(labels)[0]
+
+
 def test_an_unreadable_verdict_is_counted_and_its_question_in_no_mean() -> None:
     lines = judge_duels(DUELS, Judge(lambda t: "both are fine" if "Say 3" in t else honest(t)), SHORT)
     preference_n, kept, counts = settled(lines)
-    assert counts == {"questions": 6, "judged": 5, "unparsed": 2, "split": counts["split"]}
+    assert counts == {"questions": 6, "judged": 5, "unparsed": 2, "equal": 0, "split": counts["split"]}
     assert len(preference_n) == 5
     assert all(x["name"] != "3" for x in kept)
     assert regraded([{**x, "preference": None} for x in lines]) == lines

@@ -156,6 +156,7 @@ def test_a_function_of_the_user_grades(tmp_path: Path) -> None:
         ("def mark(answer, expected, row):\n    return 1.5\n", r"t.jsonl:1 .*gave 1\.5"),
         ("def mark(answer, expected, row):\n    return float('nan')\n", "gave nan"),
         ("def mark(answer, expected, row):\n    return None\n", "gave None"),
+        ("def mark(answer, expected, row):\n    raise SystemExit(0)\n", "t.jsonl:1 .*raised SystemExit: 0"),
     ],
 )
 def test_what_a_function_does_wrong_is_told_with_the_row(tmp_path: Path, body: str, says: str) -> None:
@@ -170,6 +171,10 @@ def test_what_a_function_does_wrong_is_told_with_the_row(tmp_path: Path, body: s
         ("other = 1\n", "no function 'mark'"),
         ("import nowhere_at_all\nmark = 1\n", "ModuleNotFound"),
         ("mark = 1\n", "no function 'mark'"),
+        (
+            "import sys\ndef mark(answer, expected, row):\n    return 1\nsys.exit(3)\n",
+            "cannot be imported: SystemExit: 3",
+        ),
         ("def mark(:\n", "SyntaxError"),
         ("def mark(answer):\n    return 1\n", r"takes \(answer\), and is given \(answer, expected, row\)"),
         ("def mark(answer, expected, row, more):\n    return 1\n", r"Define mark\(answer, expected, row\)"),
@@ -178,7 +183,7 @@ def test_what_a_function_does_wrong_is_told_with_the_row(tmp_path: Path, body: s
 def test_a_function_that_is_not_there_or_takes_something_else(tmp_path: Path, body: str, says: str) -> None:
     with pytest.raises(EvalError, match=f"E-EVAL-202.*{says}"):
         load_custom(custom(tmp_path, body))
-    with pytest.raises(EvalError, match="no Python file"):
+    with pytest.raises(EvalError, match="does not exist"):
         load_custom(f"{tmp_path / 'gone.py'}:mark")
 
 

@@ -46,10 +46,10 @@ def test_the_instruction_stands_where_the_template_takes_it() -> None:
 def test_candidates_are_cheaper_first_and_only_what_there_is() -> None:
     labels = [c.label for c in candidates("I", 5, 3)]
     assert labels == [
-        "instruction", "1 example", "instruction + 1 example", "5 examples", "instruction + 5 examples", "3 nearest examples",
-        "instruction + 3 nearest examples",
+        "as it is", "instruction", "1 example", "instruction + 1 example", "5 examples", "instruction + 5 examples",
+        "3 nearest examples", "instruction + 3 nearest examples",
     ]  # fmt: skip
-    assert [c.label for c in candidates("", 1, 0)] == ["1 example"]
+    assert [c.label for c in candidates("", 1, 0)] == ["as it is", "1 example"]
 
 
 WORDS = st.lists(st.sampled_from(["kettle", "lamp", "order", "late", "refund", "thanks"]), min_size=1, max_size=6)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import click
 
+from educe.errors import Ended
+
 
 @contextlib.contextmanager
 def ended_by(number: int, code: int | None = None, word: str = "Ended by a signal.") -> Iterator[None]:
@@ -21,7 +23,7 @@ def ended_by(number: int, code: int | None = None, word: str = "Ended by a signa
     def end(number: int, frame: object) -> None:
         with contextlib.suppress(OSError):  # a terminal that is gone
             click.echo(word, err=True)
-        raise SystemExit(128 + number if code is None else code)
+        raise Ended(128 + number if code is None else code)
 
     old = signal.signal(number, end)
     try:

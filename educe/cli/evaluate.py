@@ -28,7 +28,7 @@ _SUITE = ("suite", "suite_file", "suite_rows", "suite_tokens")
     "--samples",
     type=click.IntRange(1, 1000),
     default=1,
-    help="Draw so many answers to each row: pass@k for all k up to it.",
+    help="Draw so many answers to each row: the share that is right, and pass@k for k of 2, 5, 10, 20, 50, 100 and so many.",
 )
 @click.option("--suite", metavar="NAME", help="Answer a public benchmark instead of the test rows: ifeval.")
 @click.option(

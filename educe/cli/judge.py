@@ -90,7 +90,8 @@ def _show_compared(scores: dict[str, Any]) -> None:
             click.echo(f"  {part.replace('_', ' '):18}  {said}")
     click.echo(f"  mean length         {lengths['own']:.0f} characters against {lengths['other']:.0f}")
     click.echo(
-        f"  {counts['judged']} of {counts['questions']} questions judged in both orders; the order decided {counts['split']}; "
+        f"  {counts['judged']} of {counts['questions']} questions judged in both orders; the order decided {counts['split']}, "
+        f"{counts.get('equal', 0)} were of equal answers (ties, not asked); "
         f"{_unread(counts['unparsed'])}"
     )
     _warn(scores["lint"])

@@ -230,6 +230,7 @@ def _show_systems(scores: dict[str, Any]) -> None:
     test = "paired randomisation," if mean else "McNemar"
     for c in scores["comparisons"]:
         p = "p < 0.001" if c["p"] < 0.001 else f"p = {c['p']:.2g}"
+        p += f", by Holm {c['p_holm']:.2g}" if "p_holm" in c else ""
         d = c["difference"]
         before = _called(c["before"], scores["systems"][c["before"]])
         console.print(
@@ -237,3 +238,6 @@ def _show_systems(scores: dict[str, Any]) -> None:
             f"difference {d['value']:+.1%}, 95 % interval {d['low']:+.1%} to {d['high']:+.1%}",
             soft_wrap=True,
         )
+    console.print(
+        "[dim]intervals and tests are over test rows, of one training: not over training seeds[/dim]", soft_wrap=True
+    )

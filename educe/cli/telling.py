@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import traceback
 from types import TracebackType
 
 import click
 
-from educe.errors import EduceError
+from educe.errors import EduceError, UsageError
 from educe.secrets import redacted
 
 
@@ -21,10 +20,9 @@ def tell(e: EduceError) -> None:
 
 
 def tell_usage(e: click.ClickException) -> None:
-    """A wrong command line, of which it may show a part."""
-    shown = io.StringIO()
-    e.show(file=shown)
-    click.echo(redacted(shown.getvalue()), err=True, nl=False)
+    """A wrong command line, of which it may show a part, as any mistake is told."""
+    of = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx is not None else "educe"
+    tell(UsageError(101, of, f"{e.format_message().rstrip('.')}.", f"See `{of} --help`."))
 
 
 def hide_in_tracebacks() -> None:

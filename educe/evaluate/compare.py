@@ -13,7 +13,7 @@ from educe.evaluate.metrics.code import pass_at_k
 from educe.evaluate.metrics.question import Grader, Question
 from educe.evaluate.numbers import Graded, compare, measure
 from educe.evaluate.verdict import verdict
-from educe.stats import paired_means
+from educe.stats import holm, paired_means
 from educe.types import Answer, ToolCall, Verdict
 
 SYSTEMS = ("untouched", "few_shot", "tuned")  # the run's own; others have names of their own
@@ -118,6 +118,10 @@ def score(
         for before in found
         if before != "tuned" and "tuned" in found
     ]
+    others = [c for c in comparisons if c["before"] not in SYSTEMS]
+    if len(others) > 1:  # the more models are asked beside, the likelier one seems better or worse by chance
+        for c, p in zip(others, holm([c["p"] for c in others]), strict=True):
+            c["p_holm"] = p
     made = {
         "metric": metric,
         "measure": "share" if plain else "mean",

@@ -59,11 +59,15 @@ class PromptChange:
 
     @property
     def unfit(self) -> str:
-        """Why these questions say little of this model; "" where they do. One that thinks first is cut before it answers."""
-        ended = self.questions - self.endless[0]
-        if ended > FEW * self.questions:
-            return ""
-        return f"general questions say little, the untouched model ends {ended} of its {self.questions} answers in time"
+        """Why these questions say little of this model; "" where they do. One that thinks first is cut before it answers, and a very
+        small one knows nothing."""
+        ended, little = self.questions - self.endless[0], "general questions say little, the untouched model"
+        if ended <= FEW * self.questions:
+            return f"{little} ends {ended} of its {self.questions} answers in time"
+        if self.right[0] <= FEW * self.questions:
+            right = f"{self.right[0]} of {self.questions} right ({self.right[1]} after tuning)"
+            return f"{little} answers {right}: there is not much to lose"
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

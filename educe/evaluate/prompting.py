@@ -21,6 +21,8 @@ MOST_LABELS = 12
 _K1, _B = 1.2, 0.75  # Robertson & Zaragoza 2009, The Probabilistic Relevance Framework, 3.2
 _WORD = re.compile(r"\w+")
 
+AS_IT_IS = "as it is"
+
 Choice = Literal["none", "diverse", "nearest"]
 
 
@@ -38,13 +40,13 @@ class Candidate:
         plural = "example" if self.shots == 1 else "examples"
         shots = {"none": "", "diverse": f"{self.shots} {plural}", "nearest": f"{self.shots} nearest {plural}"}
         parts = ["instruction"] if self.instruction else []
-        return " + ".join([*parts, *filter(None, [shots[self.examples]])])
+        return " + ".join([*parts, *filter(None, [shots[self.examples]])]) or AS_IT_IS
 
 
 def candidates(instruction: str, most: int, nearest: int) -> list[Candidate]:
-    """What is tried, cheaper prompts first: up to `most` diverse examples and `nearest` nearest ones."""
+    """What is tried, cheaper prompts first, none at all before them: up to `most` diverse examples and `nearest` nearest ones."""
     told = (False, True) if instruction else (False,)
-    tried = [Candidate(instruction=True, examples="none", shots=0)] if instruction else []
+    tried = [Candidate(instruction=i, examples="none", shots=0) for i in told]
     tried += [Candidate(instruction=i, examples="diverse", shots=k) for k in sorted({1, most}) for i in told if k]
     tried += [Candidate(instruction=i, examples="nearest", shots=nearest) for i in told if nearest]
     return tried

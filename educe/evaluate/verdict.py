@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from educe.evaluate.prompting import AS_IT_IS
 from educe.stats import FEWEST
 
 ALPHA = 0.05
@@ -18,7 +19,9 @@ WORTH = (
 )
 OWN = ("untouched", "few_shot", "tuned")
 
-Case = Literal["better", "worse", "alike", "open"]
+# What the rows say of the tuned model beside another: better, but by no more than is worth it ("little"); as good or less so, with no
+# room for a gain that is worth it ("alike"); or nothing ("open").
+Case = Literal["better", "little", "worse", "alike", "open"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     if plain.case == "open":
         said += [plain.room, "More test rows would show smaller differences."]
     if prompt is not None:
-        said.append(f"{_reach(found)} {prompt.value}; the tuned one is {_than(prompt.case)} ({prompt.test}).")
+        said.append(_prompted(prompt, found))
     said += [_other(name, told, found) for name in told.against if name not in OWN]
     return " ".join(filter(None, [*said, _forgotten(found), _price(found)]))
 
@@ -64,13 +67,13 @@ def _told(found: Mapping[str, Any]) -> _Told:
     systems, shares = found["systems"], found["measure"] == "share"
 
     def value(name: str) -> str:
-        return f"{100 * systems[name]['value']:.0f} %" if shares else f"{systems[name]['value']:.2f}"
+        return share(systems[name]["value"]) if shares else f"{systems[name]['value']:.2f}"
 
     against = {
         c["before"]: Against(
-            case=_case(c["difference"], sure=c["p"] < ALPHA),
+            case=_case(c["difference"], sure=c.get("p_holm", c["p"]) < ALPHA),
             value=value(c["before"]),
-            test=chance(c["p"]),
+            test=_test(c),
             room=_room(c, found["num_rows"], shares=shares),
         )
         for c in found["comparisons"]
@@ -107,7 +110,7 @@ def _room(c: Mapping[str, Any], rows: int, *, shares: bool) -> str:
     changed, d = c["won"] + c["lost"], c["difference"]
     if changed >= FEWEST:
         return ""
-    low, high = (f"{100 * d[k]:+.0f}" if shares else f"{d[k]:+.2f}" for k in ("low", "high"))
+    low, high = (f"{100 * d[k]:+.1f}" if shares else f"{d[k]:+.2f}" for k in ("low", "high"))
     num = "no row" if not changed else f"{changed} row{'s' if changed > 1 else ''}"
     return (
         f"{num.capitalize()} of {rows} changed, and the test needs {FEWEST} to show a difference: "
@@ -115,22 +118,36 @@ def _room(c: Mapping[str, Any], rows: int, *, shares: bool) -> str:
     )
 
 
+def _test(c: Mapping[str, Any]) -> str:
+    """p, and where the interval seems to say something else what decides."""
+    d = c["difference"]
+    apart = c["p"] >= ALPHA and not d["low"] <= 0 <= d["high"]
+    holm = f", by Holm {chance(c['p_holm'])}" if "p_holm" in c else ""
+    return chance(c["p"]) + holm + (", which decides though the interval leaves out 0" if apart else "")
+
+
 def _case(gain: Mapping[str, float], *, sure: bool) -> Case:
     if sure and gain["value"] != 0:
-        return "better" if gain["value"] > 0 else "worse"
-    return "alike" if gain["high"] <= WORTH else "open"
+        return "worse" if gain["value"] < 0 else "better" if gain["high"] > WORTH else "little"
+    # an interval below 0 where the test shows nothing is one of too few rows
+    return "alike" if 0 <= gain["high"] <= WORTH else "open"
+
+
+# How well what is not worth tuning for does.
+_WELL: dict[str, str] = {"alike": "as well", "little": "nearly as well"}
 
 
 def _headline(told: _Told, plain: Against, prompt: Against | None, found: Mapping[str, Any]) -> str:
     forgot = ", and the model forgot" if _lost_much(found) else ""
     if plain.case == "worse":
         return f"Do not tune: it did harm, {told.change}."
-    # A prompt is as good as tuning only where tuning is known to be good for something, or for nothing.
-    if prompt is not None and (prompt.case == "worse" or (prompt.case == "alike" and plain.case != "open")):
-        how = "better" if prompt.case == "worse" else "as well"
-        return f"Do not tune: a prompt does {how}, {prompt.value} against {told.tuned}{forgot}."
-    if plain.case == "alike":
-        return f"Do not tune: the untouched model does as well, {told.change}{forgot}."
+    if prompt is not None and prompt.case == "worse":
+        return f"Do not tune: a prompt does better, {prompt.value} against {told.tuned}{forgot}."
+    if plain.case in _WELL:
+        return f"Do not tune: the untouched model does {_WELL[plain.case]}, {told.change}{forgot}."
+    # A prompt is as good as tuning only where tuning is known to be good for something.
+    if prompt is not None and prompt.case in _WELL and plain.case == "better":
+        return f"Do not tune: a prompt does {_WELL[prompt.case]}, {prompt.value} against {told.tuned}{forgot}."
     if plain.case == "open":
         return f"No difference shown: {told.change}{forgot}."
     unsure = ", but not shown to beat a prompt" if prompt is not None and prompt.case != "better" else ""
@@ -139,14 +156,18 @@ def _headline(told: _Told, plain: Against, prompt: Against | None, found: Mappin
 
 
 def _than(case: Case) -> str:
-    return "better" if case == "better" else "worse" if case == "worse" else "not shown to be better"
+    words: dict[Case, str] = {"better": "better", "little": "better by little", "worse": "worse"}
+    return words.get(case, "not shown to be better")
 
 
-def _reach(found: Mapping[str, Any]) -> str:
+def _prompted(against: Against, found: Mapping[str, Any]) -> str:
     prompt = found["systems"].get("few_shot", {}).get("prompt")
+    told = f"{against.value}; the tuned one is {_than(against.case)} ({against.test})."
     if not prompt:
-        return "With examples in its prompt the untouched model reaches"
-    return f"With its best prompt ({prompt['label']}; {prompt['how']}) the untouched model reaches"
+        return f"With examples in its prompt the untouched model reaches {told}"
+    if prompt["label"] == AS_IT_IS:
+        return f"No prompt makes the untouched model better ({prompt['how']})."
+    return f"With its best prompt ({prompt['label']}; {prompt['how']}) the untouched model reaches {told}"
 
 
 def _other(name: str, told: _Told, found: Mapping[str, Any]) -> str:
@@ -180,14 +201,24 @@ def _price(found: Mapping[str, Any]) -> str:
     """What tuning took, and what the prompt would take with every request."""
     said = []
     if found.get("training_s") is not None:
-        said.append(f"{_time(found['training_s'])} of training")
+        said.append(f"{_time(found['training_s'])} of training steps")
     plain, prompted = (found["systems"].get(n, {}).get("prompt_tokens") for n in ("untouched", "few_shot"))
-    if plain is not None and prompted is not None:
+    if plain is not None and prompted is not None and prompted > plain and _helped(found):
         said.append(f"{prompted - plain:+.0f} tokens with every request for the prompt")
     return f"Price: {' against '.join(said)}." if said else ""
 
 
+def _helped(found: Mapping[str, Any]) -> bool:
+    """Whether the best prompt does any better than none."""
+    if found["metric"] == "text":
+        loss = (found.get("loss") or {}).get("systems", {})
+        return bool(loss.get("few_shot", 0.0) < loss.get("untouched", 0.0))
+    return bool(found["systems"]["few_shot"]["value"] > found["systems"]["untouched"]["value"])
+
+
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "under a second"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -218,6 +249,11 @@ def _by_dev_loss(found: Mapping[str, Any]) -> str:
         f"Held-out loss {change} nats per token, with no interval to say whether that is chance; free text has no exact score. "
         "Read the answers side by side."
     )
+
+
+def share(value: float) -> str:
+    """In per cent, with a digit after the point where it is not a whole number."""
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
 def chance(p: float) -> str:

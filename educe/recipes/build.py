@@ -299,9 +299,11 @@ def _summary(
     engine: Engine,
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """What the data became, in numbers; check and the report say it."""
+    """What the data became, in numbers; check and the report say it. Keys of the rows are written beside it."""
     lengths = np.delete(open_store(place / "train").lengths, np.load(place / "left_out.npy")).tolist()
     keys = {s: np.frombuffer(b"".join(d.keys[s] for d in done), np.uint64) for s in SPLITS}
+    for split in ("train", "test"):
+        np.save(place / f"{split}_keys.npy", np.unique(keys[split]))
     rows, asked = (np.frombuffer(b"".join(getattr(d, name) for d in done), np.uint64) for name in ("rows", "asked"))
     stops = sum((d.stops for d in done), Counter[int]())
     words = {number: word for word, number in tokenizer.control.items()}

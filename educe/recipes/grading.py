@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,15 @@ class Grading:
 
 def metric_named(name: str) -> Metric:
     """A metric without settings of its own, by its name on the command line. Raises `UsageError`."""
+    if name == "custom":
+        fix = "Write it in the recipe, evaluation: {metric: {kind: custom, function: file.py:function}}, and `educe eval --regrade`."
+        raise UsageError(101, "--metric", "'custom' needs the name of its function.", fix)
     try:
         made: Metric = TypeAdapter(Metric).validate_python({"kind": name})
     except ValidationError as e:
-        raise UsageError(101, "--metric", f"{name!r} is not a metric.", f"One of {', '.join(_NAMES)}.") from e
+        near = difflib.get_close_matches(name, _NAMES, 1)
+        fix = f"Did you mean {near[0]}? " if near else ""
+        raise UsageError(101, "--metric", f"{name!r} is not a metric.", f"{fix}One of {', '.join(_NAMES)}.") from e
     return made
 
 

@@ -58,7 +58,8 @@ def _rows(run: RunDir, wish: Wish) -> tuple[list[Duel], list[Duel]]:
         if other is None:
             raise EvalError(2, str(file), f"holds no answer to {name}.", "Run `educe eval` again.")
         asked = _as_text(x["prompt"])
-        duels.append(Duel(name=name, instruction=asked, own=x["answer"], other=other["answer"]))
+        expected = str(x.get("expected") or "")
+        duels.append(Duel(name=name, instruction=asked, own=x["answer"], other=other["answer"], expected=expected))
     return duels, real
 
 

@@ -14,10 +14,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
+from jaxtyping import UInt64
 
 from educe.chat.tokens import DEFAULT_NAME, ChatTokenizer, load_tokenizer
 from educe.config import Recipe
@@ -39,7 +40,7 @@ from educe.store.token_store import STORE_VERSION, TokenStore, open_prepared, op
 from educe.types import Conversation, Message, Source, ToolCall
 
 # Bump when the same rows and settings would be prepared differently.
-PREPARE_VERSION = 8
+PREPARE_VERSION = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,11 @@ class Prepared:
 
     def store(self, split: str) -> TokenStore:
         return open_store(self.path / split)
+
+    def keys(self, split: Literal["train", "test"]) -> UInt64[np.ndarray, " k"]:
+        """The first 8 bytes of the keys that rows are split by (of their prompts, or of `data.group`), each once, in order."""
+        found: np.ndarray = np.load(self.path / f"{split}_keys.npy")
+        return found
 
     def has_conversations(self, name: str) -> bool:
         """Whether `dev`, `test` or `shots` has a row that answers: a split may hold raw text alone."""

@@ -162,6 +162,8 @@ def _about(
 ) -> dict[str, Any]:
     by = "mean score of the answers" if score is not None else "loss of the expected answers"
     how = f"the best of {len(tried)} on {num_dev} dev rows, by the {by}" if num_dev else "taken unseen: no dev rows"
+    if num_dev and (ties := sum(t.good == best.good for t in tried)) > 1:
+        how += f"; {ties} do equally well there, and the shortest is taken"
     return {
         "prompt_tokens": float(np.mean([len(i) for i in ids])),
         "prompt": {

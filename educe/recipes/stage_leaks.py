@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import orjson
 
 from educe.recipes.prepare import Prepared
@@ -13,26 +14,33 @@ Place = tuple[str, int, int | None]
 
 
 def leaks_between(prepared: Mapping[str, Prepared]) -> list[str]:
-    """A sentence for each two stages that read the same rows of a file and split them otherwise."""
-    rows = {name: _by_status(p) for name, p in prepared.items()}
+    """A sentence for each two stages of which one trains on what the other is tested on: the same row of a file, or the same prompt
+    (text, group) in another one."""
     said = []
-    for one, mine in rows.items():
-        for other, theirs in rows.items():
-            shared = mine["train"] & theirs["test"] if one != other else set()
+    for one, mine in prepared.items():
+        for other, theirs in prepared.items():
+            shared = np.intersect1d(mine.keys("train"), theirs.keys("test")).size if one != other else 0
             if shared:
-                file, line, _ = min(shared, key=lambda place: (place[0], place[1], place[2] or 0))
-                said.append(
-                    f"stage {one} trains on {len(shared):,} rows that stage {other} is tested on, {Path(file).name}:{line} the first: "
-                    "give both the same shares and data.group, an expression that is the same for a row in both"
-                )
+                rows = _with_status(mine, "train") & _with_status(theirs, "test")
+                said.append(_told(one, other, shared, rows))
     return said
 
 
-def _by_status(prepared: Prepared) -> dict[str, set[Place]]:
-    found: dict[str, set[Place]] = {"train": set(), "test": set()}
+def _told(one: str, other: str, shared: int, rows: set[Place]) -> str:
+    mend = "give both the same shares and data.group, an expression that is the same for a row in both"
+    if rows:
+        file, line, _ = min(rows, key=lambda place: (place[0], place[1], place[2] or 0))
+        first = f"{len(rows):,} rows that stage {other} is tested on, {Path(file).name}:{line} the first"
+        return f"stage {one} trains on {first}: {mend}"
+    prompts = "a prompt" if shared == 1 else f"{shared:,} prompts"
+    return f"stage {one} trains on {prompts} that stage {other} is tested on, in another file: {mend}"
+
+
+def _with_status(prepared: Prepared, status: str) -> set[Place]:
+    found = set()
     with (prepared.path / "ledger.jsonl").open("rb") as ledger:
         for raw in ledger:
             line = orjson.loads(raw)
-            if line["status"] in found:
-                found[line["status"]].add((line["file"], line["line"], line["item"]))
+            if line["status"] == status:
+                found.add((line["file"], line["line"], line["item"]))
     return found

@@ -103,6 +103,7 @@ def _scores(run: dict[str, Any], place: RunDir) -> Iterator[str]:
         if words.fully:
             yield words.fully
         yield "\n".join(f"- {_comparison(c, labels, words)}" for c in run["comparisons"]) or "No comparison."
+        yield wording.ONE_TRAINING
 
 
 def _training(run: dict[str, Any]) -> Iterator[str]:

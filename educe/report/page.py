@@ -192,6 +192,7 @@ def build_report(run: RunDir, *, hourly: Price | None = None, live: str = "", ke
         made=files.provenance,
         scores=files.scores,
         names=names,
+        one_training=wording.ONE_TRAINING,
         measure=wording.measure(files.scores is not None and files.scores.mean),
         verdict=verdict,
         verdict_rest=verdict_rest,

@@ -294,7 +294,7 @@ def key_figures(files: RunFiles, hourly: Price | None = None) -> list[Figure]:
     if files.scores and files.scores.graded and before and after:
         value = f"{wording.percent(before.score.value)} → {wording.percent(after.score.value)}"
         interval = wording.span(after.score.low, after.score.high)
-        note = f"95 % interval after tuning: {interval}. {files.scores.num_rows:,} test rows"
+        note = f"95 % interval after tuning: {interval}. {files.scores.num_rows:,} test rows, one training"
         of = "Mean score" if files.scores.measure == "mean" else "Right answers"
         made.append(Figure(label=f"{of} ({graded_as(files.scores.metric)})", value=value, note=note))
     elif len(files.pairs) > 1:

@@ -27,6 +27,11 @@ class Measure:
         return f"{self.score} with 95 % intervals"
 
 
+# What intervals and tests leave out.
+ONE_TRAINING = (
+    "Intervals and tests are over test rows, of one training: another seed would give somewhat other weights "
+    "(`educe curve --seeds 3` measures how much)."
+)
 SHARE = Measure(
     score="Share of right answers",
     right="Right",

@@ -106,9 +106,12 @@ def _refuse_unread(judge: Sampler, found: dict[str, list[float | None]], format:
         raise EvalError(301, judge.name, told, f"Take a judge that follows the format: {format}.")
 
 
-def lint_answers(answers: Sequence[str], most: float = 0.2) -> list[str]:
-    """What looks like an attack on the judge, or a broken model: one answer to many prompts, or verdicts inside answers."""
+def lint_answers(answers: Sequence[str], most: float = 0.2, expected: Sequence[str] = ()) -> list[str]:
+    """What looks like an attack on the judge, or a broken model: one answer to many prompts, unless as many are `expected` to be one
+    (labels, say), or verdicts inside answers."""
     said = []
+    usual = max(Counter(a.strip() for a in expected).values(), default=0) / max(1, len(expected))
+    most = max(most, 1.5 * usual)
     ends = Counter(a.strip() for a in answers)
     text, count = max(ends.items(), key=lambda item: item[1], default=("", 0))
     if count > max(2, most * len(answers)):

@@ -7,7 +7,7 @@ server and cancels a judge's taste for a place. Preferences are therefore 0, 0.5
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from educe.errors import EvalError
 from educe.evaluate.judge.length import Array, Judged
 from educe.sample.sampler import Sampler
-from educe.types import Answer, Message, Prompt, Sampling
+from educe.types import Message, Prompt, Sampling
 
 ORDERS = ("first", "second")  # where the model's own answer stands
 _SYSTEM = (
@@ -42,12 +42,14 @@ Which model answered the instruction better? Reply with its name alone, one lett
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duel:
-    """Two answers to an instruction: the model's `own`, and the `other` one. `name` is unique in a set."""
+    """Two answers to an instruction: the model's `own`, and the `other` one; what is `expected`, where that is known. `name` is unique
+    in a set."""
 
     name: str
     instruction: str
     own: str
     other: str
+    expected: str = ""
 
 
 def pair_prompts(duel: Duel) -> list[Prompt]:
@@ -76,27 +78,34 @@ def preference_of(letter: str | None, order: str) -> float | None:
 
 
 def judge_duels(duels: Sequence[Duel], judge: Sampler, sampling: Sampling) -> list[dict[str, Any]]:
-    """Asks the judge about every duel in both orders. One line a verdict, with all that is needed to grade it again."""
-    prompts = [p for duel in duels for p in pair_prompts(duel)]
-    answers = judge.sample(prompts, sampling)
-    return [_line(duel, order, answers[2 * i + k]) for i, duel in enumerate(duels) for k, order in enumerate(ORDERS)]
+    """Asks the judge about every duel in both orders; equal answers are a tie, and nobody is asked. One line a verdict, with all that
+    is needed to grade it again."""
+    prompts = [p for duel in duels if duel.own != duel.other for p in pair_prompts(duel)]
+    said = iter(judge.sample(prompts, sampling))
+    return [_line(d, order, next(said).text if d.own != d.other else "") for d in duels for order in ORDERS]
 
 
-def _line(duel: Duel, order: str, answer: Answer) -> dict[str, Any]:
-    return {
+def _line(duel: Duel, order: str, judgment: str) -> dict[str, Any]:
+    line = {
         "name": duel.name,
         "instruction": duel.instruction,
         "own": duel.own,
         "other": duel.other,
         "order": order,
-        "judgment": answer.text,
-        "preference": preference_of(parse_letter(answer.text), order),
+        "judgment": judgment,
+        **({"expected": duel.expected} if duel.expected else {}),
     }
+    return {**line, "preference": _preference(line)}
+
+
+def _preference(line: Mapping[str, Any]) -> float | None:
+    """As the judge said; half where both answers are the same."""
+    return 0.5 if line["own"] == line["other"] else preference_of(parse_letter(line["judgment"]), line["order"])
 
 
 def regraded(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stored verdicts read again; no judge is asked."""
-    return [{**x, "preference": preference_of(parse_letter(x["judgment"]), x["order"])} for x in lines]
+    return [{**x, "preference": _preference(x)} for x in lines]
 
 
 def settled(lines: Sequence[dict[str, Any]]) -> tuple[Array, list[dict[str, Any]], dict[str, int]]:
@@ -123,7 +132,8 @@ def settled(lines: Sequence[dict[str, Any]]) -> tuple[Array, list[dict[str, Any]
         "questions": len(by_name),
         "judged": len(whole),
         "unparsed": sum(line["preference"] is None for line in lines),
-        "split": int((preference_n == 0.5).sum()),  # the order decided
+        "equal": sum(x["first"]["own"] == x["first"]["other"] for x in whole),
+        "split": sum({v["preference"] for v in x.values()} == {0, 1} for x in whole),  # the order decided
     }
     return preference_n, [x["first"] for x in whole], counts
 

@@ -51,7 +51,7 @@ def score_duels(
             "with_gamed_baselines": gamed is not None,
         },
         "mean_length": {"own": float(judged.length_n.mean()), "other": float(judged.length_baseline_n.mean())},
-        "lint": lint_answers([x["own"] for x in whole]),
+        "lint": lint_answers([x["own"] for x in whole], expected=[x["expected"] for x in whole if "expected" in x]),
         "verdict": verdict_of(interval, preference_n),
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from educe.errors import EvalError
+from educe.errors import Ended, EvalError
 from educe.evaluate.metrics.question import Grader, Question
 from educe.types import Verdict
 
@@ -25,7 +25,8 @@ def find_custom(entry: str) -> tuple[Path, str]:
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         fix = "Name a function in a Python file beside the recipe, module:function."
-        raise EvalError(202, entry, f"{path} is no Python file.", fix)
+        what = "is no Python file" if path.exists() else "does not exist"
+        raise EvalError(202, entry, f"{path} {what}.", fix)
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError) as e:
@@ -60,7 +61,9 @@ def load_custom(entry: str) -> Grader:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except Ended:
+        raise
+    except (Exception, SystemExit) as e:
         raise EvalError(202, entry, f"cannot be imported: {type(e).__name__}: {e}", "Mend the file.") from e
     finally:
         sys.path.remove(str(path.parent))
@@ -86,7 +89,9 @@ def _graded(function: Scoring, entry: str, answer: str, question: Question) -> V
     }
     try:
         score = function(answer, question.expected, row)
-    except Exception as e:
+    except Ended:
+        raise
+    except (Exception, SystemExit) as e:
         found = f"{entry} raised {type(e).__name__}: {e}"
         raise EvalError(
             202, question.row, found, "Mend it and run this again; `educe eval --regrade` grades stored answers."
