@@ -22,11 +22,19 @@ from educe.errors import UsageError
 @click.option("--stop-after", metavar="TIME", help="Save and end before this time is over, such as 55m; exit code 0.")
 @click.option("--allow", multiple=True, metavar="SETTING", help="Go on although this setting of the run has changed.")
 @click.option(
-    "--redo", default="", metavar="STAGE", help="Delete this stage and those that start from it, and train them anew."
+    "--redo",
+    multiple=True,
+    metavar="STAGE",
+    help="Delete this stage and those that start from it, and train them anew.",
 )
 @click.option("--hang-after", default="30m", show_default=True, help="A hang so long writes stacks and ends the run.")
 def train(
-    recipe: Path, devices: int | None, stop_after: str | None, allow: tuple[str, ...], redo: str, hang_after: str
+    recipe: Path,
+    devices: int | None,
+    stop_after: str | None,
+    allow: tuple[str, ...],
+    redo: tuple[str, ...],
+    hang_after: str,
 ) -> None:
     """Train. Ctrl-C saves; the same command goes on. So does SIGTERM; SIGUSR1 saves and ends with 0."""
     from educe.parallel.launch import launch, leads, stay_with_parent
@@ -43,7 +51,7 @@ def train(
         words = ["train", str(recipe), "--devices", str(devices), "--hang-after", hang_after]
         words += ["--stop-after", stop_after] if stop_after is not None else []
         words += [word for field in allow for word in ("--allow", field)]
-        words += ["--redo", redo] if redo else []
+        words += [word for name in redo for word in ("--redo", name)]
         raise SystemExit(launch(words, devices, lambda text: click.echo(text, err=True, nl=False)))
     stay_with_parent()
     with _asked_while_nothing_is_trained():

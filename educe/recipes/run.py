@@ -355,10 +355,10 @@ def train(
     stop_after_s: float | None = None,
     allow: Sequence[str] = (),
     hang_after_s: float | None = None,
-    redo: str = "",
+    redo: str | Sequence[str] = (),
 ) -> Run | StagedRun:
     """Train, or go on with a run that was stopped; returns the run. Of a recipe of stages all of them, one after the other; `redo`
-    names one that is to be made anew, with those that start from it.
+    names those that are to be made anew, with all that start from them.
 
     Where the environment names several ranks (as torchrun does) each of them calls this; rank 0 speaks. `devices` says their number
     where somebody chose it: a run that began with another then goes on with this one. `stop_after_s`: save and raise
@@ -369,7 +369,8 @@ def train(
     path = Path(recipe)
     tells = say if leads() else quiet
     loaded = recipe_or_stages(path, to_train=True, say=tells)  # a mistake in it is told before seconds of imports
-    if redo and isinstance(loaded, Recipe):
+    again = [redo] * bool(redo) if isinstance(redo, str) else redo
+    if again and isinstance(loaded, Recipe):
         raise UsageError(101, "--redo", "names a stage, and the recipe has none.", "Leave it out.")
     need_torch()
     from educe.recipes.job import How
@@ -382,6 +383,6 @@ def train(
         if isinstance(loaded, StagedRecipe):
             from educe.recipes.stages import train_stages
 
-            return train_stages(loaded, text_of(path), dog.hearing(tells), shown, how, dog, redo=redo)
+            return train_stages(loaded, text_of(path), dog.hearing(tells), shown, how, dog, redo=again)
         run = run_train(loaded, text_of(path), dog.hearing(tells), shown, how, dog)
     return Run(run.path)

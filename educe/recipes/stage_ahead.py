@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 
 from educe.config import Recipe, StagedRecipe
 from educe.errors import RunError
@@ -66,10 +67,22 @@ def refuse_orphan(staged: StagedRecipe, k: int) -> None:
         or ended_after(RunDir(staged.stage_path(start))) is not None
     ):
         return
-    name = staged.names[start]
+    name, began = staged.names[start], _began_with(run)
+    if began is not None and began.name != staged.stage_path(start).name and began.is_dir():
+        found = f"was trained from {began.name}, and the recipe has stage {name} in its place."
+        fix = f"Give that stage its old name back, or train both anew: --redo {name}."
+        raise RunError(201, str(run.path), found, fix)
     found = f"was trained from stage {name}, which is not there any more: trained again it may give other weights."
     fix = f"Put {staged.stage_path(start)} back, or make both anew: --redo {name}."
     raise RunError(201, str(run.path), found, fix)
+
+
+def _began_with(run: RunDir) -> Path | None:
+    """The run that a stage's weights come from, as it was called then."""
+    try:
+        return Path(run.load(run.resolved)["recipe"]["model"])
+    except (RunError, KeyError, TypeError):
+        return None
 
 
 def _refuse(

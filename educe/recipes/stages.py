@@ -22,6 +22,7 @@ from educe.model.source import Say
 from educe.parallel.world import World, join
 from educe.recipes.job import How, Screen
 from educe.recipes.stage_ahead import allowed, refuse_ahead
+from educe.recipes.stage_places import renumber
 from educe.recipes.train import train
 from educe.recipes.which import at_stage, begin_with, stage_of
 from educe.training.watchdog import ASLEEP, Watchdog
@@ -54,10 +55,10 @@ def train_stages(
     how: How,
     dog: Watchdog = ASLEEP,
     *,
-    redo: str = "",
+    redo: Sequence[str] = (),
 ) -> StagedRun:
-    """Train what is not trained yet, stage after stage; `text` is the recipe as given. `redo`: this stage, and those that start from
-    it, are deleted first. Every rank calls it. Raises what `train` raises."""
+    """Train what is not trained yet, stage after stage; `text` is the recipe as given. `redo`: these stages, and those that start
+    from them, are deleted first. Every rank calls it. Raises what `train` raises."""
     runs = {name: RunDir(staged.stage_path(k)) for k, name in enumerate(staged.names)}
     made = StagedRun(path=staged.run_path(), runs=runs)
     world = join(staged.device)
@@ -84,10 +85,13 @@ def train_stages(
     return made
 
 
-def _begin(staged: StagedRecipe, text: str, say: Say, how: How, world: World, dog: Watchdog, redo: str) -> None:
+def _begin(
+    staged: StagedRecipe, text: str, say: Say, how: How, world: World, dog: Watchdog, redo: Sequence[str]
+) -> None:
     """What every stage would refuse is refused, then what is to be made anew is deleted. A model from scratch that texts or sizes no
     longer fit, or that is damaged, goes with the first stage, and all stages with it: the new one is made beside it until then."""
-    gone: Sequence[int] = _told_by(staged, redo) if redo else []
+    renumber(staged, say)
+    gone: Sequence[int] = _told_by(staged, redo)
     ahead, fresh = staged, staged.scratch_path().with_name("0-random.new")
     if fresh.is_dir():  # of a process that was killed
         remove(fresh)
@@ -111,13 +115,14 @@ def _begin(staged: StagedRecipe, text: str, say: Say, how: How, world: World, do
         say("where this is stopped, the same command without --redo goes on; with it the stage is deleted again")
 
 
-def _told_by(staged: StagedRecipe, redo: str) -> list[int]:
-    """The stage and all that start from it. Raises `UsageError` for a name that is none."""
-    if redo not in staged.names:
-        raise UsageError(101, "--redo", f"{redo!r} is no stage.", f"One of {', '.join(staged.names)}.")
-    gone = [staged.names.index(redo)]
-    for k in range(len(staged.names)):
-        if staged.start_of(k) in gone:
+def _told_by(staged: StagedRecipe, redo: Sequence[str]) -> list[int]:
+    """The stages, and all that start from one of them. Raises `UsageError` for a name that is none."""
+    for name in redo:
+        if name not in staged.names:
+            raise UsageError(101, "--redo", f"{name!r} is no stage.", f"One of {', '.join(staged.names)}.")
+    gone: list[int] = []
+    for k, name in enumerate(staged.names):
+        if name in redo or staged.start_of(k) in gone:
             gone.append(k)
     return gone
 

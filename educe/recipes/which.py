@@ -66,7 +66,8 @@ def at_stage(staged: StagedRecipe, k: int) -> Iterator[None]:
     try:
         yield
     except EduceError as e:
-        if e.code == "E-RUN-201" and "--redo" not in e.fix:
+        if e.code in ("E-RUN-003", "E-RUN-201") and "--redo" not in e.fix:
+            e.fix = e.fix.partition(" To train it anew")[0]
             e.fix += (
                 f" Or train this stage and those that start from it anew: --redo {name} (what is there is deleted)."
             )
