@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from educe.config.data import Data
 from educe.config.knobs import Contradiction, Knobs, Name
 from educe.config.objective import Preference, Pretrain, Sft
-from educe.config.recipe import Evaluation, Full, OwnTemplate, Recipe, Template, Train, Tuning, with_rate
+from educe.config.recipe import Evaluation, Full, Lora, OwnTemplate, Recipe, Template, Train, Tuning, with_rate
 
 # Where a stage may start besides the stages before it.
 BASE = "base"
@@ -137,6 +137,9 @@ class StagedRecipe(Knobs):
                 fix = "Name one of them." if k else "Leave it out: the first stage starts from the model."
                 raise Contradiction(found, fix, ("stages", k, "start"))
             names.append(name)
+            if isinstance(self.model, Scratch) and self.start_of(k) is None and isinstance(stage.tuning, Lora):
+                found = "adapters of random weights leave those random"
+                raise Contradiction(found, "Set tuning: {kind: full}.", ("stages", k, "tuning"))
             self.recipe(k, "model")  # what only the whole of a stage shows
         if isinstance(self.model, Scratch) and self.stages[0].kind != "pretrain":
             found = "model: {init: random} needs texts that teach it, and the first stage has none"

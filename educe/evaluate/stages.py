@@ -72,9 +72,9 @@ def change_of(key: str, before: Rows, after: Rows) -> Interval | None:
     return paired_scores(before.of, after.of, [1.0] * len(before.of))
 
 
-def numbers_of(points: Mapping[str, Mapping[str, Rows]], starts: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A line for each measure: its value under each model, by name in order, and how each differs from the one it starts from
-    (`starts`; the first model has none)."""
+def numbers_of(points: Mapping[str, Mapping[str, Rows]], starts: Mapping[str, str], last: str) -> list[dict[str, Any]]:
+    """A line for each measure: its value under each model, by name in order, how each differs from the one it starts from
+    (`starts`; the first model has none), and on the `whole` how the last differs from the first."""
     names = list(points)
     lines = []
     for key, measure in MEASURES.items():
@@ -87,7 +87,9 @@ def numbers_of(points: Mapping[str, Mapping[str, Rows]], starts: Mapping[str, st
             if name in starts
         }
         rows = len(points[names[0]][key].of)
-        lines.append({"key": key, **asdict(measure), "rows": rows, "values": values, "changes": changes})
+        whole = _as_json(change_of(key, points[names[0]][key], points[last][key]))
+        made = {"rows": rows, "values": values, "changes": changes, "whole": whole}
+        lines.append({"key": key, **asdict(measure), **made})
     return lines
 
 

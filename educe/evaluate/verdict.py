@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from educe.evaluate.prompting import AS_IT_IS
-from educe.stats import FEWEST
+from educe.stats import FEWEST, wilson
 
 ALPHA = 0.05
 WORTH = (
@@ -226,16 +226,19 @@ def _time(seconds: float) -> str:
 
 def _by_pairs(pairs: Mapping[str, Any]) -> str:
     """Learned from pairs: no answer is the right one."""
-    before, after = (f"{100 * share:.0f} %" for share in pairs["ranked"])
-    moved = (
-        f", KL from the stage's start {pairs['kl']:.2g} nats per token on chosen answers"
-        if pairs["kl"] is not None
-        else ""
-    )
-    return (
-        f"{before} → {after} of the dev pairs ranked right (log-probability per token){moved}. Which answers are better is not "
-        "graded: read them side by side, or let a model judge them (`educe judge`)."
-    )
+    before, after = map(share, pairs["ranked"])
+    said = f"{before} → {after} of the dev pairs ranked right (log-probability per token)"
+    if number := pairs.get("number"):
+        i = wilson(round(number * pairs["ranked"][1]), number)
+        how = f"log-probability per token; 95 % interval after {share(i.low)} to {share(i.high)}"
+        said = f"{before} → {after} of {number} dev pairs ranked right ({how})"
+    if pairs.get("loss"):
+        old, new = pairs["loss"]
+        change = "fell" if new < old else "rose" if new > old else "stayed"
+        said += f"; held-out loss of a pair {change}, {old:.3g} → {new:.3g}"
+    if pairs["kl"] is not None:
+        said += f"; KL from the stage's start {pairs['kl']:.2g} nats per token on chosen answers"
+    return f"{said}. Which answers are better is not graded: read them side by side, or let a model judge them (`educe judge`)."
 
 
 def _by_dev_loss(found: Mapping[str, Any]) -> str:

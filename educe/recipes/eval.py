@@ -209,13 +209,14 @@ def _figure(scores: dict[str, Any]) -> str:
 
 
 def _of_pairs(run: RunDir) -> dict[str, Any]:
-    """Of dev pairs, where the run learned from pairs: the share ranked right before and by the weights that are kept, and their KL."""
+    """Of dev pairs, where the run learned from pairs: their number, the share ranked right and the loss of one before and by the
+    weights that are kept, and their KL."""
     found = {line["step"]: line for line in run.load(run.metrics) if line["kind"] == "dev" and line.get("pairs")}
     first, kept = found.get(0), found.get(run.load(run.provenance)["weights_step"])
     if first is None or kept is None:
         return {}
-    ranked = [line["pairs"]["ranked"] for line in (first, kept)]
-    return {"pairs": {"ranked": ranked, "kl": kept.get("kl")}}
+    ranked, loss = [line["pairs"]["ranked"] for line in (first, kept)], [line["loss"] for line in (first, kept)]
+    return {"pairs": {"ranked": ranked, "loss": loss, "number": kept.get("num_pairs"), "kl": kept.get("kl")}}
 
 
 def _publish(run: RunDir, table: Table, scores: dict[str, Any] | None, weights: str | None, say: Say) -> None:

@@ -49,7 +49,7 @@ class HeldOut:
         """What is told of pairs besides their loss, and in words."""
         if means.pairs is None:
             return {}, "nats per token"
-        about: dict[str, Any] = {"pairs": asdict(means.pairs)}
+        about: dict[str, Any] = {"pairs": asdict(means.pairs), "num_pairs": len(self._rows) // 2}
         said = f"a pair, {means.pairs.ranked:.0%} of them ranked right"
         drift = self._t.drift
         if drift is not None:

@@ -172,11 +172,21 @@ def warnings_of(
     if plan.num_steps < _SHORT_RUN:
         longer = "raise train.steps" if recipe.train.steps else "lower train.batch_tokens or raise train.epochs"
         said.append(f"only {plan.num_steps} step{'s' if plan.num_steps > 1 else ''}: {longer}")
-    fresh = is_scratch(facts.directory) and not stands_in
+    return [*said, *_of_learning(recipe, facts, plan, fresh=is_scratch(facts.directory) and not stands_in)]
+
+
+def _of_learning(recipe: Recipe, facts: ModelFacts, plan: PackPlan, *, fresh: bool) -> list[str]:
+    """Of the rate and of what is trained."""
+    said, lora = [], isinstance(recipe.tuning, Lora)
+    if lora and recipe.objective.kind == "pretrain":
+        said.append(
+            "adapters learn less from raw text than all weights do (Biderman et al. 2024, arXiv 2405.09673): "
+            "tuning: {kind: full} where memory allows, else a high rank such as 256"
+        )
     rate, advice = recipe.train.learning_rate, advise_fresh(facts) if fresh else advised_rate(recipe, facts, plan)
     if not advice.low <= rate <= advice.high:
         way = "high" if rate > advice.high else "low"
-        what = "adapters" if isinstance(recipe.tuning, Lora) else "full tuning"
+        what = "adapters" if lora else "full tuning"
         tries = "" if recipe.learns_pairs else "; `educe lr` tries rates on your rows"
         said.append(
             f"train.learning_rate {rate:g} is {way}: {advice.span} is advised for {what} of this model "

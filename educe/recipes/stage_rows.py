@@ -180,7 +180,8 @@ def _task(
 
 
 def _ends(answers: Sequence[Answer]) -> list[float]:
-    return [float(a.stopped) for a in answers]
+    """By themselves, and after something: a model that says nothing ends every time."""
+    return [float(a.stopped and bool(a.text.strip())) for a in answers]
 
 
 def _ranked(model: CausalLM, scale: Scale) -> list[float]:

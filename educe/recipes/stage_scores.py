@@ -32,7 +32,7 @@ from educe.recipes.stages import open_staged, summary_of
 from educe.recipes.suite import Wish
 
 # Bump when the same model and rows would be measured otherwise.
-STAGE_SCORES_VERSION = 1
+STAGE_SCORES_VERSION = 2
 
 
 @told_of_memory("evaluating the stages", CLOSE_OTHERS)
@@ -62,7 +62,7 @@ def score_stages(path: Path, say: Say, on_answers: OnAnswers, suite: Wish | None
     starts = {
         name: BASE if (k0 := staged.start_of(k)) is None else staged.names[k0] for k, name in enumerate(staged.names)
     }
-    lines = numbers_of(points, starts)
+    lines = numbers_of(points, starts, staged.last)
     found = {
         "name": staged.name,
         "model": staged.model if isinstance(staged.model, str) else staged.model.model_dump(mode="json"),

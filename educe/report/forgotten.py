@@ -99,11 +99,11 @@ def _points(d: dict[str, float]) -> str:
 
 
 def _moved(text: dict[str, Any], prompts: dict[str, Any], task: dict[str, Any] | None) -> list[Change]:
-    """How far the predictions are from the base model's."""
+    """How far the predictions are from the untouched model's."""
     where = [("general text", text["kl"]), ("general questions", prompts["kl"])]
     where += [("the task’s dev rows", task["kl"])] if task is not None else []
     return [
-        Change(what=f"KL from the base model on {name}", before="0", after=number(kl), change="nats per token")
+        Change(what=f"KL from the untouched model on {name}", before="0", after=number(kl), change="nats per token")
         for name, kl in where
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 from educe.files.run_dir import RunDir
 from educe.report.charts import Scale, ticks
 from educe.report.figure import build_page, draw_svg, draw_table, svg_line, svg_text, table_row
-from educe.report.markdown import plain
+from educe.report.markdown import plain, table
 from educe.report.visible import visible
 from educe.report.wording import count, digits, duration, number
 
@@ -36,13 +36,18 @@ def build_stage_page(found: Mapping[str, Any], path: Path) -> str:
     return build_page(f"{found['name']}: its stages", _body(found, path), _MORE_CSS)
 
 
-def _seen(value: Any, told: Callable[[str], str] = visible) -> Any:
-    """All texts with nothing in them that hides."""
-    if isinstance(value, Mapping):
-        return {_seen(k, told): _seen(v, told) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_seen(v, told) for v in value]
-    return told(value) if isinstance(value, str) else value
+def _seen(found: Mapping[str, Any], told: Callable[[str], str] = visible) -> dict[str, Any]:
+    """All texts, and the names of stages, with nothing in them that hides."""
+    names = set(found["stages"])
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {told(k) if k in names else k: seen(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [seen(v) for v in value]
+        return told(value) if isinstance(value, str) else value
+
+    return {str(k): seen(v) for k, v in found.items()}
 
 
 def stages_markdown(found: Mapping[str, Any]) -> str:
@@ -50,27 +55,42 @@ def stages_markdown(found: Mapping[str, Any]) -> str:
     found = _seen(found, plain)
     lines = [f"# {found['name']}: its stages", "", headline(found), ""]
     lines += [f"- {what_it_did(name, stage)}" for name, stage in found["stages"].items()]
-    names = ["start", *found["stages"]]
-    lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for line in found["measures"]:
-        cells = [value_text(line, v) for v in line["values"].values()]
-        lines.append(f"| {named(line)} ({line['rows']}) | " + " | ".join(cells) + " |")
+    lines += ["", table(["", "start", *found["stages"]], [_cells(line) for line in found["measures"]])]
+    lines += [
+        "",
+        "Behind each value: the difference from the model that the stage starts from, paired by row, 95 % interval over rows.",
+    ]
     if said := _of_suite(found).strip():
         lines += ["", said]
+    costs = [[name, *_cost(s)] for name, s in found["stages"].items()]
+    lines += ["", "## What each stage was and cost", "", table(["", *_COSTS], costs)]
     return "\n".join(lines) + "\n"
 
 
+def _cells(line: Mapping[str, Any]) -> list[str]:
+    """A measure as a row: each value, and the difference that the stage made."""
+    changes = line["changes"]
+    differs = {n: f"; {change_text(line, c)}" for n, c in changes.items() if c is not None}
+    values = [value_text(line, v) + differs.get(n, "") for n, v in line["values"].items()]
+    return [f"{named(line)} ({line['rows']})", *values]
+
+
 def headline(found: Mapping[str, Any]) -> str:
-    """The chief measure and the general text, from the start to the last stage."""
+    """The chief measure and the general text, from the start to the end of the longest chain."""
     by = {line["key"]: line for line in found["measures"]}
     told = [by[k] for k in [next((k for k in _FIRST if k in by), ""), "general"] if k in by]
-    said = [
-        f"{line['title']} {short(line, line['values']['base'])} → {short(line, line['values'][found['last']])}"
-        + (f" {line['unit']}" if line["kind"] == "ratio" else "")
-        for line in told
-    ]
-    text = "; ".join(said)
+    text = "; ".join(_from_start_to_end(line, found["last"]) for line in told)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _from_start_to_end(line: Mapping[str, Any], last: str) -> str:
+    """With the difference's interval where that says something, else that it says nothing."""
+    said = f"{line['title']} {short(line, line['values']['base'])} → {short(line, line['values'][last])}"
+    said += f" {line['unit']}" if line["kind"] == "ratio" else ""
+    whole = line.get("whole")
+    if whole is None or whole["low"] <= 0 <= whole["high"]:
+        return f"{said} (not told apart on {count(line['rows'])} row{'s' if line['rows'] > 1 else ''})"
+    return f"{said}, {change_text(line, whole)}"
 
 
 def what_it_did(name: str, stage: Mapping[str, Any]) -> str:
@@ -129,7 +149,8 @@ def _body(found: Mapping[str, Any], path: Path) -> Iterator[str]:
         "the difference from the model that the stage starts from, paired by row; coloured where its interval leaves out 0, as one "
         "in twenty does by chance. KL: "
         "what the start says against what the model says, over the start’s 64 likeliest tokens and all others together. "
-        "Preferred answers: pairs whose chosen answer the model finds likelier, per token."
+        "Preferred answers: pairs whose chosen answer the model finds likelier, per token. An answer ends that stops by itself and "
+        "says something."
         f"{escape(_of_suite(found))}</p>"
     )
     yield _figure(found)
@@ -176,19 +197,26 @@ def _costs(found: Mapping[str, Any], path: Path) -> str:
         report = f"{s['run']}/report.html"  # written with this one
         there = re.fullmatch(r"\d+-[\w.-]+", s["run"], re.ASCII) and RunDir(path / s["run"]).resolved.is_file()
         shown = f'<a href="{escape(report)}">{escape(name)}</a>' if there else escape(name)
-        dev = f"{number(s['dev'][0][1])} → {number(s['dev'][-1][1])}" if s["dev"] else "–"
-        cells = (
-            s["kind"],
-            s["tuning"],
-            f"{s['learning_rate']:g}",
-            count(s["steps"]),
-            count(s["tokens"]),
-            dev,
-            duration(s["train_s"]),
-            f"{s['peak_memory_bytes'] / 1e9:.2f} GB",
-        )
-        rows.append(table_row(["", *cells]).replace("<td></td>", f"<td>{shown}</td>", 1))
-    return draw_table(["", "kind", "tuning", "rate", "steps", "tokens", "dev loss", "time", "memory"], rows)
+        rows.append(table_row(["", *_cost(s)]).replace("<td></td>", f"<td>{shown}</td>", 1))
+    return draw_table(["", *_COSTS], rows)
+
+
+_COSTS = ("kind", "tuning", "rate", "steps", "tokens", "dev loss", "time", "memory")
+
+
+def _cost(s: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a stage was and cost, as `_COSTS` calls it."""
+    dev = f"{number(s['dev'][0][1])} → {number(s['dev'][-1][1])}" if s["dev"] else "–"
+    return (
+        s["kind"],
+        s["tuning"],
+        f"{s['learning_rate']:g}",
+        count(s["steps"]),
+        count(s["tokens"]),
+        dev,
+        duration(s["train_s"]),
+        f"{s['peak_memory_bytes'] / 1e9:.2f} GB",
+    )
 
 
 def _figure(found: Mapping[str, Any]) -> str:
