@@ -303,8 +303,17 @@ def _foreign_control() -> Unproved:
 
 
 def _misread(ids: Sequence[int], text: str, tokenizer: ChatTokenizer) -> Unproved:
-    found = f"decoded, {text[:40]!r} reads {tokenizer.decode(ids)[:40]!r}."
-    return Unproved("E-CHAT-306", found, "The tokenizer cannot hold this text; change it.")
+    back = tokenizer.decode(ids)
+    at = next((k for k, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    near = slice(max(0, at - 20), at + 20)
+    found = f"decoded, it differs from character {at + 1} on: {text[near]!r} reads {back[near]!r}."
+    white = text.rstrip() == back.rstrip()
+    fix = (
+        "The tokenizer drops white space at the end: remove it."
+        if white
+        else "The tokenizer cannot hold this text; change it."
+    )
+    return Unproved("E-CHAT-306", found, fix)
 
 
 def _unshared() -> Unshared:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from educe.errors import DataError
+from educe.files.jsonl import how_to_mend
 
 BLOCK_BYTES = 1 << 18
 MOST_CHARS = 2**28  # as long as a line may be
@@ -124,7 +125,7 @@ class _Text:
         except UnicodeDecodeError as e:
             place = f"{self._shown}:{self._line}"
             found = f"byte 0x{e.object[e.start]:02x} behind this place is not UTF-8."
-            raise DataError(4, place, found, "Convert the file: iconv -f latin1 -t utf-8.") from e
+            raise DataError(4, place, found, how_to_mend(e.object)) from e
         self._text = self._text[self._at :] + new
         self._at = 0
         return bool(new) or not self._done

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from educe.data.tools import Row, Unfit, a_kind
 
 
-def both_answers(row: Row) -> tuple[list[Row], list[Row]]:
-    """The turns of the whole conversation with the chosen answer, and with the rejected one. Raises `Unfit`."""
+def both_answers(row: Row) -> dict[str, list[Row]]:
+    """By their keys the turns of the whole conversation with the chosen answer, and with the rejected one. Raises `Unfit`."""
     keys = ("chosen", "rejected") if "chosen" in row else ("chosen_messages", "rejected_messages")
-    before = _before(row)
-    one, other = (_said(row[k], before) for k in keys)
-    return one, other
+    before, found = _before(row), {}
+    for key in keys:
+        with of_answer(key):
+            if not isinstance(row[key], str | list | dict):
+                raise Unfit("E-DATA-153", f"the answer is {a_kind(row[key])}.", "Give text, a message or messages.")
+            found[key] = _said(row[key], before)
+            last = found[key][-1] if found[key] else {}
+            if last.get("role") != "assistant":
+                said = f"it ends in a turn of the {last.get('role')}." if last else "it has no turn."
+                raise Unfit("E-DATA-153", said, "End it with the assistant's answer.")
+            if last.get("weight", 1) != 1 or last.get("train", True) is not True:
+                raise Unfit(
+                    "E-DATA-148", "its answer has a weight.", "Leave that out: answers of a pair are weighed alike."
+                )
+    return found
+
+
+@contextlib.contextmanager
+def of_answer(key: str) -> Iterator[None]:
+    """What is unfit in the block is told of that answer."""
+    try:
+        yield
+    except Unfit as e:
+        code, found, fix = e.args
+        raise Unfit(code, f"{key}: {found}", fix) from e
 
 
 def _before(row: Row) -> list[Row]:

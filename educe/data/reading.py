@@ -21,7 +21,7 @@ from jmespath.exceptions import (
 
 from educe.data.formats import FORMATS, Turns, detect, unread_keys
 from educe.data.messages import read_message, row_weight, unread_of
-from educe.data.pairs import both_answers
+from educe.data.pairs import both_answers, of_answer
 from educe.data.sources import read_rows, sample_rows
 from educe.data.tools import Row, Unfit, a_kind, check_results, read_tools
 from educe.data.trees import paths_of, turns_of
@@ -308,7 +308,11 @@ def _questions(qa: Any) -> Iterator[str]:
 
 def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
     beside: Row = {key: row[key] for key in ("tools", "functions") if key in row}
-    one, other = (_conversation(turns, source, reading, {"": None, **beside}) for turns in both_answers(row))
+    answers = []
+    for key, turns in both_answers(row).items():
+        with of_answer(key):
+            answers.append(_conversation(turns, source, reading, {"": None, **beside}))
+    one, other = answers
     if not any(m.role in ("user", "tool") for m in one.messages):
         said = "nothing is asked before the two answers."
         raise Unfit(

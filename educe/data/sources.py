@@ -17,7 +17,7 @@ from educe.data.opening import compression_of, head_of, open_data
 from educe.data.tables import csv_rows, parquet_groups, parquet_rows
 from educe.data.tools import a_kind
 from educe.errors import DataError, Refusal
-from educe.files.jsonl import lines_of, parse_json
+from educe.files.jsonl import how_to_mend, lines_of, parse_json
 from educe.types import Source
 
 Row = tuple[Source, dict[str, Any] | Refusal]
@@ -181,9 +181,7 @@ def _object(stream: BinaryIO, span: Span) -> Iterator[Row]:
         value = parse_json(raw.decode("utf-8-sig"), shown, at=(1, 1))
     except UnicodeDecodeError as e:
         found = f"byte 0x{raw[e.start]:02x} is not UTF-8."
-        raise DataError(
-            4, f"{shown}:{raw[: e.start].count(10) + 1}", found, "Convert the file: iconv -f latin1."
-        ) from e
+        raise DataError(4, f"{shown}:{raw[: e.start].count(10) + 1}", found, how_to_mend(raw)) from e
     if isinstance(value, Refusal):
         raise DataError(4, value.where, f"starts like one JSON object and is none: {value.found}", value.fix)
     yield _placed(shown, 1, value)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from educe.errors import DataError, Refusal
-from educe.files.jsonl import MAX_LINE_BYTES
+from educe.files.jsonl import MAX_LINE_BYTES, how_to_mend
 
 csv.field_size_limit(MAX_LINE_BYTES)
 Found = tuple[int, dict[str, Any] | Refusal]  # (line or number of the row, the row)
@@ -70,7 +70,7 @@ def _row(row: Sequence[str], names: Sequence[str], where: str) -> dict[str, Any]
             if odd is not None:
                 found, fix = (
                     f"byte 0x{ord(odd) - 0xDC00:02x} is not UTF-8.",
-                    "Convert the file: iconv -f latin1 -t utf-8.",
+                    how_to_mend(text.encode("utf-8", "surrogateescape")),
                 )
                 return Refusal(code="E-DATA-101", where=where, found=found, fix=fix)
         elif "\x00" in text:

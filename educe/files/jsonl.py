@@ -161,8 +161,18 @@ def lines_of(
         except UnicodeDecodeError as e:
             column = len(line[: e.start].decode("utf-8", "replace")) + 1
             found = f"byte 0x{line[e.start]:02x} is not UTF-8."
-            fix = "Convert the file: iconv -f latin1 -t utf-8."
+            fix = how_to_mend(line)
             yield number, at, Refusal(code="E-DATA-101", where=f"{shown}:{number}:{column}", found=found, fix=fix)
+
+
+def how_to_mend(raw: bytes) -> str:
+    """What to do with bytes that are not UTF-8, by what stands around them."""
+    raw = raw[: 1 << 16]
+    if sum(b < 32 and b not in b"\t\n\r\x0c\x1b" for b in raw) > len(raw) // 50:
+        return "That is no text: leave the file out."
+    if any(b >= 0x80 for b in raw.decode("utf-8", "ignore").encode()):
+        return "The rest of it is UTF-8: mend that place, or drop such bytes: iconv -c -f utf-8 -t utf-8."
+    return "Convert the file from what it is in, such as iconv -f latin1 -t utf-8."
 
 
 def _raw_lines(stream: BinaryIO, shown: str, first: int, num_bytes: int | None) -> Iterator[tuple[int, bytes]]:
