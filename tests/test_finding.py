@@ -43,7 +43,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_a_directory_and_a_glob_are_their_data_files(tree: Path) -> None:
     assert names(find_files(str(tree)), tree) == ["a/c.jsonl", "a/d.csv", "b.jsonl"]
-    assert names(passed_over(str(tree)), tree) == [".hidden.jsonl", "_x/e.jsonl", "a/dataset_infos.json"]
+    assert names(passed_over(str(tree)), tree) == [".hidden.jsonl", "_x/e.jsonl", "a/dataset_infos.json", "n.npy"]
     assert names(find_files(f"{tree}/a/*.jsonl"), tree) == ["a/c.jsonl"]
     assert names(find_files(f"{tree}/b.jsonl"), tree) == ["b.jsonl"]
     assert names(find_files(str(tree), tree / "a"), tree) == ["b.jsonl"]  # not what educe wrote

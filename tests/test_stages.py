@@ -201,6 +201,7 @@ def test_a_model_from_scratch(place: Path) -> None:
     made = educe.train(path).path
     facts = describe_model(made / "0-random", "scratch")
     assert facts.hidden_size == 32
+    assert len([*(made / "prepared").iterdir()]) == 3  # each stage's once: looked at ahead, and when it is reached
     assert 257 < facts.vocab_size <= 320  # few texts have few pairs of bytes to join
     weights = load_file(made / "0-random" / "model.safetensors")
     shutil.rmtree(made)

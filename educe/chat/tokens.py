@@ -22,7 +22,7 @@ from educe.chat.template import ChatTemplate, Forms, TemplateRefusal, compile_te
 from educe.chat.tokenizer_file import Parsed, adds_bos, parse, read_raw, with_tokens
 from educe.config.recipe import FileTemplate, NamedTemplate, OwnTemplate
 from educe.errors import ChatError, ModelError, RecipeError
-from educe.files.hashes import hash_bytes
+from educe.files.hashes import hash_bytes, hash_json
 
 _LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
 DEFAULT_NAME = "plain"
@@ -185,10 +185,11 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
     eos = stock.token_to_id(special["eos_token"]) if "eos_token" in special else None
     where = choice.file if isinstance(choice, FileTemplate) else "chat template"
     template = compile_template(source, special, where).with_(settings=dict(choice.settings or {}))
+    whole = with_tokens(raw, words)
     made = ChatTokenizer(
         stock=stock,
         plain=parsed.plain,
-        json=with_tokens(raw, words),
+        json=whole,
         engine_json=parsed.text,
         control=control,
         stop=frozenset(known),
@@ -202,7 +203,8 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
         template_name=name,
         habits=Habits(),
         new_tokens=new,
-        tokenizer_hash=hash_bytes(raw.encode() + json.dumps(new).encode() * bool(new)),
+        # the same where an earlier stage has added the words and written the file anew
+        tokenizer_hash=hash_json(json.loads(whole)) if words else hash_bytes(raw.encode()),
         _table=parsed.table,
         starts_with_space=_starts_with_space(parsed, control),
         eats=parsed.eats,

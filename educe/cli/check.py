@@ -13,6 +13,7 @@ from educe.cli.screens import console, gigabytes, minutes
 from educe.cli.words import listed, num_rows
 from educe.errors import CODES
 from educe.files.hashes import cache_dir
+from educe.files.run_dir import RunDir
 
 if TYPE_CHECKING:
     from educe.recipes.check import Check
@@ -36,7 +37,8 @@ def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) ->
         show_check(c, recipe, every=every, alone=False, first=k == 0)
     from educe.recipes.run_stages import room_of_chain
 
-    total = sum(c.estimate.total_s for c in stages.values())
+    left = [c for c in stages.values() if not RunDir(c.recipe.run_path()).has_ended]
+    total = sum(c.estimate.total_s for c in left)
     ready = all(c.ready for c in stages.values())
     console.rule("[bold]all stages[/bold]", align="left")
     bad = [name for name, c in stages.items() if not c.ready]
@@ -45,7 +47,13 @@ def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) ->
     most = (
         f"{gigabytes(max(c.memory.total for c in stages.values()))} of memory, {gigabytes(room.both)} of disk at most"
     )
-    console.print(f"{word} {minutes(total)}, {most}")
+    if not left and ready:
+        console.print("[bold green]Trained already:[/bold green] nothing is left to do. Next: educe eval")
+        return
+    done = (
+        f" ({len(stages) - len(left)} of {len(stages)} stages are trained already)" if len(left) < len(stages) else ""
+    )
+    console.print(f"{word} {minutes(total)}, {most}{done}")
     if room.models:
         of_them = f"{gigabytes(room.models)} of the disk in {cache_dir()}: the models that later stages begin with"
         console.print(f"  ({escape(of_them)})", soft_wrap=True)

@@ -47,10 +47,18 @@ def _ordered(places: tuple[Path, ...]) -> tuple[Path | None, Path]:
     """RUN, if it is named, and DIR. Raises `UsageError`, for the two the other way round too."""
     if len(places) > 2:
         raise UsageError(101, "export", f"takes RUN and DIR, not {len(places)} paths.", "educe export [RUN] DIR")
-    are_runs = [(p / "recipe.resolved.json").is_file() or is_staged(p) for p in places]
+    are_runs = [_is_run(p) for p in places]
     if are_runs == [False, True]:
         found = f"{places[0]} is no run, and {places[1]} is one: RUN comes first."
         raise UsageError(101, "export", found, f"educe export {places[1]} {places[0]}")
     if are_runs == [True]:
         raise UsageError(101, "export", f"{places[0]} is a run; DIR is missing.", f"educe export {places[0]} DIR")
     return (places[0] if len(places) == 2 else None), places[-1]
+
+
+def _is_run(place: Path) -> bool:
+    """RUN, or RUN#STAGE."""
+    run, _, stage = place.name.rpartition("#")
+    if run and stage and not place.exists():
+        return is_staged(place.with_name(run))
+    return (place / "recipe.resolved.json").is_file() or is_staged(place)

@@ -116,7 +116,9 @@ class Data(Knobs):
     loss_mean: Literal["step", "task"] = Field(
         default="step", description="loss is the mean over all tokens of a step, or the sum of each task's own mean"
     )
-    replay: Replay | None = Field(default=None, description="general data mixed in against forgetting")
+    replay: Annotated[Replay | None, BeforeValidator(_by_files)] = Field(
+        default=None, description="general data mixed in against forgetting: a block, or its files alone"
+    )
     hold_out: tuple[str, ...] = Field(default=(), strict=False, description="tasks that are not trained: only tested")
     group: str | None = Field(
         default=None, description="JMESPath expression: rows for which it is equal stay in one split"

@@ -93,9 +93,11 @@ def told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -
             way = "its `kind:`" if name == "objective" else f"its own `{name}:`"
             fix = f"Move it into the stages, each of which has {way}."
         return RecipeError(102, where, f"{spelled} is not a known key.", fix)
-    if first["type"] in ("missing", "union_tag_not_found"):
-        missing = spelled if first["type"] == "missing" else _spelled([*written, "kind"], tree)
-        return RecipeError(104, where, f"{missing} is missing.", "Add it, or start from `educe init --data FILE`.")
+    if first["type"] == "union_tag_not_found":
+        fix = f"Add it: one of {', '.join(names_of_kinds(kinds))}."
+        return RecipeError(104, where, f"{_spelled([*written, 'kind'], tree)} is missing.", fix)
+    if first["type"] == "missing":
+        return RecipeError(104, where, f"{spelled} is missing.", "Add it, or start from `educe init --data FILE`.")
     if first["type"] == "value_error":
         return _contradiction(first["ctx"]["error"], written, tree, shown)
     found = _found(tree, written)
@@ -111,6 +113,9 @@ def told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -
     if len(said) == 1 and first["type"] in _OUT_OF_BOUNDS:
         around = _walked(first["loc"][:-1], root)[1]
         fix = fix_of_bounds(around.model_fields.get(str(written[-1])) if around is not None else None) or fix
+    if first["type"] in ("model_type", "dict_type") and (meant := _walked(first["loc"], root)[1]) is not None:
+        keys = [n for n, f in meant.model_fields.items() if f.is_required()] or list(meant.model_fields)[:3]
+        fix = f"It must be a block of settings: {{{', '.join(f'{n}: ...' for n in keys)}}}."
     if first["type"] == "string_pattern_mismatch":
         fix = FORMS[first["ctx"]["pattern"]]
     text = f"{_spelled(written, tree)} is {brief(first['input'])}."

@@ -115,13 +115,20 @@ def _found(spec: str) -> list[Path]:
 
 
 def passed_over(spec: str) -> list[Path]:
-    """Files of a directory that end like data and are not taken: hidden ones, descriptions, those of a test split."""
+    """Files of a directory that are not taken: those that end like no data, those of a test split; of hidden ones and descriptions
+    those that end like data."""
     base = Path(spec).expanduser()
     if spec == "-" or not base.is_dir():
         return []
-    names = sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file() and _NAMED.search(p.name))
+    names = sorted(p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file())
     taken = set(_data_in(base, names))
-    return [base / n for n in names if base / n not in taken]
+    return [base / n for n in names if base / n not in taken and (_NAMED.search(n) or not _is_aside(n))]
+
+
+def _is_aside(name: str) -> bool:
+    """Hidden, or a description."""
+    *_, last = parts = name.split("/")
+    return any(p.startswith((".", "_")) for p in parts) or bool(_NO_DATA.match(last))
 
 
 def _is_there(path: Path, spec: str) -> bool:
@@ -153,8 +160,7 @@ def _is_data(name: str) -> bool:
     plain = parts[-1].lower()
     for packed in _PACKED:
         plain = plain.removesuffix(packed)
-    hidden = any(p.startswith((".", "_")) for p in parts)
-    return plain.endswith(SUFFIXES) and not hidden and not _NO_DATA.match(parts[-1])
+    return plain.endswith(SUFFIXES) and not _is_aside(name)
 
 
 def _on_hub(name: str, shown: str) -> list[Path]:

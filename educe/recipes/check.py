@@ -115,7 +115,7 @@ def check(
     needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled, ranks=ranks)
     free = shutil.disk_usage(existing(Path(recipe.runs))).free
     blockers = [f"--devices {ranks}: {idle}"] if idle else []
-    blockers += [*_too_large(needed, memory, estimate, free), *too_many_unused(recipe, prepared)]
+    blockers += [*_too_large(recipe, device.kind, needed, memory, estimate, free), *too_many_unused(recipe, prepared)]
     odd = odd_rows(inputs, names)
     b = before(
         recipe,
@@ -163,14 +163,18 @@ def check(
     )
 
 
-def _too_large(needed: MemoryPlan, memory: int, estimate: Estimate, free: int) -> list[str]:
+def _too_large(
+    recipe: Recipe, device: str, needed: MemoryPlan, memory: int, estimate: Estimate, free: int
+) -> list[str]:
     """What the machine has too little of, in bytes."""
     said = []
     if not needed.fits:
-        said.append(
-            f"needs {needed.total / 1e9:.1f} GB of memory, {memory / 1e9:.1f} GB are there: lower "
-            "train.micro_batch_tokens, set tuning.kind: lora, or train.activations: auto"
-        )
+        less = ["lower train.micro_batch_tokens"]
+        less += ["set tuning.kind: lora"] if recipe.tuning.kind != "lora" else []
+        less += ["set train.activations: auto"] if recipe.train.activations != "auto" else []
+        less += ["use several devices (--devices)"] if device == "cuda" else []
+        there = f"{memory / 1e9:.1f} GB are there"
+        said.append(f"needs {needed.total / 1e9:.1f} GB of memory, {there}: {', or '.join(less)}")
     if estimate.disk_bytes > free:
         said.append(f"needs {sized(estimate.disk_bytes)} of disk, {sized(free)} are free")
     return said

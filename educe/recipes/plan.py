@@ -112,7 +112,12 @@ def warnings_of(
     """What may be right but is worth a look. `stands_in`: the model is there for another."""
     s, said = prepared.summary, []
     if s["duplicates"]:
-        said.append(f"{s['duplicates']} training rows are exact copies of others")
+        what = (
+            "training row is an exact copy of another"
+            if s["duplicates"] == 1
+            else "training rows are exact copies of others"
+        )
+        said.append(f"{s['duplicates']} {what}")
     for split, count in (s["leaks"] or {}).items():
         if count:
             said.append(f"{count} prompts of the {split} rows are also in the training rows: its score will flatter")

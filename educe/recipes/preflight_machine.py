@@ -143,8 +143,7 @@ def memory_is_enough(b: Before) -> Finding:
     """P43: the memory plan against what is free, and what there is at all."""
     total, fits = b.memory.total, b.memory.fits
     most = _all_memory(b.device)
-    again = f"; {b.memory.recomputed_layers} layers are computed again" if b.memory.recomputed_layers else ""
-    said = f"{b.memory.said().removeprefix('memory: ')}{again}; the {b.device} has {most / 1e9:.1f} GB"
+    said = f"{b.memory.said().removeprefix('memory: ')}; the {b.device} has {most / 1e9:.1f} GB"
     return finding("P43", "memory", f"{total / 1e9:.1f} GB", said, fail=total > most, warn=not fits)
 
 
