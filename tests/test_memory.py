@@ -23,7 +23,7 @@ from educe.model.device import Device  # noqa: E402
 from educe.model.load import CausalLM  # noqa: E402
 from educe.pack.batch import build_batch  # noqa: E402
 from educe.pack.plan import PackPlan, plan_packs  # noqa: E402
-from educe.recipes.machine import memory_of, process_bytes  # noqa: E402
+from educe.recipes.machine import chosen_device, memory_of, process_bytes  # noqa: E402
 from educe.recipes.memory import MemoryPlan, kept_attention, layer_bytes, memory_plan_of, plan_memory  # noqa: E402
 from educe.types import Example  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
@@ -155,14 +155,14 @@ def test_mapped_weights_are_not_there_twice(tmp_path: Path, monkeypatch: pytest.
     is not free any more."""
     monkeypatch.setattr(device_module, "free_host_memory", lambda: 10**10)
     (tmp_path / "weights").write_bytes(bytes(200_000_000))
-    there, held = memory_of("cpu"), process_bytes()
+    there, held = memory_of(chosen_device("cpu", "float32")), process_bytes()
     mapped = np.memmap(tmp_path / "weights", np.uint8, "r")
     assert int(mapped[::4096].sum()) == 0
     assert process_bytes() - held > 150_000_000
-    assert memory_of("cpu") - there < 50_000_000
+    assert memory_of(chosen_device("cpu", "float32")) - there < 50_000_000
     own = np.ones(200_000_000, np.uint8)
-    assert memory_of("cpu") - there > 150_000_000 * int(own[0])
-    assert memory_of("cpu", ranks=4) - there < -7_000_000_000
+    assert memory_of(chosen_device("cpu", "float32")) - there > 150_000_000 * int(own[0])
+    assert memory_of(chosen_device("cpu", "float32"), ranks=4) - there < -7_000_000_000
 
 
 RECIPE = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ def test_evaluating_pairs_goes_by_the_dev_pairs(chain: Path) -> None:
     assert code == 0
     found = json.loads((chain / "3-preference" / "scores.json").read_text())
     assert found["metric"] == "text"
-    assert found["verdict"].startswith("50 % → ")
-    assert "dev pairs ranked right (log-probability per token), KL from the stage's start" in found["verdict"]
+    assert re.match(
+        r"\d+ % → \d+ % of 2 dev pairs ranked right \(log-probability per token; 95 % interval after", found["verdict"]
+    )
+    assert re.search(r"; held-out loss of a pair \w+, \S+ → \S+; KL from the stage's start", found["verdict"])
+    assert "for the prompt" not in found["verdict"]
     page = Page(educe.Run("runs/chain/3-preference").report().read_text())
     assert "no answer is graded right or wrong" in page.text
     assert "loss of the expected answers" not in page.text

@@ -22,7 +22,7 @@ from educe.chat.template import ChatTemplate, Forms, TemplateRefusal, compile_te
 from educe.chat.tokenizer_file import Parsed, adds_bos, parse, read_raw, with_tokens
 from educe.config.recipe import FileTemplate, NamedTemplate, OwnTemplate
 from educe.errors import ChatError, ModelError, RecipeError
-from educe.files.hashes import hash_bytes, hash_json
+from educe.files.hashes import hash_bytes
 
 _LONGEST = 16  # ids that may wait for the end of a character; real ones wait for at most 4
 DEFAULT_NAME = "plain"
@@ -203,8 +203,7 @@ def load_tokenizer(model_dir: Path, choice: OwnTemplate | NamedTemplate | FileTe
         template_name=name,
         habits=Habits(),
         new_tokens=new,
-        # the same where an earlier stage has added the words and written the file anew
-        tokenizer_hash=hash_json(json.loads(whole)) if words else hash_bytes(raw.encode()),
+        tokenizer_hash=hash_bytes(whole.encode()),  # the same where an earlier stage has added the words and saved it
         _table=parsed.table,
         starts_with_space=_starts_with_space(parsed, control),
         eats=parsed.eats,

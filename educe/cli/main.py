@@ -85,9 +85,12 @@ def init(data: str, dev: str | None, test: str | None, model: str | None, out: P
     help="Plan with the model's configs and tokenizer alone: its weights are not fetched.",
 )
 @click.option("--devices", type=click.IntRange(1), default=1, help="Plan for so many, as `educe train --devices`.")
+@click.option("--gpu", default="", metavar="NAME", help="Plan for such GPUs (h100, a100, rtx-4090, ...), here or not.")
 @click.option("--all", "every", is_flag=True, help="List every check, those that passed too.")
 @click.option("--json", "as_json", is_flag=True, help="Print verdict, estimate and findings as JSON.")
-def check(recipe: Path, on_model: bool, without_weights: bool, devices: int, every: bool, as_json: bool) -> None:
+def check(
+    recipe: Path, on_model: bool, without_weights: bool, devices: int, gpu: str, every: bool, as_json: bool
+) -> None:
     """Say what a run will do, cost and need before anything is spent."""
     from educe.cli.check import show_check, show_stage_checks
     from educe.cli.screens import say
@@ -95,7 +98,7 @@ def check(recipe: Path, on_model: bool, without_weights: bool, devices: int, eve
     from educe.recipes.run_stages import check_stages
 
     told = (lambda line: click.echo(line, err=True)) if as_json else say
-    how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices}
+    how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices, "gpu": gpu}
     if stages := check_stages(recipe, **how, argv=sys.argv[1:], say=told):
         if as_json:
             click.echo(json.dumps({name: c.as_json() for name, c in stages.items()}, indent=1))

@@ -203,7 +203,7 @@ def _price(found: Mapping[str, Any]) -> str:
     if found.get("training_s") is not None:
         said.append(f"{_time(found['training_s'])} of training steps")
     plain, prompted = (found["systems"].get(n, {}).get("prompt_tokens") for n in ("untouched", "few_shot"))
-    if plain is not None and prompted is not None and prompted > plain and _helped(found):
+    if plain is not None and prompted is not None and prompted > plain and not found.get("pairs") and _helped(found):
         said.append(f"{prompted - plain:+.0f} tokens with every request for the prompt")
     return f"Price: {' against '.join(said)}." if said else ""
 

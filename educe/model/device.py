@@ -24,13 +24,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What to compute on. `flops` is what the probe reached (multiply and add counted as two), `why` says so in words."""
+    """What to compute on. `flops` is what the probe reached (multiply and add counted as two), `why` says so in words.
+    `memory_bytes`: of one that is planned for and not here."""
 
     kind: str
     dtype: str
     name: str
     flops: float
     why: str
+    memory_bytes: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
+from jaxtyping import Int64
 
 from educe.config import Recipe
 from educe.data.finding import passed_over
@@ -91,12 +93,15 @@ def check(
     stands_in: bool = False,
     ranks: int = 1,
     hang_after_s: float | None = None,
+    gpu: str = "",
 ) -> Check:
     """Prepare the data, plan the run, estimate its cost, compare with the machine; `on_model` loads the model too and makes a step.
 
     `text` is the recipe as given, `argv` the words of the command: neither should hold a secret. `stands_in`: the recipe's model is
     there for another, whose weights are not known yet. `ranks`: devices that share the run. `hang_after_s`: as `educe train` has it.
+    `gpu`: plan for such GPUs, none of which needs to be here (see `gpus`).
     """
+    from educe.recipes.gpus import planned_gpu
     from educe.recipes.machine import busy, device_of, memory_of, refuse_offload
     from educe.training.watchdog import HANG_AFTER_S
 
@@ -106,37 +111,34 @@ def check(
     order_K = draw(recipe, prepared)
     idle = idle_ranks(recipe, ranks)
     plan = plan_run(recipe, prepared, facts, order_K, num_ranks=1 if idle else ranks)
-    device = device_of(recipe)
+    device = planned_gpu(gpu) if gpu else device_of(recipe)
     refuse_offload(recipe, device.kind)
     share = trained_share(prepared)
     estimate = estimate_run(facts, recipe, plan, prepared, device, ranks)
-    memory = memory_of(device.kind, ranks)
+    memory = memory_of(device, ranks)
     compiled, why = whether_to_compile(recipe, facts, plan, device, share, packed=True)
     needed = memory_of_run(recipe, prepared, facts, plan, device, compiled=compiled, ranks=ranks)
     free = shutil.disk_usage(existing(Path(recipe.runs))).free
-    blockers = [f"--devices {ranks}: {idle}"] if idle else []
-    blockers += [*_too_large(recipe, device.kind, needed, memory, estimate, free), *too_many_unused(recipe, prepared)]
+    blockers = [
+        *([f"--devices {ranks}: {idle}"] if idle else []),
+        *_too_large(recipe, device.kind, needed, memory, estimate, free),
+        *too_many_unused(recipe, prepared),
+    ]
     odd = odd_rows(inputs, names)
+    planned = (recipe, prepared, facts, plan, needed, device.kind, estimate.tokens_per_s)
     b = before(
-        recipe,
-        prepared,
-        facts,
-        plan,
-        needed,
-        device.kind,
-        estimate.tokens_per_s,
+        *planned,
         text=text,
         argv=argv,
         odd=odd,
         hang_after_s=hang_after_s or HANG_AFTER_S,
         stands_in=stands_in,
+        memory_bytes=device.memory_bytes,
     )
     findings = without_model(b)
     blockers += [str(f) for f in findings if f.verdict == "fail" and f.id not in _TOLD]
     if on_model and not blockers:  # a model that does not fit is not loaded to see that
-        from educe.recipes.preflight_run import look_on_model
-
-        loaded = look_on_model(recipe, prepared, facts, order_K, say)
+        loaded = _on_model(recipe, prepared, facts, order_K, say)
         findings += loaded
         blockers += [str(f) for f in loaded if f.verdict == "fail"]
     drawn = mixture_of(recipe, prepared, plan)
@@ -157,10 +159,18 @@ def check(
         reasons=_reasons(prepared),
         odd=odd,
         warnings=[*_about_files(recipe, inputs), *warnings_of(recipe, prepared, facts, plan, stands_in=stands_in)],
-        of_machine=busy(device.kind),
+        of_machine=busy(device.kind) if not gpu else [],
         blockers=blockers,
         findings=findings,
     )
+
+
+def _on_model(
+    recipe: Recipe, prepared: Prepared, facts: ModelFacts, order_K: Int64[np.ndarray, " k"], say: Say
+) -> list[Finding]:
+    from educe.recipes.preflight_run import look_on_model
+
+    return look_on_model(recipe, prepared, facts, order_K, say)
 
 
 def _too_large(

@@ -65,7 +65,8 @@ def estimate_run(
     facts: ModelFacts, recipe: Recipe, plan: PackPlan, prepared: Prepared, device: Device, ranks: int = 1
 ) -> Estimate:
     """Time from the speed of all ranks and from what is done beside the steps, space from what is written."""
-    speed = _known_speeds().get(speed_key(recipe, device.kind, device.dtype))
+    here = device.memory_bytes is None
+    speed = _known_speeds().get(speed_key(recipe, device.kind, device.dtype)) if here else None
     seconds = plan.num_tokens / speed if speed else _unmeasured_s(facts, recipe, plan, trained_share(prepared), device)
     seconds /= times_as_fast(device.kind, ranks)
     trained, token_s = num_trained(facts, recipe.tuning), seconds / plan.num_tokens

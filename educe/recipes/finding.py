@@ -76,7 +76,7 @@ class Before:
     recipe as given, `argv` the words of the command; `ranks` those that packs are dealt to; a hang
     of `hang_after_s` ends the run, None: nothing does.
     `tokens_per_s`: the estimated speed of all ranks; `packed`: documents share rows; `stands_in`: the model is there for another, of
-    weights that are not known yet."""
+    weights that are not known yet; `memory_bytes`: of a GPU that is planned for and not here."""
 
     recipe: Recipe
     run: RunDir
@@ -93,6 +93,7 @@ class Before:
     tokens_per_s: float
     packed: bool
     stands_in: bool
+    memory_bytes: int | None
     ledger: LedgerCounts
     sample: Sequence[Sampled]
     odd: Sequence[str]
@@ -135,6 +136,7 @@ def before(
     hang_after_s: float | None = None,
     packed: bool = True,
     stands_in: bool = False,
+    memory_bytes: int | None = None,
 ) -> Before:
     """Read the ledger and a sample of rows. `odd`: what `odd_rows` found, where it was asked already."""
     rows = prepared.conversations("shots")
@@ -157,6 +159,7 @@ def before(
         tokens_per_s=tokens_per_s,
         packed=packed,
         stands_in=stands_in,
+        memory_bytes=memory_bytes,
         ledger=counts,
         sample=_sampled(recipe, prepared, chosen, numbers),
         odd=odd_rows(*inputs_of(recipe)) if odd is None else odd,

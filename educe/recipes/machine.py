@@ -80,10 +80,12 @@ def process_bytes(*, loads: bool = False) -> int:
     return int(psutil.Process().memory_info().rss) + (200_000_000 if loads and "peft" not in sys.modules else 0)
 
 
-def memory_of(kind: str, ranks: int = 1) -> int:
+def memory_of(device: Device, ranks: int = 1) -> int:
     """Bytes that a run may use: what is free now, on the GPU or in the system, there divided over `ranks`, and what this process has
-    of it already. Pages of files, such as mapped weights, are free as the system counts."""
-    if kind == "cuda":
+    of it already; all of a GPU that is planned for. Pages of files, such as mapped weights, are free as the system counts."""
+    if device.memory_bytes is not None:
+        return device.memory_bytes
+    if device.kind == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info()

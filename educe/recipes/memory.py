@@ -103,7 +103,7 @@ def memory_of_run(
     """The plan for the memory that is there now; on a CPU `ranks` share it. `process`: what a process held before its model was
     loaded; None: what this one holds, which has none."""
     reach, spread = kept_attention(plan.drawn(prepared.store("train").lengths), on_gpu=device.kind == "cuda")
-    there = memory_of(device.kind, ranks)
+    there = memory_of(device, ranks)
     return plan_memory(
         facts,
         recipe,

@@ -142,7 +142,7 @@ def run_can_be_written(b: Before) -> Finding:
 def memory_is_enough(b: Before) -> Finding:
     """P43: the memory plan against what is free, and what there is at all."""
     total, fits = b.memory.total, b.memory.fits
-    most = _all_memory(b.device)
+    most = b.memory_bytes or _all_memory(b.device)
     said = f"{b.memory.said().removeprefix('memory: ')}; the {b.device} has {most / 1e9:.1f} GB"
     return finding("P43", "memory", f"{total / 1e9:.1f} GB", said, fail=total > most, warn=not fits)
 

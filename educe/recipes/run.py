@@ -271,19 +271,24 @@ def check(
     on_model: bool = False,
     without_weights: bool = False,
     devices: int = 1,
+    gpu: str = "",
     argv: Sequence[str] = (),
     say: Say = quiet,
 ) -> Check:
     """Everything that can be known before training; with `on_model` also what only the loaded model can show. `without_weights`: of a
-    model of which only configs and tokenizer are read, or fetched. `devices`: so many share the run."""
+    model of which only configs and tokenizer are read, or fetched. `devices`: so many share the run; `gpu`: such
+    ones, here or not."""
     from educe.recipes.check import check as run_check
 
     path = Path(recipe)
     loaded = one_recipe(path, untrained=without_weights, say=say)
-    how: dict[str, Any] = {"text": text_of(path), "argv": argv, "ranks": devices}
+    how: dict[str, Any] = {"text": text_of(path), "argv": argv, "ranks": devices, "gpu": gpu}
     if not without_weights:
-        if on_model:
-            need_torch()
+        if on_model and gpu:
+            raise UsageError(
+                101, "--gpu", "plans for a GPU, and --on-model tries this machine.", "Leave out one of them."
+            )
+        need_torch()
         return run_check(loaded, say, **how, on_model=on_model, stands_in=starts_untrained(path))
     if on_model:
         raise UsageError(101, "--without-weights", "leaves no model for --on-model.", "Leave out one of them.")

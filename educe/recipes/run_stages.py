@@ -28,6 +28,7 @@ def check_stages(
     on_model: bool = False,
     without_weights: bool = False,
     devices: int = 1,
+    gpu: str = "",
     argv: Sequence[str] = (),
     say: Say = quiet,
 ) -> dict[str, Check]:
@@ -43,7 +44,7 @@ def check_stages(
 
     begin_with(staged, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
-    how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices}
+    how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices, "gpu": gpu}
     say_once = once(say)
     found = {}
     for k, (name, stage) in enumerate(stages.items()):
