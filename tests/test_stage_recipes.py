@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def test_recipes_of_a_real_size_fit_the_machines_they_are_for(place: Path, name:
         assert c.facts.num_parameters == 8_190_735_360
         assert "h100, planned for" in c.device
         assert not [w for w in c.warnings if "train.learning_rate" in w]
-        assert not [w for w in c.blockers if " disk" not in w]  # it fits; of the disk here something else may be true
+        assert not [
+            w for w in c.blockers if not re.search("P40 disk|of disk|E-SYS-002", w)
+        ]  # the disk is this machine's
         assert c.memory.total < 80e9
         assert c.estimate.tokens_per_s > 2_000 * devices
     small = check_stages("r.yaml", without_weights=True, devices=devices, gpu="rtx-4090")

@@ -57,7 +57,8 @@ def judge(run: Path | None, url: str | None, model: str | None, regrade: bool, *
         k: options.pop(k) for k in ("key_variable", "plain_http", "price_in", "price_out", "max_cost", "max_requests")
     }
     if not regrade and not (url and model):
-        raise UsageError(101, "judge", "no judge is named.", "Give --judge URL and --judge-model NAME.")
+        lacks = " and ".join(o for o, given in (("--judge URL", url), ("--judge-model NAME", model)) if not given)
+        raise UsageError(101, "judge", "no judge is named whole.", f"Give {lacks}.")
     scores = found.judge(url or "", model or "", regrade=regrade, say=say, **asked, **options)
     show_judged(scores)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from educe.errors import UsageError
+
 PATH = click.Path(path_type=Path)
 
 
@@ -36,6 +38,10 @@ def report(runs: tuple[Path, ...], form: str, out: Path | None, hourly: str | No
         click.echo(f"Report: {shown(written)}" if isinstance(written, Path) else written, nl=isinstance(written, Path))
         return
     found = [Run(path).dir for path in runs or (None,)]
+    if twice := next(
+        (r.path for k, r in enumerate(found) if r.path.resolve() in {f.path.resolve() for f in found[:k]}), None
+    ):
+        raise UsageError(101, "report", f"{twice} is named twice.", "Name each run once.")
     price = price_of(hourly) if hourly is not None else None
     if form != "html" and out is None:
         click.echo(text_of(found, form, price), nl=False)

@@ -63,6 +63,13 @@ def report_stages(path: Path, out: Path | None, form: str, hourly: Price | None 
     """Of a run of stages: its page, with every stage's own page; the text itself where it is md or json that is not to be written."""
     if not (path / STAGE_SCORES).is_file():
         _stage_pages(path, hourly)
+        runs = stages_of(path)
+        missing = [name for name, stage in runs.items() if not stage.has_ended]
+        if missing:
+            begun = [str(stage.report) for stage in runs.values() if stage.report.is_file()]
+            found = f"is not there yet, since stage {missing[0]} is not trained to its end."
+            fix = f"Give the same `educe train` again: it goes on. Pages of stages: {', '.join(begun) or 'none yet'}."
+            raise RunError(2, str(path / STAGE_SCORES), found, fix)
         raise RunError(2, str(path / STAGE_SCORES), "is not there yet.", f"Run `educe eval {path}` first.")
     try:
         text = _stages_text(RunDir(path).load(path / STAGE_SCORES), path, form)
