@@ -30,7 +30,7 @@ class Measure:
 # What intervals and tests leave out.
 ONE_TRAINING = (
     "Intervals and tests are over test rows, of one training: another seed would give somewhat other weights "
-    "(`educe curve --seeds 3` measures how much)."
+    "(educe curve --seeds 3 measures how much)."
 )
 SHARE = Measure(
     score="Share of right answers",
