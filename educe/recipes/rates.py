@@ -43,12 +43,12 @@ def advise_rate(
 
     Centre: 5e-5 (2000 / width)^p, p = 0.781 for Llama and 0.0775 for Qwen (tinker-cookbook `get_lr`), for other families their
     geometric mean, with a range over both. LoRA: 10 times that, 15 times in runs of up to 100 steps (LoRA Without Regret,
-    thinkingmachines.ai/blog/lora). Full tuning in under 1,000 steps: twice that (docs/decisions/003). The range goes from a third
-    of the centre, or from the centre times sqrt(rows / 128) where that is less, to three times the rate: published advice
-    disagrees by as much. The rate itself is not scaled by the rows: on the data of decision 003, with 5 rows a step, that would
-    have been five times too low. `stretch`: see `stretch_of`; all rates are divided by it. `pairs`: for preferences,
-    a twentieth, and the range three times as wide (published: 1/10 in Tulu 3, arXiv 2411.15124, 1/20 in TRL's defaults, 1/40 in
-    Zephyr, arXiv 2310.16944).
+    thinkingmachines.ai/blog/lora). The range goes from a third of the centre, or from the centre times sqrt(rows / 128) where that
+    is less, to three times the rate: published advice disagrees by as much; in under 1,000 steps of full tuning to six times, which
+    such runs bear, and forget by (docs/decisions/003). The rate itself is not scaled by the rows: on the data of decision 003,
+    with 5 rows a step, that would have been too low. `stretch`: see `stretch_of`; all rates are divided by it. `pairs`: for
+    preferences, a twentieth, and the range three times as wide (published: 1/10 in Tulu 3, arXiv 2411.15124, 1/20 in TRL's
+    defaults, 1/40 in Zephyr, arXiv 2310.16944).
     """
     width = min(max(facts.hidden_size, _WIDTHS[0]), _WIDTHS[1])
     family = next((f for f in _EXPONENTS if facts.model_type.startswith(f)), None)
@@ -57,13 +57,14 @@ def advise_rate(
     centre = math.exp(sum(map(math.log, fits)) / len(fits))
     usual = (10.0 if lora else 1.0) / stretch
     short = num_steps <= _SHORT_LORA if lora else num_steps < _SHORT_FULL
-    factor = (15.0 if lora else 2.0) / stretch if short else usual
+    factor = 15.0 / stretch if short and lora else usual
+    most = 2 * usual if short and not lora else factor
     lowest = usual * min(fits) * min(1 / 3, math.sqrt(rows_per_step / _ROWS))
     value, gentle, wide = centre * factor, _GENTLE if pairs else 1.0, 3.0 if pairs else 1.0
-    why = _why(facts, family, width, factor * stretch, lora=lora, short=short, stretch=stretch)
+    why = _why(facts, family, width, factor * stretch, lora=lora, short=short and lora, stretch=stretch)
     return RateAdvice(
         low=_two_digits(lowest * gentle / wide),
-        high=_two_digits(3 * factor * max(fits) * gentle * wide),
+        high=_two_digits(3 * most * max(fits) * gentle * wide),
         value=_two_digits(value * gentle),
         why=f"{why} / {1 / gentle:g}, preferences" if pairs else why,
         guess=family is None,
