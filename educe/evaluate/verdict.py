@@ -190,8 +190,12 @@ def _forgotten(found: Mapping[str, Any]) -> str:
     text, prompts = general["text"], general["prompts"]
     unfit = prompts.get("unfit", "")
     if general["flags"]:
-        little = "" if _lost_much(found) else ", but little"
-        return f"Forgotten{little}: {'; '.join(filter(None, [*general['flags'], unfit]))}."
+        little, mend = (
+            ("", " A lower rate, replay, LoRA or `educe blend` forget less.")
+            if _lost_much(found)
+            else (", but little", "")
+        )
+        return f"Forgotten{little}: {'; '.join(filter(None, [*general['flags'], unfit]))}.{mend}"
     change = text["change"]["value"] / text["before"]
     right = unfit or f"{prompts['right'][0]} → {prompts['right'][1]} of {prompts['questions']} general questions right"
     return f"Nothing is shown to be forgotten: general text {change:+.1%} bits per byte, {right}."
