@@ -78,7 +78,7 @@ def test_a_row_with_its_price_and_nothing_asked_twice(trained: Path) -> None:
         assert row["cost"] == pytest.approx(3 * (1000 * 2 + 500 * 8) / 1e6)
         assert row["server"].startswith("http://127.0.0.1")
         assert scores["comparisons"][-1]["before"] == name
-        assert "lab/large|1 reaches 67 % for 0.018 USD" in scores["verdict"]
+        assert "lab/large|1 reaches 66.7 % for 0.018 USD" in scores["verdict"]
         assert {f.name: f.read_bytes() for f in (trained / "answers").iterdir() if f.name in own} == own
         for again in (eval_with(trained, seen, *PRICES), eval_with(trained, seen, *PRICES)):
             assert again.exception is None

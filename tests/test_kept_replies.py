@@ -119,3 +119,22 @@ def test_what_is_kept_is_read_once_and_written_anew_where_it_is_torn_alone() -> 
     kept.replies("tuned", KEYS, nobody, nobody.ready)
     assert (kept.file.stat().st_ino != before, nobody.loads) == (True, 0)
     assert kept.file.read_bytes().endswith(b"}\n")
+
+
+def test_half_a_line_of_a_process_that_was_killed_costs_nobody_a_reply() -> None:
+    """It dies while another one asks the same model."""
+    said = list[str]()
+    kept = KeptReplies("w", said.append)
+
+    def ask(places: Sequence[int], keep: Keep) -> None:
+        for k in places:
+            if k == 1:
+                with kept.file.open("ab") as f:
+                    f.write(b'{"key": "torn')
+            keep([k], [(float(k), True)])
+
+    kept.replies("tuned", ["p", "q", "r"], ask, lambda: None)
+    nobody = Asked()
+    again = KeptReplies("w", said.append)
+    assert [t for t, _ in again.replies("tuned", ["p", "q", "r"], nobody, nobody.ready)] == [0.0, 1.0, 2.0]
+    assert (nobody.loads, [x for x in said if "damaged" in x]) == (0, [])

@@ -18,7 +18,7 @@ from test_preflight import Bench, bench, found, lines  # noqa: F401
         ("json", "fail", "E-EVAL-201. held.jsonl:1 the expected answer is not JSON"),
         ("tool_calls", "fail", "E-EVAL-201. held.jsonl:1 the expected answer calls no tool"),
         ("pass_at_k", "fail", "E-EVAL-201. held.jsonl:1 the expected answer is no test"),
-        ("{kind: custom, function: 'gone:mark'}", "fail", "gone.py is no Python file"),
+        ("{kind: custom, function: 'gone:mark'}", "fail", "gone.py does not exist"),
         ("{kind: custom, function: 'mine:gone'}", "fail", "mine.py has no function 'gone'"),
         ("{kind: custom, function: 'mine:mark'}", "pass", "13 held-out rows as far as is known before its code runs"),
     ],

@@ -355,18 +355,6 @@ def test_the_verbs_end_well(chain: Path, scores: dict[str, Any], place: Path) ->
     assert code == 0, said
 
 
-def test_a_row_that_is_trained_here_and_tested_there_is_told(place: Path) -> None:
-    text = (recipe(place, "leaks")).read_text(encoding="utf-8")
-    other = "  - kind: sft\n    name: again\n    data: {train: rows.jsonl, test: {kind: share, share: 0.5}, max_tokens: 64}\n"
-    (place / "leaks.yaml").write_text(
-        text.replace("  - kind: preference", other + "  - kind: preference"), encoding="utf-8"
-    )
-    said: list[str] = []
-    check_stages("leaks.yaml", say=said.append)
-    assert [line for line in said if "stage sft trains on" in line and "stage again is tested on, rows.jsonl:" in line]
-    assert not [line for line in said if "stage preference" in line and "trains on" in line]
-
-
 def test_the_loop_alone_goes_backward() -> None:
     """Every objective is trained by one loop; the probe of compiled layers makes a pass of its own and no step."""
     root = Path(educe.__file__).parent
@@ -374,24 +362,3 @@ def test_the_loop_alone_goes_backward() -> None:
         p.relative_to(root).as_posix() for p in root.rglob("*.py") if ".backward(" in p.read_text(encoding="utf-8")
     }
     assert callers == {"training/loop.py", "model/compiled.py"}
-
-
-def test_a_prompt_that_is_trained_in_one_file_and_tested_in_another_is_told(place: Path) -> None:
-    """sft on the chosen answers of what the preference stage is tested on."""
-    pairs = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
-    rows = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs]
-    (place / "same.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
-    path = recipe(place, "same")
-    text = path.read_text(encoding="utf-8").replace("rows.jsonl", "same.jsonl")
-    for share, told in (("0.2", False), ("0.0001", True)):  # equal shares hold out equal prompts
-        path.write_text(
-            text.replace(
-                "same.jsonl, test: {kind: share, share: 0.2}", f"same.jsonl, test: {{kind: share, share: {share}}}"
-            )
-        )
-        said: list[str] = []
-        check_stages(path, say=said.append)
-        mine = [
-            x for x in said if "stage sft trains on" in x and "that stage preference is tested on, in another file" in x
-        ]
-        assert bool(mine) is told, said

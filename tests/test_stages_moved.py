@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,11 @@ import pytest
 pytest.importorskip("torch")
 import educe
 from educe.errors import EduceError
+from educe.files.hashes import cache_dir
+from educe.files.run_dir import RunDir, stages_of
+from educe.recipes.run_stages import check_stages, room_of_chain
+from educe.recipes.which import one_recipe
 
-from small_runs import final, same
 from test_engine import _one_thread  # noqa: F401
 from test_stages import DIRECT, place, recipe  # noqa: F401
 
@@ -25,34 +28,58 @@ LATE = """  - kind: sft
 
 
 @pytest.fixture(scope="module")
-def path(place: Path) -> Path:  # noqa: F811
-    """Trained once, as all tests begin and end."""
+def trained(place: Path) -> Path:  # noqa: F811
     made = recipe(place, "moved", more=DIRECT.replace("start: base", "start: pretrain"))
     educe.train(made)
     return made
 
 
+@pytest.fixture
+def path(trained: Path) -> Iterator[Path]:
+    """As all tests find it, and leave it."""
+    text = trained.read_text()
+    yield trained
+    trained.write_text(text)
+
+
 def test_stages_that_stand_keep_what_they_have_wherever_they_stand(path: Path) -> None:
+    """A stage is known by its name; the number is that of where it was made."""
     run, text, said = path.parent / "runs" / "moved", path.read_text(), list[str]()
     begun = {p.name: (p / "metrics.jsonl").stat().st_ino for p in run.glob("?-*")}
-    weights = final(run / "4-direct")
+    models = sorted(p.name for p in (cache_dir() / "models").glob("run--*"))
     path.write_text(text.replace("  - kind: sft\n", LATE + "  - kind: sft\n    start: pretrain\n", 1))
     educe.train(path, say=said.append)
     assert sum("is trained already" in line for line in said) == 4
-    moved = {"1-pretrain": "1-pretrain", "2-sft": "3-sft", "3-preference": "4-preference", "4-direct": "5-direct"}
-    for old, new in moved.items():
-        assert (run / new / "metrics.jsonl").stat().st_ino == begun[old]
-        assert old == new or f"{run / old} is {new} now" in " ".join(said)
-    assert same(final(run / "5-direct"), weights)
-    assert json.loads((run / "4-preference" / "recipe.resolved.json").read_text())["recipe"]["model"].endswith("3-sft")
+    assert {n: (run / n / "metrics.jsonl").stat().st_ino for n in begun} == begun
+    assert {name: p.path.name for name, p in stages_of(run).items()} == {
+        "pretrain": "1-pretrain", "late": "2-late", "sft": "2-sft", "preference": "3-preference", "direct": "4-direct",
+    }  # fmt: skip
+    assert sorted(p.name for p in (cache_dir() / "models").glob("run--*")) == models  # nothing is written twice
     assert (run / "2-late" / "provenance.json").is_file()
     path.write_text(text)  # and out again
+    assert room_of_chain(path, check_stages(path)).both == 0
     said.clear()
     educe.train(path, say=said.append)
     assert sum("is trained already" in line for line in said) == 4
     (told,) = [line for line in said if "belongs to no stage of the recipe" in line]
     assert told.startswith(f"warning: {run / '2-late'} (")
-    assert same(final(run / "4-direct"), weights)
+
+
+def test_a_refused_recipe_leaves_the_chain_as_it_was(path: Path) -> None:
+    """A stage put before one that was trained from another."""
+    run, text = path.parent / "runs" / "moved", path.read_text()
+    path.write_text(text.replace("  - kind: sft\n", LATE.replace("late", "first") + "  - kind: sft\n", 1))
+    with pytest.raises(EduceError) as e:
+        educe.train(path)
+    assert "was trained from 1-pretrain, and the recipe has stage first in its place" in e.value.found
+    assert "Write `start: pretrain` to keep it, or train it anew: --redo sft" in e.value.fix
+    assert all(stage.has_ended for stage in stages_of(run).values())
+    assert "2-sft" in str(one_recipe(Path(f"{path}#preference")).model)
+
+
+def test_one_process_trains_a_chain(path: Path) -> None:
+    with RunDir(path.parent / "runs" / "moved").lock(), pytest.raises(EduceError, match="E-RUN-202"):
+        educe.train(path)
 
 
 def test_a_stage_of_another_name_is_told_by_the_one_it_had(path: Path) -> None:
@@ -61,7 +88,7 @@ def test_a_stage_of_another_name_is_told_by_the_one_it_had(path: Path) -> None:
     with pytest.raises(EduceError) as e:
         educe.train(path)
     assert "was trained from 2-sft, and the recipe has stage tune in its place" in e.value.found
-    assert "old name back, or train both anew: --redo tune" in e.value.fix
+    assert "old name back, or train it anew: --redo preference" in e.value.fix
     path.write_text(text)
 
 

@@ -88,6 +88,25 @@ def test_a_run_has_exactly_the_steps_it_is_given(
     assert store.lengths[plan.examples_K].sum() == plan.num_tokens
 
 
+@pytest.mark.parametrize("steps", [1, 5, 40])
+@pytest.mark.parametrize(
+    "more", ["tasks: {a: {files: a.jsonl, cap: 2}}", "train: a.jsonl\n  replay: {files: long.txt}"]
+)
+def test_few_rows_beside_much_that_is_not_drawn(
+    place: Path, several: tuple[Recipe, Prepared], more: str, steps: int
+) -> None:
+    """The first guess of how often to go through them is far below one row."""
+    (place / "long.txt").write_text("\n\n".join("once upon a time the user said " * 3 + str(k) for k in range(2000)))
+    (place / "few.yaml").write_text(
+        f"name: few\nmodel: ./tiny\ndevice: cpu\ndata:\n  {more}\n  max_tokens: 128\n"
+        f"train: {{steps: {steps}, batch_tokens: 256, micro_batch_tokens: 128}}\n",
+        encoding="utf-8",
+    )
+    r = load_recipe(place / "few.yaml")
+    prepared = prepare(r, quiet)
+    assert plan_run(r, prepared, describe_model(prepared.model_dir, r.model), draw(r, prepared)).num_steps == steps
+
+
 def test_rates_that_cannot_fill_the_steps_are_refused(several: tuple[Recipe, Prepared]) -> None:
     given, prepared = several
     told = given.model_dump(mode="json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -155,8 +156,12 @@ class StagedRecipe(Knobs):
         return Path(self.runs) / self.name
 
     def stage_path(self, k: int) -> Path:
-        """The run directory of stage k."""
-        return self.run_path() / f"{k + 1}-{self.names[k]}"
+        """The run directory of stage k: where it is, whatever number it had when it was made, else where it will be."""
+        name, path = self.names[k], self.run_path() / f"{k + 1}-{self.names[k]}"
+        if path.exists() or not self.run_path().is_dir():
+            return path
+        there = [p for p in self.run_path().iterdir() if p.is_dir() and re.fullmatch(rf"\d+-{re.escape(name)}", p.name)]
+        return there[0] if len(there) == 1 else path
 
     def scratch_path(self) -> Path:
         """Where a model from scratch is made."""

@@ -36,7 +36,7 @@ def draws_of(
     Raises `ValueError` where nothing could be drawn.
     """
     counted = [min(s, c) if c is not None else s for s, c in zip(sizes, caps, strict=True)]
-    total = round(epochs * sum(counted))
+    total = max(min(1, sum(counted)), round(epochs * sum(counted)))
     if kind == "unimax":
         return _whole(_unimax(counted, epochs * sum(counted), unimax_epochs), counted)
     powers = {

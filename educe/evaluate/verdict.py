@@ -165,7 +165,7 @@ def _prompted(against: Against, found: Mapping[str, Any]) -> str:
     told = f"{against.value}; the tuned one is {_than(against.case)} ({against.test})."
     if not prompt:
         return f"With examples in its prompt the untouched model reaches {told}"
-    if prompt["label"] == AS_IT_IS:
+    if prompt["label"] == AS_IT_IS and prompt.get("dev_rows", 1):
         return f"No prompt makes the untouched model better ({prompt['how']})."
     return f"With its best prompt ({prompt['label']}; {prompt['how']}) the untouched model reaches {told}"
 

@@ -16,10 +16,14 @@ class Journal:
     their order, each once; `say` gets a word about the first time."""
 
     def __init__(
-        self, file: Path, say: Callable[[str], None], also: Callable[[dict[str, Any]], None] = lambda _: None
+        self,
+        file: Path,
+        say: Callable[[str], None],
+        also: Callable[[dict[str, Any]], None] = lambda _: None,
+        lost: str = "the run's history has a gap there",
     ) -> None:
-        """`also` gets each line that is appended."""
-        self.file, self._say, self._also = file, say, also
+        """`also` gets each line that is appended; `lost`: what it means that a damaged one is left out."""
+        self.file, self._say, self._also, self._lost = file, say, also, lost
         self._waiting: list[bytes] = []
         self._told = False
 
@@ -29,7 +33,7 @@ class Journal:
         lines, damaged, torn = _readable(self.file, keys)
         if damaged:
             what = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
-            self._say(f"warning: {self.file.name}: {what} left out; the run's history has a gap there")
+            self._say(f"warning: {self.file.name}: {what} left out; {self._lost}")
         kept = [line for line in lines if keep(line)]
         if damaged or torn or len(kept) < len(lines) or not self.file.is_file():
             write_text(self.file, b"".join(map(_line, kept)).decode())

@@ -21,12 +21,13 @@ Alive = Callable[[], None]
 """A sign of life, given at each piece of something long."""
 
 
-def once(say: Say) -> Say:
-    """Says a line the first time alone, and every warning: runs that are much alike have most lines in common."""
+def once(say: Say, *, but: str = "\n") -> Say:
+    """Says a line the first time alone: runs that are much alike have most lines in common. Lines that begin with `but` are said each
+    time."""
     said = set[str]()
 
     def told(line: str) -> None:
-        if line.startswith("warning: ") or line not in said:
+        if line.startswith(but) or line not in said:
             said.add(line)
             say(line)
 

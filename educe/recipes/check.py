@@ -111,7 +111,7 @@ def check(
     order_K = draw(recipe, prepared)
     idle = idle_ranks(recipe, ranks)
     plan = plan_run(recipe, prepared, facts, order_K, num_ranks=1 if idle else ranks)
-    device = planned_gpu(gpu) if gpu else device_of(recipe)
+    device = planned_gpu(gpu, recipe) if gpu else device_of(recipe)
     refuse_offload(recipe, device.kind)
     share = trained_share(prepared)
     estimate = estimate_run(facts, recipe, plan, prepared, device, ranks)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from educe.errors import UsageError
 
 if TYPE_CHECKING:
+    from educe.config import Recipe
     from educe.model.device import Device
 
 # MiB, TFLOP/s: the makers' data sheets.
@@ -28,8 +29,8 @@ GPUS: dict[str, tuple[int, float]] = {
 _REACHED = 0.68
 
 
-def planned_gpu(name: str) -> Device:
-    """Raises `UsageError` for a name that is none."""
+def planned_gpu(name: str, recipe: Recipe) -> Device:
+    """Raises `UsageError` for a name that is none, and for a recipe that is for something else."""
     from educe.model.device import Device
 
     wanted = name.lower().replace(" ", "-").replace("_", "-")
@@ -37,6 +38,9 @@ def planned_gpu(name: str) -> Device:
         near = difflib.get_close_matches(wanted, GPUS, 1)
         fix = f"Did you mean {near[0]}? " if near else ""
         raise UsageError(101, "--gpu", f"{name!r} is not known.", f"{fix}One of {', '.join(GPUS)}.")
+    if recipe.device not in ("auto", "cuda") or recipe.dtype == "float32":
+        knob = f"device: {recipe.device}" if recipe.device not in ("auto", "cuda") else "dtype: float32"
+        raise UsageError(101, "--gpu", f"plans bfloat16 on a GPU, and the recipe has {knob}.", "Leave out one of them.")
     mebibytes, speed = GPUS[wanted]
     why = f"as --gpu asks; nothing of it was tried: {speed:g} TFLOP/s published, of which {_REACHED:.0%} are counted on"
     return Device(

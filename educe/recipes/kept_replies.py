@@ -32,7 +32,7 @@ class KeptReplies:
         self._say = say
         self.file = cache_dir() / "answers" / f"kept-{hash_json(of)[:24]}.jsonl"
         self._lines: dict[str, dict[str, Any]] = {}
-        self._journal = Journal(self.file, say)
+        self._journal = Journal(self.file, say, lost="what it held is asked again")
         self._mark: tuple[int, ...] = ()
         self.seconds = 0.0
 
@@ -69,26 +69,32 @@ class KeptReplies:
             lines = [{"key": keys[k], "seconds": took, "reply": r} for k, r in zip(some, replies, strict=True)]
             self._lines |= {line["key"]: line for line in lines}
             with self._locked():
-                unread = self._now() != self._mark  # another process has written since
+                self._catch_up()  # another process may have written since, or died in the middle of a line
                 self._journal.append(*filter(_is_whole, lines))
-                self._mark = () if unread else self._now()
+                self._mark = self._now()
 
         try:
             ask(places, keep)
         finally:
-            self._journal.settle(must=False)
+            with self._locked():
+                read = self._now() == self._mark
+                self._journal.settle(must=False)
+                self._mark = self._now() if read else ()
 
     def _read(self) -> None:
-        """What is in the file, where that has changed since."""
+        with self._locked():
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """What is in the file, where that has changed since; what is known here stays."""
 
         def take(line: dict[str, Any]) -> bool:
-            self._lines[line["key"]] = line
+            self._lines.setdefault(line["key"], line)
             return True
 
-        with self._locked():
-            if not self._mark or self._now() != self._mark:
-                self._journal.begin(take, keys={"key", "seconds", "reply"})
-                self._mark = self._now()
+        if not self._mark or self._now() != self._mark:
+            self._journal.begin(take, keys={"key", "seconds", "reply"})
+            self._mark = self._now()
 
     def _now(self) -> tuple[int, ...]:
         try:

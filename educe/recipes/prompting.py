@@ -13,7 +13,7 @@ from educe.chat.prompt import render_prompt
 from educe.errors import ChatError
 from educe.evaluate.drift import Texts
 from educe.evaluate.few_shot import choose_examples, with_examples
-from educe.evaluate.prompting import Candidate, Nearest, candidates, instruction_of, with_instruction
+from educe.evaluate.prompting import AS_IT_IS, Candidate, Nearest, candidates, instruction_of, with_instruction
 from educe.model.describe import describe_model
 from educe.model.source import Say
 from educe.recipes.answers import Asked, answers_in, questions_of
@@ -119,7 +119,8 @@ def best_prompt(
         tried = [_try(both, untouched, prompter, c, dev, score, on_answers) for c in fitting]
     else:
         say("best prompt: there are no dev rows to choose on; the one with the most diverse examples is taken unseen")
-        tried = [_Tried(candidate=max(fitting, key=lambda c: (c.examples == "diverse", c.shots)), good=0, tokens=0)]
+        some = [c for c in fitting if c.label != AS_IT_IS] or list(fitting)
+        tried = [_Tried(candidate=max(some, key=lambda c: (c.examples == "diverse", c.shots)), good=0, tokens=0)]
     best = max(tried, key=lambda t: (t.good, -t.tokens))
     ids = fitting[best.candidate]
     return Prompted(ids=ids, about=_about(prompter, best, tried, len(dev), score, ids, untried))

@@ -45,7 +45,7 @@ def check_stages(
     begin_with(staged, say)
     stages = {name: path.with_name(f"{path.name}#{name}") for name in staged.names}
     how: dict[str, Any] = {"on_model": on_model, "without_weights": without_weights, "devices": devices, "gpu": gpu}
-    say_once = once(say)
+    say_once = once(say, but="warning: ")
     found = {}
     for k, (name, stage) in enumerate(stages.items()):
         with at_stage(staged, k):

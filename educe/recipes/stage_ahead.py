@@ -70,7 +70,9 @@ def refuse_orphan(staged: StagedRecipe, k: int) -> None:
     name, began = staged.names[start], _began_with(run)
     if began is not None and began.name != staged.stage_path(start).name and began.is_dir():
         found = f"was trained from {began.name}, and the recipe has stage {name} in its place."
-        fix = f"Give that stage its old name back, or train both anew: --redo {name}."
+        old = began.name.partition("-")[2]
+        keep = f"Write `start: {old}` to keep it" if old in staged.names[:k] else "Give that stage its old name back"
+        fix = f"{keep}, or train it anew: --redo {staged.names[k]}."
         raise RunError(201, str(run.path), found, fix)
     found = f"was trained from stage {name}, which is not there any more: trained again it may give other weights."
     fix = f"Put {staged.stage_path(start)} back, or make both anew: --redo {name}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,13 @@ from typing import Any
 from educe.config import Recipe, StagedRecipe
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
-from educe.files.atomic import make_private, remove, told, write_json, write_text
+from educe.files.atomic import make_private, remove, sized, told, write_json, write_text
 from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir, stages_of
 from educe.model.device import forget_peak_memory, release_free_memory
 from educe.model.source import Say
 from educe.parallel.world import World, join
 from educe.recipes.job import How, Screen
 from educe.recipes.stage_ahead import allowed, refuse_ahead
-from educe.recipes.stage_places import renumber
 from educe.recipes.train import train
 from educe.recipes.which import at_stage, begin_with, stage_of
 from educe.training.watchdog import ASLEEP, Watchdog
@@ -59,30 +59,29 @@ def train_stages(
 ) -> StagedRun:
     """Train what is not trained yet, stage after stage; `text` is the recipe as given. `redo`: these stages, and those that start
     from them, are deleted first. Every rank calls it. Raises what `train` raises."""
-    runs = {name: RunDir(staged.stage_path(k)) for k, name in enumerate(staged.names)}
-    made = StagedRun(path=staged.run_path(), runs=runs)
-    world = join(staged.device)
+    path, world = staged.run_path(), join(staged.device)
     if world.leads:
-        with told(made.path):
-            make_private(made.path)
-        _begin(staged, text, say, how, world, dog, redo)
-        write_text(made.path / "recipe.yaml", text)
-        stages = {name: run.path.name for name, run in runs.items()}
-        write_json(
-            made.path / STAGES, {"recipe": staged.model_dump(mode="json"), "stages": stages, "last": staged.last}
-        )
-    world.wait()
-    for k, name in enumerate(staged.names):
-        with at_stage(staged, k):
-            recipe, start = stage_of(staged, k, to_train=True), staged.start_of(k)
-            begins = "the model" if start is None else f"stage {staged.names[start]}"
-            say(f"stage {k + 1} of {len(runs)}: {name} ({recipe.objective.kind}), from {begins}")
-            going = replace(allowed(how, recipe), stays=k + 1 < len(runs))
-            train(recipe, text, say, screen, going, dog)
-        gc.collect()  # what is left of a stage would be planned for as if the next one needed it
-        release_free_memory()
-        forget_peak_memory()
-    return made
+        with told(path):
+            make_private(path)
+    with RunDir(path).lock() if world.leads else nullcontext():
+        if world.leads:
+            _begin(staged, text, say, how, world, dog, redo)
+            write_text(path / "recipe.yaml", text)
+            stages = {name: staged.stage_path(k).name for k, name in enumerate(staged.names)}
+            about = {"recipe": staged.model_dump(mode="json"), "stages": stages, "last": staged.last}
+            write_json(path / STAGES, about)
+        world.wait()
+        for k, name in enumerate(staged.names):
+            with at_stage(staged, k):
+                recipe, start = stage_of(staged, k, to_train=True), staged.start_of(k)
+                begins = "the model" if start is None else f"stage {staged.names[start]}"
+                say(f"stage {k + 1} of {len(staged.names)}: {name} ({recipe.objective.kind}), from {begins}")
+                going = replace(allowed(how, recipe), stays=k + 1 < len(staged.names))
+                train(recipe, text, say, screen, going, dog)
+            gc.collect()  # what is left of a stage would be planned for as if the next one needed it
+            release_free_memory()
+            forget_peak_memory()
+    return StagedRun(path=path, runs={n: RunDir(staged.stage_path(k)) for k, n in enumerate(staged.names)})
 
 
 def _begin(
@@ -90,9 +89,8 @@ def _begin(
 ) -> None:
     """What every stage would refuse is refused, then what is to be made anew is deleted. A model from scratch that texts or sizes no
     longer fit, or that is damaged, goes with the first stage, and all stages with it: the new one is made beside it until then."""
-    renumber(staged, say)
     gone: Sequence[int] = _told_by(staged, redo)
-    ahead, fresh = staged, staged.scratch_path().with_name("0-random.new")
+    ahead, fresh, anew = staged, staged.scratch_path().with_name("0-random.new"), False
     if fresh.is_dir():  # of a process that was killed
         remove(fresh)
     try:
@@ -101,16 +99,17 @@ def _begin(
         if 0 not in gone:
             raise
         begin_with(staged, say, dog.alive, fresh)
-        gone, ahead = range(len(staged.names)), staged.model_copy(update={"model": str(fresh)})
+        gone, ahead, anew = range(len(staged.names)), staged.model_copy(update={"model": str(fresh)}), True
     try:
         refuse_ahead(ahead, text, say, how, world, dog, gone)
     except BaseException:
-        if fresh.is_dir():
+        if anew:
             remove(fresh)
         raise
-    _delete(staged, gone, say, scratch=fresh.is_dir())
-    if fresh.is_dir():
+    _delete(staged, gone, say, scratch=anew)
+    if anew:
         fresh.replace(staged.scratch_path())
+    _tell_left(staged, say)
     if redo:
         say("where this is stopped, the same command without --redo goes on; with it the stage is deleted again")
 
@@ -145,6 +144,16 @@ def _delete(staged: StagedRecipe, gone: Sequence[int], say: Say, *, scratch: boo
         say(f"{staged.scratch_path()} is deleted, to be made anew")
     for told_of in (STAGE_SCORES, "report.html"):  # of the stages as they were
         (staged.run_path() / told_of).unlink(missing_ok=True)
+
+
+def _tell_left(staged: StagedRecipe, say: Say) -> None:
+    """Directories of stages that the recipe no longer has."""
+    mine = {staged.stage_path(k).name for k in range(len(staged.names))}
+    for place in sorted(staged.run_path().glob("[1-9]*-*")):
+        if place.name not in mine and RunDir(place).resolved.is_file():
+            size = sized(sum(p.stat().st_size for p in place.rglob("*") if p.is_file()))
+            what = "belongs to no stage of the recipe: nothing reads it, and it may be deleted"
+            say(f"warning: {place} ({size}) {what}")
 
 
 def summary_of(run: RunDir, recipe: Recipe, start: str | None) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def _comparison(c: dict[str, Any], labels: dict[str, str], words: wording.Measur
     d = Interval(**c["difference"])
     names = f"{plain(labels.get(c['after'], c['after']))} against {plain(labels.get(c['before'], c['before']))}"
     changed = f"{c['won']:,} rows won, {c['lost']:,} lost, {words.test} {wording.p_value(c['p'])}"
+    changed += f", by Holm {wording.p_value(c['p_holm'])}" if c.get("p_holm") is not None else ""
     return f"{names}: {wording.points(d)} (95 %: {wording.points_span(d)}); {changed}"
 
 

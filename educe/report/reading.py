@@ -298,6 +298,7 @@ def _comparison(row: Row) -> Comparison:
         lost=_whole(row, "lost") or 0,
         p=1.0 if p is None else p,
         difference=_interval(_dict(row.get("difference"))),
+        p_holm=_real(row, "p_holm"),
     )
 
 

@@ -187,6 +187,14 @@ class Comparison:
     lost: int
     p: float
     difference: Interval
+    p_holm: float | None = None
+
+    @property
+    def way(self) -> str:
+        """Where the test shows a difference, which way it goes."""
+        if (self.p if self.p_holm is None else self.p_holm) >= 0.05 or self.difference.value == 0:
+            return "open"
+        return "up" if self.difference.value > 0 else "down"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
