@@ -53,7 +53,7 @@ CODES: dict[str, str] = {
     "E-DATA-150": "row of another kind of training",
     "E-DATA-151": "raw text is missing or empty",
     "E-DATA-152": "tree of messages holds no usable path",
-    "E-DATA-153": "answers of a preference pair have different prompts",
+    "E-DATA-153": "answers of a preference pair are none, or have different prompts",
     "E-DATA-154": "answers of a preference pair are the same",
     "E-DATA-155": "preference pair without a prompt",
     "E-DATA-201": "row is longer than the sequence length",

@@ -51,7 +51,9 @@ def show_stage_checks(stages: dict[str, Check], recipe: Path, *, every: bool) ->
         console.print("[bold green]Trained already:[/bold green] nothing is left to do. Next: educe eval")
         return
     done = (
-        f" ({len(stages) - len(left)} of {len(stages)} stages are trained already)" if len(left) < len(stages) else ""
+        f" ({len(stages) - len(left)} of {len(stages)} stages are trained already)"
+        if ready and len(left) < len(stages)
+        else ""
     )
     console.print(f"{word} {minutes(total)}, {most}{done}")
     if room.models:
@@ -103,7 +105,7 @@ def _about_data(c: Check) -> list[tuple[str, str]]:
     said = [("files", line) for line in _files(s["files"])]
     said.append(("rows", f"{s['rows_in']:,} in = {' + '.join(terms)} + {unused:,} not used"))
     if s["documents"]:
-        said.append(("raw text", f"{num_rows(s['documents'])} of plain text, trained whole"))
+        said.append(("raw text", f"{num_rows(s['documents'])} of plain text, all of it to be trained"))
     if s["unread_keys"]:
         keys = [f"{key} ({num_rows(n)})" for key, n in s["unread_keys"].items()]
         said.append(("keys not read", listed(keys, 6)))

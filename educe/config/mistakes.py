@@ -92,6 +92,8 @@ def told(error: ValidationError, tree: Any, shown: str, root: type[BaseModel]) -
         if block is StagedRecipe and name in Recipe.model_fields:
             way = "its `kind:`" if name == "objective" else f"its own `{name}:`"
             fix = f"Move it into the stages, each of which has {way}."
+        if written[:1] == ["stages"] and len(written) == 3 and name in StagedRecipe.model_fields:
+            fix = f"It stands beside `stages:`, for the whole chain: {name}: ..."
         return RecipeError(102, where, f"{spelled} is not a known key.", fix)
     if first["type"] == "union_tag_not_found":
         fix = f"Add it: one of {', '.join(names_of_kinds(kinds))}."

@@ -114,7 +114,7 @@ class Train(Knobs):
         default=2.0, ge=1, le=100, description="passes over the rows, at least one; 1.5 draws half of them twice"
     )
     steps: int | None = Field(
-        default=None, ge=1, le=10_000_000, description="optimizer steps, in place of epochs (default: as epochs say)"
+        default=None, ge=1, le=1_000_000, description="optimizer steps, in place of epochs (default: as epochs say)"
     )
     batch_tokens: int = Field(default=8192, ge=8, description="tokens of one optimizer step")
     micro_batch_tokens: int = Field(default=2048, ge=8, description="tokens of a pack of rows, in memory at once")

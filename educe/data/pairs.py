@@ -37,7 +37,8 @@ def of_answer(key: str) -> Iterator[None]:
         yield
     except Unfit as e:
         code, found, fix = e.args
-        raise Unfit(code, f"{key}: {found}", fix) from e
+        told = re.sub(r"messages\[(\d+)\]", lambda m: f"turn {int(m[1]) + 1} of its conversation", found)
+        raise Unfit(code, f"{key}: {told}", fix) from e
 
 
 def _before(row: Row) -> list[Row]:

@@ -318,10 +318,18 @@ def _pair(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
         raise Unfit(
             "E-DATA-155", said, "Name the key of the question: columns: {prompt: ..., chosen: ..., rejected: ...}."
         )
-    if one.messages[:-1] == other.messages[:-1] and _trimmed(one.messages[-1]) == _trimmed(other.messages[-1]):
+    if _asked(one) != _asked(other):
+        found = "the two answers do not answer the same prompt: what stands before the last turn differs."
+        raise Unfit("E-DATA-153", found, "Give conversations that are the same up to their last message.")
+    if _trimmed(one.messages[-1]) == _trimmed(other.messages[-1]):
         how = "are the same" if one.messages == other.messages else "differ in white space around them alone"
         raise Unfit("E-DATA-154", f"the chosen and the rejected answer {how}.", "Remove the row.")
     yield Pair(chosen=one, rejected=other)
+
+
+def _asked(c: Conversation) -> list[tuple[str, str]]:
+    """What an answer answers, white space aside: whether a model sees it alike is known when it is rendered."""
+    return [(m.role, m.content.strip()) for m in c.messages[:-1]]
 
 
 def _trimmed(answer: Message) -> Message:

@@ -148,7 +148,7 @@ def whether_to_compile(
         return False, "train.compile is off"
     from educe.model.frugal import why_not_compiled
 
-    if lack := why_not_compiled(device.kind):
+    if device.memory_bytes is None and (lack := why_not_compiled(device.kind)):  # else it is not here to be asked
         if asked == "on":
             raise MachineError(5, "train.compile", f"is on, but {lack}.", "Install it, or set train.compile: auto.")
         return False, lack

@@ -29,9 +29,9 @@ class Grading:
 
 def metric_named(name: str) -> Metric:
     """A metric without settings of its own, by its name on the command line. Raises `UsageError`."""
-    if name == "custom":
+    if name == "custom" or ":" in name:
         fix = "Write it in the recipe, evaluation: {metric: {kind: custom, function: file.py:function}}, and `educe eval --regrade`."
-        raise UsageError(101, "--metric", "'custom' needs the name of its function.", fix)
+        raise UsageError(101, "--metric", f"{name!r}: a function of yours is named in the recipe alone.", fix)
     try:
         made: Metric = TypeAdapter(Metric).validate_python({"kind": name})
     except ValidationError as e:

@@ -199,7 +199,7 @@ def _answers_stop(run: RunDir) -> Finding:
     if not stopped:
         return finding("P92", "answers stop", "-", "no held-out question was asked", skip=True)
     number = f"{sum(stopped)} of {len(stopped)}"
-    said = "sample answers end with a stop token; the others are cut at evaluation.max_new_tokens"
+    said = "so many sample answers end with a stop token; the others are cut at evaluation.max_new_tokens"
     return finding("P92", "answers stop", number, said, warn=sum(stopped) < _STOPPED * len(stopped))
 
 

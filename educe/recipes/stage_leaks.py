@@ -34,7 +34,8 @@ def _same_file(one: Prepared, other: Prepared) -> bool:
 
 
 def _told(one: str, other: str, shared: int, rows: set[Place]) -> str:
-    mend = "give both the same shares and data.group, an expression that is the same for a row in both"
+    mend = "give both the same shares and data.group, an expression that is the same for a row in both; where the test rows have a "
+    mend += "file of their own, take what is in it out of the training rows"
     if rows:
         file, line, _ = min(rows, key=lambda place: (place[0], place[1], place[2] or 0))
         first = f"{len(rows):,} rows that stage {other} is tested on, {Path(file).name}:{line} the first"

@@ -77,6 +77,11 @@ class ServerSampler:
         self._file = journal if journal is not None else cache_dir() / "asked" / file
 
     @property
+    def kept_in(self) -> Path:
+        """The file of its answers."""
+        return self._file
+
+    @property
     def name(self) -> str:
         return f"{self._server.model} at {self._server.endpoint}"
 
