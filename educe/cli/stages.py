@@ -15,7 +15,7 @@ def show_stage_scores(found: dict[str, Any]) -> None:
     """A line for each measure, a column for each model, then a sentence for each stage."""
     from educe.report.stage_page import headline, named, value_text, what_it_did
 
-    console.print(f"\n[bold]{escape(headline(found))}[/bold]")
+    console.print(f"\n[bold]{escape(headline(found))}[/bold]", soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("", "rows", "start", *found["stages"]):
         table.add_column(escape(title), justify="left" if not title else "right", no_wrap=True)
