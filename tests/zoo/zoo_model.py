@@ -141,7 +141,9 @@ def mean_over_batches(stand: Stand, wrong: bool) -> set[str]:
             self.mean = sum(losses) / len(losses)
 
     if wrong:
-        stand.everywhere(held_out_loss, lambda model, batches: Mean([held_out_loss(model, [b]).mean for b in batches]))
+        stand.everywhere(
+            held_out_loss, lambda model, batches, *loss: Mean([held_out_loss(model, [b], *loss).mean for b in batches])
+        )
     return stand.look_on_model(stand.recipe())
 
 
