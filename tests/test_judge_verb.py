@@ -361,3 +361,21 @@ def test_a_real_runs_models_answer_both_turns(
     lines = trained.dir.load(trained.dir.judged / "mt-bench.jsonl")
     assert any(x["answers"][0] for x in lines)
     assert [len(x["answers"]) for x in lines[:2]] == [1, 2]
+
+
+def test_a_judge_that_could_not_be_read_is_asked_again_as_is_said(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EDUCE_CACHE", str(tmp_path / "cache"))
+    run.resolved.write_text("{}")
+    mended = False
+    with serving(lambda body, _: said(honest(body["messages"][-1]["content"]) if mended else "Both are fine.")) as seen:
+        asked = ["judge", str(run.path), "--judge", seen.url, "--judge-model", "referee"]
+        found = CliRunner().invoke(cli, asked)
+        assert isinstance(found.exception, EvalError)
+        assert found.exception.code == "E-EVAL-301"
+        (kept,) = re.findall(r"before (\S+) is deleted", found.exception.fix)
+        mended = True
+        Path(kept).unlink()
+        found = CliRunner().invoke(cli, asked)
+    assert found.exit_code == 0, found.output

@@ -113,7 +113,6 @@ def test_there_are_at_most_80_knobs_and_each_says_what_it_is() -> None:
     ]
     holds_others = [f for _, f in fields if len(blocks_in(f.annotation)) == 1]  # set by what is in it
     own = [n for n, f in fields if f not in holds_others and not (n == "kind" and f.is_required())]
-    own.remove("steps")  # the run's length in another unit: only one of `epochs` and `steps` can be given
     assert 20 < len(own) <= 80
     assert len({block.__name__ for block in blocks()}) == 25
     for name, field in fields:

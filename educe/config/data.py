@@ -33,11 +33,10 @@ Split = Annotated[FileSplit | ShareSplit, Field(discriminator="kind")]
 
 
 class Trees(Knobs):
-    """What is taken of a tree of messages (OpenAssistant)."""
+    """What is taken of a tree of messages (OpenAssistant). Languages: `where: contains(['en', 'de'], prompt.lang)`."""
 
     paths: Literal["best", "all"] = Field(default="best", description="the best answer at each turn, or every path")
     max_rank: int | None = Field(default=None, ge=0, description="answers ranked worse are left out (0 is the best)")
-    languages: tuple[str, ...] = Field(default=(), strict=False, description="languages kept; all where none is named")
 
 
 class Rows(Knobs):

@@ -68,7 +68,7 @@ class Reading:
     """`format` is a name in `FORMATS` (None: told by each row's keys), `of_file` the one that the rows of the file have been found
     to have: a row of another one is refused; `columns` make a new row of expressions on the given one, by
     key; `where` keeps the rows for which it is true; `roles` are this source's names of roles; `system` stands before rows
-    that have none; `best`, `max_rank` and `languages` are for trees (see `trees.paths_of`); `documents`: a text file is one text."""
+    that have none; `best` and `max_rank` are for trees (see `trees.paths_of`); `documents`: a text file is one text."""
 
     format: str | None = None
     of_file: str | None = None
@@ -78,7 +78,6 @@ class Reading:
     system: str | None = None
     best: bool = True
     max_rank: int | None = None
-    languages: Sequence[str] = ()
     documents: bool = False
 
     @property
@@ -254,7 +253,7 @@ def _refusal(e: Unfit, source: Source) -> Refusal:
 
 def _tree(row: Row, source: Source, reading: Reading) -> Iterator[Item]:
     root = row if "replies" in row else row.get("prompt")
-    paths = paths_of(root, best=reading.best, max_rank=reading.max_rank, languages=reading.languages)
+    paths = paths_of(root, best=reading.best, max_rank=reading.max_rank)
     for k, path in enumerate(paths):
         at = source if len(paths) == 1 else replace(source, item=k)
         yield _or_refusal(lambda path=path, at=at: _conversation(turns_of(path), at, reading, {}), at)  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from educe.data.tools import Row, Unfit, a_kind
@@ -11,10 +11,10 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 Path = tuple[Row, ...]
 
 
-def paths_of(root: Any, *, best: bool, max_rank: int | None, languages: Sequence[str]) -> list[Path]:
+def paths_of(root: Any, *, best: bool, max_rank: int | None) -> list[Path]:
     """Paths from the root to an answer, as nodes: with `best` one, through the best-ranked answer (or the first) at each turn; else
-    all, the best first. Messages that were deleted or rejected in review, answers ranked worse than `max_rank` (0 is the best)
-    and other languages are left out, with what follows them. Raises `Unfit` where nothing is left.
+    all, the best first. Messages that were deleted or rejected in review, and answers ranked worse than `max_rank` (0 is the best)
+    are left out, with what follows them. Raises `Unfit` where nothing is left.
     """
     if not isinstance(root, dict):
         raise Unfit("E-DATA-152", f"prompt is {a_kind(root)}, no message.", "Give the tree's first message.")
@@ -22,12 +22,12 @@ def paths_of(root: Any, *, best: bool, max_rank: int | None, languages: Sequence
         said = "a message whose parent does not stand before it."
         raise Unfit("E-DATA-152", said, "Keep a tree's messages together in the file, parents first.")
     found: list[Path] = []
-    stack: list[Path] = [(root,)] if _usable(root, None, languages) else []
+    stack: list[Path] = [(root,)] if _usable(root, None) else []
     while stack:
         path = stack.pop()
         replies = path[-1].get("replies")
         replies = replies if isinstance(replies, list) else []
-        kept = [r for r in replies if isinstance(r, dict) and _usable(r, max_rank, languages)]
+        kept = [r for r in replies if isinstance(r, dict) and _usable(r, max_rank)]
         kept.sort(key=lambda r: r["rank"] if isinstance(r.get("rank"), int) else 1_000_000)
         if best:
             kept = kept[:1]
@@ -38,7 +38,7 @@ def paths_of(root: Any, *, best: bool, max_rank: int | None, languages: Sequence
         stack += [(*path, r) for r in reversed(kept)]
     found = [p for p in found if not any(len(q) > len(p) and q[: len(p)] == p for q in found)]
     if not found:
-        raise Unfit("E-DATA-152", "the tree has no answer that is kept.", "Keep more: trees: {max_rank, languages}.")
+        raise Unfit("E-DATA-152", "the tree has no answer that is kept.", "Keep more: trees: {max_rank: ...}.")
     return found
 
 
@@ -46,10 +46,8 @@ def turns_of(path: Path) -> list[Row]:
     return [{"role": _ROLES.get(n.get("role", ""), n.get("role")), "content": n.get("text")} for n in path]
 
 
-def _usable(node: Row, max_rank: int | None, languages: Sequence[str]) -> bool:
+def _usable(node: Row, max_rank: int | None) -> bool:
     if node.get("deleted") or node.get("review_result") is False or not _known(node.get("role")):
-        return False
-    if languages and node.get("lang") not in languages:
         return False
     rank = node.get("rank")
     return max_rank is None or node["role"] != "assistant" or not isinstance(rank, int) or rank <= max_rank

@@ -237,7 +237,6 @@ def reading_of(name: str, data: Data) -> Reading:
         system=data.system,
         best=rows.trees.paths == "best",
         max_rank=rows.trees.max_rank,
-        languages=rows.trees.languages,
     )
 
 

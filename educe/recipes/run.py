@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from educe.config import Recipe, StagedRecipe
-from educe.errors import UsageError
+from educe.errors import EvalError, UsageError
 from educe.files.run_dir import RunDir, find_run
 from educe.parallel.launch import leads
 from educe.recipes.machine import need_torch
@@ -238,8 +238,13 @@ class Run:
 
             return samplers_of(self.dir, say)
 
-        with self.dir.lock("judge"):
-            return run_judge(self.dir, wanted, asked, lambda name: answering()(name), say)
+        try:
+            with self.dir.lock("judge"):
+                return run_judge(self.dir, wanted, asked, lambda name: answering()(name), say)
+        except EvalError as e:
+            if e.code == "E-EVAL-301":  # it could not be read
+                e.fix += f" What it said is kept, and is not asked again before {asked.kept_in} is deleted."
+            raise
 
     def serve(self, *, port: int = 8000, base: bool = False, say: Say = quiet) -> int:
         """Serve the tuned model (and the base model on the port after) here until Ctrl-C; returns the server's exit code."""

@@ -103,9 +103,7 @@ def _refuse_unread(judge: Sampler, found: dict[str, list[float | None]], format:
     unread, asked = sum(p.count(None) for p in found.values()), sum(map(len, found.values()))
     if unread:
         told = f"gave no verdict that can be read on {unread} of the {asked} answers it was tried on."
-        kept = getattr(judge, "kept_in", None)
-        again = f" What it said is kept, and is not asked again before {kept} is deleted." if kept is not None else ""
-        raise EvalError(301, judge.name, told, f"Take a judge that follows the format: {format}.{again}")
+        raise EvalError(301, judge.name, told, f"Take a judge that follows the format: {format}.")
 
 
 def lint_answers(answers: Sequence[str], most: float = 0.2, expected: Sequence[str] = ()) -> list[str]:
