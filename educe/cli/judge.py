@@ -90,9 +90,9 @@ def _show_compared(scores: dict[str, Any]) -> None:
             said = ", ".join(f"{k} {_share(m)}" for k, m in means.items())
             click.echo(f"  {part.replace('_', ' '):18}  {said}")
     click.echo(f"  mean length         {lengths['own']:.0f} characters against {lengths['other']:.0f}")
+    equal = f", {counts['equal']} were of equal answers (ties, not asked)" if "equal" in counts else ""
     click.echo(
-        f"  {counts['judged']} of {counts['questions']} questions judged in both orders; the order decided {counts['split']}, "
-        f"{counts.get('equal', 0)} were of equal answers (ties, not asked); "
+        f"  {counts['judged']} of {counts['questions']} questions judged in both orders; the order decided {counts['split']}{equal}; "
         f"{_unread(counts['unparsed'])}"
     )
     _warn(scores["lint"])

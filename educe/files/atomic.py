@@ -333,6 +333,11 @@ def need_space(path: Path, needed_bytes: int, what: str, fix: str = "") -> None:
         raise MachineError(2, str(path), found, fix or usual)
 
 
+def size_of(place: Path) -> int:
+    """Bytes of all files in a directory; a link is none."""
+    return sum(p.stat().st_size for p in place.rglob("*") if p.is_file() and not p.is_symlink())
+
+
 def sized(num_bytes: float) -> str:
     """Bytes in the unit that leaves a few digits."""
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= u / 10), (1e3, "kB"))

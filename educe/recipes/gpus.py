@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from educe.config import Recipe
     from educe.model.device import Device
 
-# MiB, TFLOP/s: the makers' data sheets.
+# MiB as drivers report them, TFLOP/s as published; of these the H100 alone was tried.
 GPUS: dict[str, tuple[int, float]] = {
     "a10": (23_028, 125),
     "a100": (81_920, 312),

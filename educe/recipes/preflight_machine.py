@@ -19,7 +19,7 @@ import psutil
 from educe.chat.named import NAMED
 from educe.config import Full, Lora, Recipe, Wsd
 from educe.errors import EduceError, ModelError
-from educe.files.atomic import existing, sized
+from educe.files.atomic import existing, size_of, sized
 from educe.model.describe import describe_model
 from educe.model.foreign import refuse_foreign
 from educe.recipes.estimate import checkpoint_bytes
@@ -116,7 +116,7 @@ def disk_is_enough(b: Before) -> Finding:
     from educe.training.saver import SPARE_BYTES  # loads torch
 
     keep, each = b.recipe.train.keep_checkpoints, checkpoint_bytes(b.recipe, num_trained(b.facts, b.recipe.tuning))
-    theirs = sum(p.stat().st_size for p in b.run.checkpoints.rglob("*") if p.is_file())
+    theirs = size_of(b.run.checkpoints)
     free = shutil.disk_usage(existing(b.run.path)).free + theirs
     room = max(0, free - SPARE_BYTES)
     said = f"{keep} checkpoints of {sized(each)} are kept; {sized(free)} are free or theirs, {sized(SPARE_BYTES)} stay free"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from educe.config import StagedRecipe
-from educe.files.atomic import existing, need_space, sized
+from educe.files.atomic import existing, need_space, size_of, sized
 from educe.files.hashes import cache_dir
 from educe.recipes.check import Check
 from educe.recipes.estimate import checkpoint_bytes
@@ -71,7 +70,7 @@ def need_room(staged: StagedRecipe, rooms: Sequence[Room], gone: Collection[int]
     from educe.training.saver import SPARE_BYTES  # loads torch
 
     place, cache, needed = staged.run_path(), cache_dir(), chain_room(rooms)
-    freed = sum(_size(staged.stage_path(k)) for k in gone)
+    freed = sum(size_of(staged.stage_path(k)) for k in gone)
     fix = "Free some space, choose another place with `runs:` in the recipe, or one for the models with EDUCE_CACHE."
     models = f"{sized(needed.models)} of them in {cache} for what later stages begin with"
     if existing(place).stat().st_dev == existing(cache).stat().st_dev:
@@ -81,7 +80,3 @@ def need_room(staged: StagedRecipe, rooms: Sequence[Room], gone: Collection[int]
     need_space(place, needed.runs + SPARE_BYTES - freed, "the chain", fix)
     if needed.models:
         need_space(cache, needed.models, "what later stages begin with, in fp32,", fix)
-
-
-def _size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.is_symlink())

@@ -16,7 +16,7 @@ from typing import Any
 from educe.config import Recipe, StagedRecipe
 from educe.config.stages import BASE
 from educe.errors import EduceError, RunError, UsageError
-from educe.files.atomic import make_private, remove, sized, told, write_json, write_text
+from educe.files.atomic import make_private, remove, size_of, sized, told, write_json, write_text
 from educe.files.run_dir import STAGE_SCORES, STAGES, RunDir, stages_of
 from educe.model.device import forget_peak_memory, release_free_memory
 from educe.model.source import Say
@@ -151,7 +151,7 @@ def _tell_left(staged: StagedRecipe, say: Say) -> None:
     mine = {staged.stage_path(k).name for k in range(len(staged.names))}
     for place in sorted(staged.run_path().glob("[1-9]*-*")):
         if place.name not in mine and RunDir(place).resolved.is_file():
-            size = sized(sum(p.stat().st_size for p in place.rglob("*") if p.is_file()))
+            size = sized(size_of(place))
             what = "belongs to no stage of the recipe: nothing reads it, and it may be deleted"
             say(f"warning: {place} ({size}) {what}")
 
